@@ -1,0 +1,20 @@
+//! Byte shards: a split on disk as checked, memory-mapped files.
+//!
+//! [`prepare`] writes them, [`Shards`] reads them. See the `format` module's table for the
+//! layout of a file.
+
+pub(crate) mod format;
+mod info;
+mod map;
+mod prepare;
+mod reader;
+mod words;
+mod writer;
+
+pub use info::{DocumentInfo, ShardInfo, ShardsInfo, VerifyReport};
+pub use prepare::{PrepareOptions, SplitSummary, Summary, prepare};
+pub use reader::{OpenOptions, Shards};
+pub use words::count_words;
+
+#[cfg(test)]
+mod tests;

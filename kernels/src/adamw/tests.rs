@@ -1,0 +1,74 @@
+use burn::tensor::{Device, Tensor};
+
+use super::{AdamwState, AdamwStep, adamw_step, reference};
+use crate::testing::{Rng, assert_close, devices, read, tensor};
+
+type Update = fn(AdamwState<2>, Tensor<2>, Tensor<1>, AdamwStep) -> AdamwState<2>;
+
+/// Five updates; returns parameter and moments.
+fn run(update: Update, dims: [usize; 2], device: &Device) -> [Vec<f32>; 3] {
+    let n = dims[0] * dims[1];
+    let mut rng = Rng::new(n as u64);
+    let mut state = AdamwState {
+        param: tensor(&rng.normals(n, 1.0), dims, device),
+        moment1: Tensor::zeros(dims, device),
+        moment2: Tensor::zeros(dims, device),
+    };
+    for t in 1..=5 {
+        let grad = tensor(&rng.normals(n, 0.3), dims, device);
+        let scale = tensor(&[0.5 + 0.1 * t as f32], [1], device);
+        let step = AdamwStep::new(t, 1e-2, (0.9, 0.95), 1e-8, 0.1);
+        state = update(state, grad, scale, step);
+    }
+    [read(state.param), read(state.moment1), read(state.moment2)]
+}
+
+#[test]
+fn equals_reference() {
+    for dims in [[1, 1], [3, 7], [129, 257]] {
+        for device in devices() {
+            let expected = run(reference::adamw_step, dims, &crate::testing::cpu());
+            let got = run(adamw_step, dims, &device);
+            for (got, expected) in got.iter().zip(&expected) {
+                assert_close(&format!("{device:?} {dims:?}"), got, expected, 1e-5, 1e-6);
+            }
+        }
+    }
+}
+
+/// The first update of Adam moves every element by the learning rate, whatever the gradient.
+#[test]
+fn first_update_has_the_size_of_the_learning_rate() {
+    for device in devices() {
+        let state = AdamwState {
+            param: tensor(&[1.0, 1.0], [1, 2], &device),
+            moment1: Tensor::zeros([1, 2], &device),
+            moment2: Tensor::zeros([1, 2], &device),
+        };
+        let step = AdamwStep::new(1, 0.25, (0.9, 0.95), 0.0, 0.0);
+        let one = Tensor::ones([1], &device);
+        let out = adamw_step(state, tensor(&[1e-3, -50.0], [1, 2], &device), one, step);
+        assert_close("param", &read(out.param), &[0.75, 1.25], 1e-6, 0.0);
+    }
+}
+
+#[test]
+fn a_parameter_held_elsewhere_is_not_overwritten() {
+    for device in devices() {
+        let held = tensor(&[1.0, 2.0], [1, 2], &device);
+        let state = AdamwState {
+            param: held.clone(),
+            moment1: Tensor::zeros([1, 2], &device),
+            moment2: Tensor::zeros([1, 2], &device),
+        };
+        let step = AdamwStep::new(1, 0.1, (0.9, 0.95), 1e-8, 0.0);
+        let out = adamw_step(
+            state,
+            Tensor::ones([1, 2], &device),
+            Tensor::ones([1], &device),
+            step,
+        );
+        assert_close("updated", &read(out.param), &[0.9, 1.9], 1e-5, 0.0);
+        assert_close("held", &read(held), &[1.0, 2.0], 0.0, 0.0);
+    }
+}

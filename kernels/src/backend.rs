@@ -1,0 +1,270 @@
+//! What a backend provides ([`MambaKernels`]) and how Burn's run-time devices reach it
+//! ([`MambaOps`]).
+//!
+//! `MambaKernels` is the one trait to implement for a new backend: forward and backward of every
+//! operation on raw tensors, with no autodiff. `MambaOps` carries no computation: Burn's macro
+//! makes it dispatch on a tensor's device, and its autodiff implementation pairs each forward with
+//! its backward.
+
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{AutodiffBackend, Backend, Dispatch, ExtensionType, backend_extension};
+use burn::tensor::Tensor;
+use burn_autodiff::Autodiff;
+use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
+
+use crate::adamw::AdamwStep;
+use crate::add_norm::{NormGrads, NormInputs, NormKind, NormOutputs, NormSaved};
+use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
+use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs};
+
+/// Forward and backward of every operation on one backend's raw tensors.
+///
+/// Activations are `[B, L, E]`, channel-last. Activation tensors may be f32, f16 or bf16; states,
+/// `a`, `d`, `delta_bias`, norm and convolution parameters and all sums are f32. Implementations
+/// are deterministic: the same inputs give the same bits.
+pub trait MambaKernels: Backend {
+    /// See [`selective_scan`](crate::selective_scan::selective_scan).
+    fn selective_scan(inputs: ScanInputs<FloatTensor<Self>>) -> ScanOutputs<FloatTensor<Self>>;
+
+    /// Gradients of [`selective_scan`](Self::selective_scan) with respect to its inputs.
+    ///
+    /// `saved` is the `saved` output of the forward pass (its layout is the backend's own), `dy`
+    /// the gradient of `y`, `[B, L, E]`.
+    fn selective_scan_backward(
+        inputs: ScanInputs<FloatTensor<Self>>,
+        saved: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+    ) -> ScanGrads<FloatTensor<Self>>;
+
+    /// See [`causal_conv1d`](crate::causal_conv1d::causal_conv1d).
+    fn causal_conv1d(inputs: ConvInputs<FloatTensor<Self>>) -> ConvOutputs<FloatTensor<Self>>;
+
+    /// Gradients of [`causal_conv1d`](Self::causal_conv1d) for the output gradient `dy`, `[B, L, E]`.
+    fn causal_conv1d_backward(
+        inputs: ConvInputs<FloatTensor<Self>>,
+        dy: FloatTensor<Self>,
+    ) -> ConvGrads<FloatTensor<Self>>;
+
+    /// See [`add_norm`](crate::add_norm::add_norm).
+    fn add_norm(inputs: NormInputs<FloatTensor<Self>>) -> NormOutputs<FloatTensor<Self>>;
+
+    /// Gradients of the normalisation half of [`add_norm`](Self::add_norm) for the gradient `dy`,
+    /// `[M, D]`, of its normalised output. The addition's own gradient is the identity.
+    fn add_norm_backward(
+        saved: NormSaved<FloatTensor<Self>>,
+        dy: FloatTensor<Self>,
+    ) -> NormGrads<FloatTensor<Self>>;
+
+    /// Per-row loss and log-sum-exp, both `[M]` f32, of `logits` `[M, V]` and `targets` `[M]`.
+    fn cross_entropy(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// Gradient of the logits, `[M, V]`, for per-row loss gradients `dloss` `[M]`.
+    fn cross_entropy_backward(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        log_sum_exp: FloatTensor<Self>,
+        dloss: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+
+    /// See [`adamw_step`](crate::adamw::adamw_step): returns the parameter and both moments, updated.
+    fn adamw_step(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        moment1: FloatTensor<Self>,
+        moment2: FloatTensor<Self>,
+        grad_scale: FloatTensor<Self>,
+        step: AdamwStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+}
+
+/// An optional tensor that Burn's dispatch macro can route (it does not take `Option` arguments).
+#[derive(Clone, Debug, ExtensionType)]
+pub enum OptionalTensor<B: Backend> {
+    /// The tensor is given.
+    Present(FloatTensor<B>),
+    /// The tensor is not given.
+    Absent,
+}
+
+impl<B: Backend> OptionalTensor<B> {
+    /// The tensor, if it is given.
+    pub fn into_option(self) -> Option<FloatTensor<B>> {
+        match self {
+            Self::Present(tensor) => Some(tensor),
+            Self::Absent => None,
+        }
+    }
+}
+
+/// A tensor of Burn's user-facing API as an optional argument of an operation.
+pub(crate) fn optional<const D: usize>(tensor: Option<Tensor<D>>) -> OptionalTensor<Dispatch> {
+    match tensor {
+        Some(tensor) => OptionalTensor::Present(tensor.into_dispatch()),
+        None => OptionalTensor::Absent,
+    }
+}
+
+/// Run-time dispatch of the operations over Burn's devices. Not for direct use: call the functions
+/// of the operations' modules.
+#[backend_extension(
+    Flex: cfg(feature = "flex"),
+    Cube: cfg(feature = "cube"),
+    Autodiff,
+)]
+pub trait MambaOps: Backend {
+    /// Returns `(y, last_state)`.
+    fn scan_op(
+        u: FloatTensor<Self>,
+        delta: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        #[extension_type] d: OptionalTensor<Self>,
+        #[extension_type] z: OptionalTensor<Self>,
+        #[extension_type] delta_bias: OptionalTensor<Self>,
+        #[extension_type] initial_state: OptionalTensor<Self>,
+        #[extension_type] resets: OptionalTensor<Self>,
+        delta_softplus: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// Returns `(y, last_window)`.
+    fn conv_op(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        #[extension_type] bias: OptionalTensor<Self>,
+        #[extension_type] initial_window: OptionalTensor<Self>,
+        #[extension_type] resets: OptionalTensor<Self>,
+        silu: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// Returns `(y, sum)`.
+    fn norm_op(
+        x: FloatTensor<Self>,
+        #[extension_type] residual: OptionalTensor<Self>,
+        weight: FloatTensor<Self>,
+        #[extension_type] bias: OptionalTensor<Self>,
+        eps: f32,
+        kind: NormKind,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// Returns the loss of every row.
+    fn cross_entropy_op(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self>;
+
+    /// Returns `(param, moment1, moment2)`.
+    fn adamw_op(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        moment1: FloatTensor<Self>,
+        moment2: FloatTensor<Self>,
+        grad_scale: FloatTensor<Self>,
+        step: AdamwStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+}
+
+/// On a backend without autodiff an operation is its kernel's forward pass.
+macro_rules! forward_to_kernels {
+    ($backend:ty) => {
+        impl MambaOps for $backend {
+            fn scan_op(
+                u: FloatTensor<Self>,
+                delta: FloatTensor<Self>,
+                a: FloatTensor<Self>,
+                b: FloatTensor<Self>,
+                c: FloatTensor<Self>,
+                d: OptionalTensor<Self>,
+                z: OptionalTensor<Self>,
+                delta_bias: OptionalTensor<Self>,
+                initial_state: OptionalTensor<Self>,
+                resets: OptionalTensor<Self>,
+                delta_softplus: bool,
+            ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+                let out = <Self as MambaKernels>::selective_scan(ScanInputs {
+                    u,
+                    delta,
+                    a,
+                    b,
+                    c,
+                    d: d.into_option(),
+                    z: z.into_option(),
+                    delta_bias: delta_bias.into_option(),
+                    initial_state: initial_state.into_option(),
+                    resets: resets.into_option(),
+                    delta_softplus,
+                });
+                (out.y, out.last_state)
+            }
+
+            fn conv_op(
+                x: FloatTensor<Self>,
+                weight: FloatTensor<Self>,
+                bias: OptionalTensor<Self>,
+                initial_window: OptionalTensor<Self>,
+                resets: OptionalTensor<Self>,
+                silu: bool,
+            ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+                let out = <Self as MambaKernels>::causal_conv1d(ConvInputs {
+                    x,
+                    weight,
+                    bias: bias.into_option(),
+                    initial_window: initial_window.into_option(),
+                    resets: resets.into_option(),
+                    silu,
+                });
+                (out.y, out.last_window)
+            }
+
+            fn norm_op(
+                x: FloatTensor<Self>,
+                residual: OptionalTensor<Self>,
+                weight: FloatTensor<Self>,
+                bias: OptionalTensor<Self>,
+                eps: f32,
+                kind: NormKind,
+            ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+                let out = <Self as MambaKernels>::add_norm(NormInputs {
+                    x,
+                    residual: residual.into_option(),
+                    weight,
+                    bias: bias.into_option(),
+                    eps,
+                    kind,
+                });
+                (out.y, out.sum)
+            }
+
+            fn cross_entropy_op(
+                logits: FloatTensor<Self>,
+                targets: IntTensor<Self>,
+            ) -> FloatTensor<Self> {
+                <Self as MambaKernels>::cross_entropy(logits, targets).0
+            }
+
+            fn adamw_op(
+                param: FloatTensor<Self>,
+                grad: FloatTensor<Self>,
+                moment1: FloatTensor<Self>,
+                moment2: FloatTensor<Self>,
+                grad_scale: FloatTensor<Self>,
+                step: AdamwStep,
+            ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+                <Self as MambaKernels>::adamw_step(param, grad, moment1, moment2, grad_scale, step)
+            }
+        }
+    };
+}
+
+#[cfg(feature = "flex")]
+forward_to_kernels!(burn::backend::Flex);
+
+#[cfg(feature = "cube")]
+forward_to_kernels!(burn_cubecl::CubeBackend);
+
+/// Wraps a raw tensor as a constant of the autodiff backend.
+pub(crate) fn from_inner<B: Backend, C: CheckpointStrategy>(
+    tensor: FloatTensor<B>,
+) -> FloatTensor<Autodiff<B, C>> {
+    <Autodiff<B, C> as AutodiffBackend>::from_inner(tensor)
+}

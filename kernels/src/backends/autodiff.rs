@@ -1,0 +1,106 @@
+//! Autodiff over any backend with kernels: each forward is recorded with its backward.
+
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn_autodiff::Autodiff;
+use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
+
+use crate::adamw::AdamwStep;
+use crate::add_norm::{NormInputs, NormKind};
+use crate::backend::{MambaKernels, MambaOps, OptionalTensor, from_inner};
+use crate::causal_conv1d::ConvInputs;
+use crate::selective_scan::ScanInputs;
+use crate::{add_norm, causal_conv1d, cross_entropy, selective_scan};
+
+impl<B: MambaKernels, C: CheckpointStrategy> MambaOps for Autodiff<B, C> {
+    fn scan_op(
+        u: FloatTensor<Self>,
+        delta: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        d: OptionalTensor<Self>,
+        z: OptionalTensor<Self>,
+        delta_bias: OptionalTensor<Self>,
+        initial_state: OptionalTensor<Self>,
+        resets: OptionalTensor<Self>,
+        delta_softplus: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        selective_scan::autodiff::scan::<B, C>(ScanInputs {
+            u,
+            delta,
+            a,
+            b,
+            c,
+            d: d.into_option(),
+            z: z.into_option(),
+            delta_bias: delta_bias.into_option(),
+            initial_state: initial_state.into_option(),
+            resets: resets.into_option(),
+            delta_softplus,
+        })
+    }
+
+    fn conv_op(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: OptionalTensor<Self>,
+        initial_window: OptionalTensor<Self>,
+        resets: OptionalTensor<Self>,
+        silu: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        causal_conv1d::autodiff::conv::<B, C>(ConvInputs {
+            x,
+            weight,
+            bias: bias.into_option(),
+            initial_window: initial_window.into_option(),
+            resets: resets.into_option(),
+            silu,
+        })
+    }
+
+    fn norm_op(
+        x: FloatTensor<Self>,
+        residual: OptionalTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: OptionalTensor<Self>,
+        eps: f32,
+        kind: NormKind,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        add_norm::autodiff::norm::<B, C>(NormInputs {
+            x,
+            residual: residual.into_option(),
+            weight,
+            bias: bias.into_option(),
+            eps,
+            kind,
+        })
+    }
+
+    fn cross_entropy_op(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+        cross_entropy::autodiff::cross_entropy::<B, C>(logits, targets)
+    }
+
+    /// An update is not differentiated: it runs on the raw tensors.
+    fn adamw_op(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        moment1: FloatTensor<Self>,
+        moment2: FloatTensor<Self>,
+        grad_scale: FloatTensor<Self>,
+        step: AdamwStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let (param, moment1, moment2) = B::adamw_step(
+            param.into_primitive(),
+            grad.into_primitive(),
+            moment1.into_primitive(),
+            moment2.into_primitive(),
+            grad_scale.into_primitive(),
+            step,
+        );
+        (
+            from_inner::<B, C>(param),
+            from_inner::<B, C>(moment1),
+            from_inner::<B, C>(moment2),
+        )
+    }
+}

@@ -1,0 +1,74 @@
+//! The kernels of every CubeCL runtime: CUDA, and Vulkan, Metal or DX12 through wgpu.
+
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn_cubecl::CubeBackend;
+
+use crate::adamw::AdamwStep;
+use crate::add_norm::{NormGrads, NormInputs, NormOutputs, NormSaved};
+use crate::backend::MambaKernels;
+use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
+use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs};
+use crate::{adamw, add_norm, causal_conv1d, cross_entropy, selective_scan};
+
+impl MambaKernels for CubeBackend {
+    fn selective_scan(inputs: ScanInputs<FloatTensor<Self>>) -> ScanOutputs<FloatTensor<Self>> {
+        selective_scan::cube::forward(inputs)
+    }
+
+    fn selective_scan_backward(
+        inputs: ScanInputs<FloatTensor<Self>>,
+        saved: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+    ) -> ScanGrads<FloatTensor<Self>> {
+        selective_scan::cube::backward(inputs, saved, dy)
+    }
+
+    fn causal_conv1d(inputs: ConvInputs<FloatTensor<Self>>) -> ConvOutputs<FloatTensor<Self>> {
+        causal_conv1d::cube::forward(inputs)
+    }
+
+    fn causal_conv1d_backward(
+        inputs: ConvInputs<FloatTensor<Self>>,
+        dy: FloatTensor<Self>,
+    ) -> ConvGrads<FloatTensor<Self>> {
+        causal_conv1d::cube::backward(inputs, dy)
+    }
+
+    fn add_norm(inputs: NormInputs<FloatTensor<Self>>) -> NormOutputs<FloatTensor<Self>> {
+        add_norm::cube::forward(inputs)
+    }
+
+    fn add_norm_backward(
+        saved: NormSaved<FloatTensor<Self>>,
+        dy: FloatTensor<Self>,
+    ) -> NormGrads<FloatTensor<Self>> {
+        add_norm::cube::backward(saved, dy)
+    }
+
+    fn cross_entropy(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        cross_entropy::cube::forward(logits, targets)
+    }
+
+    fn cross_entropy_backward(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        log_sum_exp: FloatTensor<Self>,
+        dloss: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        cross_entropy::cube::backward(logits, targets, log_sum_exp, dloss)
+    }
+
+    fn adamw_step(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        moment1: FloatTensor<Self>,
+        moment2: FloatTensor<Self>,
+        grad_scale: FloatTensor<Self>,
+        step: AdamwStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        adamw::cube::step(param, grad, moment1, moment2, grad_scale, step)
+    }
+}

@@ -1,0 +1,74 @@
+//! The CPU: native Rust over all cores.
+
+use burn::backend::Flex;
+use burn::backend::tensor::{FloatTensor, IntTensor};
+
+use crate::MambaKernels;
+use crate::adamw::{self, AdamwStep};
+use crate::add_norm::{self, NormGrads, NormInputs, NormOutputs, NormSaved};
+use crate::causal_conv1d::{self, ConvGrads, ConvInputs, ConvOutputs};
+use crate::cross_entropy;
+use crate::selective_scan::{self, ScanGrads, ScanInputs, ScanOutputs};
+
+impl MambaKernels for Flex {
+    fn selective_scan(inputs: ScanInputs<FloatTensor<Self>>) -> ScanOutputs<FloatTensor<Self>> {
+        selective_scan::flex::forward(inputs)
+    }
+
+    fn selective_scan_backward(
+        inputs: ScanInputs<FloatTensor<Self>>,
+        saved: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+    ) -> ScanGrads<FloatTensor<Self>> {
+        selective_scan::flex::backward(inputs, saved, dy)
+    }
+
+    fn causal_conv1d(inputs: ConvInputs<FloatTensor<Self>>) -> ConvOutputs<FloatTensor<Self>> {
+        causal_conv1d::flex::forward(inputs)
+    }
+
+    fn causal_conv1d_backward(
+        inputs: ConvInputs<FloatTensor<Self>>,
+        dy: FloatTensor<Self>,
+    ) -> ConvGrads<FloatTensor<Self>> {
+        causal_conv1d::flex::backward(inputs, dy)
+    }
+
+    fn add_norm(inputs: NormInputs<FloatTensor<Self>>) -> NormOutputs<FloatTensor<Self>> {
+        add_norm::flex::forward(inputs)
+    }
+
+    fn add_norm_backward(
+        saved: NormSaved<FloatTensor<Self>>,
+        dy: FloatTensor<Self>,
+    ) -> NormGrads<FloatTensor<Self>> {
+        add_norm::flex::backward(saved, dy)
+    }
+
+    fn cross_entropy(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        cross_entropy::flex::forward(logits, targets)
+    }
+
+    fn cross_entropy_backward(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        log_sum_exp: FloatTensor<Self>,
+        dloss: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        cross_entropy::flex::backward(logits, targets, log_sum_exp, dloss)
+    }
+
+    fn adamw_step(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        moment1: FloatTensor<Self>,
+        moment2: FloatTensor<Self>,
+        grad_scale: FloatTensor<Self>,
+        step: AdamwStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        adamw::flex::step(param, grad, moment1, moment2, grad_scale, step)
+    }
+}

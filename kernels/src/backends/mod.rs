@@ -1,0 +1,7 @@
+//! The operations of each backend, collected into [`MambaKernels`](crate::MambaKernels).
+
+mod autodiff;
+#[cfg(feature = "cube")]
+mod cube;
+#[cfg(feature = "flex")]
+mod flex;

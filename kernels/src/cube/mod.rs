@@ -1,0 +1,187 @@
+//! What the GPU forms of the operations share: elementary functions ([`math`]), sums over planes
+//! and cubes ([`reduce`]), and the launch side: contiguous buffers, grids, device limits.
+//!
+//! Kernels index flat contiguous buffers. Positions are `usize`, which compiles to 32 bits, or to
+//! 64 where a buffer of the launch has more than 2³² elements ([`address_type`]).
+
+// Integers have no `is_multiple_of` in the kernel language.
+#![allow(clippy::manual_is_multiple_of)]
+
+pub(crate) mod math;
+pub(crate) mod reduce;
+
+use burn::tensor::{DType, Shape};
+use burn_cubecl::CubeDevice;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::RuntimeId;
+use cubecl::ir::features::Plane;
+use cubecl::ir::{ElemType, FloatKind, IntKind};
+use cubecl::prelude::*;
+
+/// Blocks along one axis of a grid: the least that every runtime allows for each axis.
+const MAX_BLOCKS_PER_AXIS: usize = 65_535;
+
+/// Shared memory that kernels plan for, in bytes: what every runtime offers a cube.
+pub(crate) const SHARED_BYTES: usize = 32 * 1024;
+
+/// An optional f32 kernel input; absent, its code is not compiled.
+pub(crate) type OptionalInput = ComptimeOption<Box<[f32]>>;
+
+/// What a launch has to know of the device.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DeviceTraits {
+    /// Kernels may hold PTX assembly.
+    pub ptx: bool,
+    /// Units that can exchange registers: the smallest plane the device may choose, 1 without
+    /// plane operations.
+    pub plane: usize,
+    /// Most units of a cube.
+    pub max_units: usize,
+    /// Units that keep the whole device busy.
+    pub busy_units: usize,
+}
+
+impl DeviceTraits {
+    /// Reads the traits of the tensor's device.
+    pub fn of(tensor: &CubeTensor) -> Self {
+        let properties = tensor.client.properties();
+        let hardware = &properties.hardware;
+        // Software Vulkan has working planes, but the runtime does not list the feature for CPU
+        // adapters; a device without planes reports a range of sizes, not one.
+        let planes = properties.features.plane.contains(Plane::Ops)
+            || hardware.plane_size_min == hardware.plane_size_max;
+        // A multiprocessor hides its latencies with about a thousand units; runtimes that do not
+        // state their number are taken for a small device.
+        let processors = hardware.num_streaming_multiprocessors.unwrap_or(16) as usize;
+        Self {
+            ptx: tensor.device.runtime() == RuntimeId::Cuda,
+            plane: if planes {
+                hardware.plane_size_min.max(1) as usize
+            } else {
+                1
+            },
+            max_units: (hardware.max_units_per_cube as usize)
+                .min(hardware.max_cube_dim.0 as usize)
+                .min(1024),
+            busy_units: processors * 1024,
+        }
+    }
+}
+
+/// The tensor with its elements in row-major order without gaps.
+pub(crate) fn contiguous(tensor: CubeTensor) -> CubeTensor {
+    into_contiguous(tensor)
+}
+
+/// The tensor as contiguous f32.
+pub(crate) fn contiguous_f32(tensor: CubeTensor) -> CubeTensor {
+    contiguous(burn_cubecl::kernel::cast(tensor, DType::F32))
+}
+
+/// An uninitialised contiguous tensor on the device of `like`.
+pub(crate) fn empty<const N: usize>(
+    like: &CubeTensor,
+    shape: [usize; N],
+    dtype: DType,
+) -> CubeTensor {
+    let device: CubeDevice = like.device.clone();
+    empty_device_contiguous_dtype(like.client.clone(), device, Shape::new(shape), dtype)
+}
+
+/// The tensor's buffer as a kernel argument.
+pub(crate) fn buffer(tensor: &CubeTensor) -> BufferArg {
+    tensor.clone().into_buffer_arg()
+}
+
+/// An optional tensor's buffer as a kernel argument.
+pub(crate) fn optional<T: CubePrimitive>(
+    tensor: &Option<CubeTensor>,
+) -> ComptimeOptionArgs<Box<[T]>> {
+    tensor.as_ref().map(buffer).into()
+}
+
+/// The sizes of a tensor that has `N` axes.
+pub(crate) fn dims<const N: usize>(tensor: &CubeTensor) -> [usize; N] {
+    tensor.meta.shape().dims()
+}
+
+/// The kernel language's name of a data type.
+///
+/// # Panics
+///
+/// If the kernels have no form for the type.
+pub(crate) fn elem(dtype: DType) -> ElemType {
+    match dtype {
+        DType::F32 | DType::Flex32 => ElemType::Float(FloatKind::F32),
+        DType::F16 => ElemType::Float(FloatKind::F16),
+        DType::BF16 => ElemType::Float(FloatKind::BF16),
+        DType::I32 => ElemType::Int(IntKind::I32),
+        DType::I64 => ElemType::Int(IntKind::I64),
+        other => panic!("mambabyte-kernels: no GPU form for data type {other:?}"),
+    }
+}
+
+/// A grid of at least `blocks` cubes; kernels leave the surplus idle.
+pub(crate) fn grid(blocks: usize) -> CubeCount {
+    let x = blocks.clamp(1, MAX_BLOCKS_PER_AXIS);
+    let rows = blocks.div_ceil(x);
+    let y = rows.clamp(1, MAX_BLOCKS_PER_AXIS);
+    let z = rows.div_ceil(y).max(1);
+    // Each factor is at most 65,535, so the casts are exact.
+    CubeCount::Static(x as u32, y as u32, z as u32)
+}
+
+/// A one-dimensional cube.
+pub(crate) fn cube_dim(units: usize) -> CubeDim {
+    CubeDim::new_1d(units as u32)
+}
+
+/// The width of positions that reaches every element of all `tensors`.
+pub(crate) fn address_type(tensors: &[&CubeTensor]) -> AddressType {
+    tensors
+        .iter()
+        .map(|tensor| AddressType::from_len(tensor.meta.num_elements()))
+        .max()
+        .unwrap_or_default()
+}
+
+/// The largest power of two that is at most `x` (1 for 0).
+pub(crate) fn power_of_two_below(x: usize) -> usize {
+    if x < 2 { 1 } else { 1 << x.ilog2() }
+}
+
+/// Rows that a final sum adds up in one go; more are first folded by [`fold_rows`].
+const FOLD: usize = 32;
+
+/// Units of a cube in [`fold_rows`].
+const FOLD_UNITS: usize = 128;
+
+/// Adds up groups of rows of a `[rows, width]` buffer until few are left: `[fewer rows, width]`.
+///
+/// The last sum over the rows belongs to the operation, which knows the layout of its gradients.
+pub(crate) fn fold_rows(mut sums: CubeTensor) -> CubeTensor {
+    let [mut rows, width] = dims(&sums);
+    while rows > 2 * FOLD {
+        let fewer = rows.div_ceil(FOLD);
+        let folded = empty(&sums, [fewer, width], DType::F32);
+        // SAFETY: both buffers are contiguous and of the shapes passed along; units beyond the last
+        // number write nothing.
+        unsafe {
+            reduce::fold_kernel::launch_unchecked(
+                &sums.client,
+                grid((fewer * width).div_ceil(FOLD_UNITS)),
+                cube_dim(FOLD_UNITS),
+                address_type(&[&sums]),
+                buffer(&sums),
+                buffer(&folded),
+                rows,
+                width,
+                FOLD,
+            );
+        }
+        (sums, rows) = (folded, fewer);
+    }
+    sums
+}

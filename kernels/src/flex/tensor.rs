@@ -1,0 +1,43 @@
+//! Raw Flex tensors as contiguous f32 slices.
+
+use burn::backend::ops::FloatTensorOps;
+use burn::backend::{Flex, TensorMetadata};
+use burn::tensor::{DType, FloatDType, TensorData};
+use burn_flex::FlexTensor;
+
+/// The tensor in contiguous f32, without a copy where it already is.
+pub(crate) fn contiguous(tensor: FlexTensor) -> FlexTensor {
+    let tensor = if tensor.dtype() == DType::F32 {
+        tensor
+    } else {
+        Flex::float_cast(tensor, FloatDType::F32)
+    };
+    if tensor.as_slice::<f32>().is_some() {
+        tensor
+    } else {
+        tensor.to_contiguous()
+    }
+}
+
+/// The values of a tensor that [`contiguous`] returned.
+pub(crate) fn values(tensor: &FlexTensor) -> &[f32] {
+    tensor
+        .as_slice()
+        .expect("contiguous() returned a contiguous f32 tensor")
+}
+
+/// A new tensor of `values`, in `dtype`.
+pub(crate) fn tensor(values: Vec<f32>, shape: impl Into<Vec<usize>>, dtype: DType) -> FlexTensor {
+    let shape: Vec<usize> = shape.into();
+    let tensor = FlexTensor::from_data(TensorData::new(values, shape));
+    if dtype == DType::F32 {
+        tensor
+    } else {
+        Flex::float_cast(tensor, FloatDType::from(dtype))
+    }
+}
+
+/// The dimensions of a tensor of rank `D`.
+pub(crate) fn dims<const D: usize>(tensor: &FlexTensor) -> [usize; D] {
+    tensor.shape().dims()
+}

@@ -1,0 +1,248 @@
+//! The scan on a GPU.
+//!
+//! Everything is channel-last: neighbouring units work on neighbouring channels, so all loads of
+//! activations are coalesced, and time runs sequentially in registers with no scan network.
+//! A channel's N states are in one lane (up to 16) or spread over several lanes of a plane.
+//!
+//! Parallelism over time comes from cutting the positions into chunks ([`plan`]):
+//!
+//! 1. *Chunk ends*: every chunk from a zero state to its end, with the sum of its steps. The rates
+//!    do not depend on time, so the chunk's whole decay is `exp(A · Σ steps)`.
+//! 2. *Carry* over the chunks: what enters each of them. These states are all that backward needs.
+//! 3. *Outputs*: every chunk again from its entering state.
+//!
+//! With one chunk, or enough channels to keep the device busy, a single pass over all positions
+//! replaces the three (generation's L = 1 too).
+//!
+//! Backward, in segments of chunks from the right (its transient memory is bounded):
+//!
+//! 1. *Adjoint ends*: one sweep left to right writes the states at every sub-chunk of 4 positions
+//!    and the chunk's own adjoint at its left end, `Σ_t (Π_{s≤t} a_s) · C_t · dy_t`.
+//! 2. *Carry* of the adjoints, right to left.
+//! 3. *Main*: right to left over sub-chunks, whose states are recomputed into registers. dB and dC
+//!    are summed over channels in the plane, then in the cube, then over cubes by a small sum
+//!    kernel; dA, dD and the gradient of the bias leave one partial a chunk.
+//!
+//! A reset clears the state: its decay is 0, and so is its chunk's whole decay. No atomics
+//! anywhere: two runs give the same bits.
+
+// In the kernel language an `if` on a compile-time value decides what is compiled: it cannot be
+// merged with one on a run-time value. Integers have no `is_multiple_of` there.
+#![allow(clippy::collapsible_if, clippy::manual_is_multiple_of)]
+
+mod adjoint_ends;
+mod adjoint_main;
+mod adjoint_parts;
+mod backward;
+mod carry;
+mod common;
+mod forward;
+mod plan;
+mod sums;
+#[cfg(test)]
+mod tests;
+
+// Shared by all operations; lives beside the operations' folders.
+#[path = "../../cube/mod.rs"]
+pub(crate) mod gpu;
+
+use burn::tensor::DType;
+use burn_cubecl::tensor::CubeTensor;
+
+use self::gpu::{
+    DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, empty, grid,
+    optional,
+};
+use self::plan::{Chunks, ScanShape, sweep};
+use super::{ScanInputs, ScanOutputs};
+
+pub(crate) use self::backward::backward;
+
+/// Most units of a cube in forward: more would leave a unit too few registers.
+const FORWARD_UNITS: usize = 1024;
+/// Positions loaded ahead in forward.
+const FORWARD_AHEAD: usize = 2;
+/// Units of a cube in the carry.
+const CARRY_UNITS: usize = 128;
+
+/// See [`MambaKernels::selective_scan`](crate::MambaKernels::selective_scan).
+pub(crate) fn forward(inputs: ScanInputs<CubeTensor>) -> ScanOutputs<CubeTensor> {
+    let inputs = prepare(inputs);
+    let shape = ScanShape::of(&inputs);
+    let device = DeviceTraits::of(&inputs.u);
+    let chunks = Chunks::new(&shape, &device);
+    let ScanShape {
+        batch,
+        length,
+        inner,
+        state,
+    } = shape;
+
+    let saved = empty(&inputs.u, [batch, chunks.count, state, inner], DType::F32);
+    let last_state = empty(&inputs.u, [batch, inner, state], DType::F32);
+    let y = empty(&inputs.u, [batch, length, inner], inputs.u.dtype);
+    if !chunks.walk {
+        launch_chunk_ends(&inputs, &shape, &chunks, &device, &saved, &last_state);
+    }
+    launch_outputs(&inputs, &shape, &chunks, &device, &saved, &last_state, &y);
+    ScanOutputs {
+        y,
+        last_state,
+        saved,
+    }
+}
+
+/// Contiguous inputs; B and C of one data type, parameters in f32.
+fn prepare(inputs: ScanInputs<CubeTensor>) -> ScanInputs<CubeTensor> {
+    let (mut b, mut c) = (inputs.b, inputs.c);
+    if b.dtype != c.dtype {
+        (b, c) = (contiguous_f32(b), contiguous_f32(c));
+    }
+    ScanInputs {
+        u: contiguous(inputs.u),
+        delta: contiguous(inputs.delta),
+        a: contiguous_f32(inputs.a),
+        b: contiguous(b),
+        c: contiguous(c),
+        d: inputs.d.map(contiguous_f32),
+        z: inputs.z.map(contiguous),
+        delta_bias: inputs.delta_bias.map(contiguous_f32),
+        initial_state: inputs.initial_state.map(contiguous_f32),
+        resets: inputs.resets.map(contiguous_f32),
+        delta_softplus: inputs.delta_softplus,
+    }
+}
+
+/// Fills `saved` with the state entering every chunk, and `last_state`.
+fn launch_chunk_ends(
+    inputs: &ScanInputs<CubeTensor>,
+    shape: &ScanShape,
+    chunks: &Chunks,
+    device: &DeviceTraits,
+    saved: &CubeTensor,
+    last_state: &CubeTensor,
+) {
+    let client = &inputs.u.client;
+    let config = sweep(
+        shape,
+        chunks,
+        device,
+        inputs.delta_softplus,
+        FORWARD_AHEAD,
+        FORWARD_UNITS,
+    );
+    let steps = empty(
+        &inputs.u,
+        [shape.batch, chunks.count, shape.inner],
+        DType::F32,
+    );
+    let blocks = config.cubes(shape.inner) * chunks.count * shape.batch;
+    let address = address_type(&[&inputs.u, &inputs.b, saved]);
+    // SAFETY: every position is derived from the shapes passed along, whose buffers are contiguous
+    // and of just these sizes; units beyond the last channel or cube write nothing.
+    unsafe {
+        forward::chunk_ends::launch_unchecked(
+            client,
+            grid(blocks),
+            cube_dim(config.units),
+            address,
+            buffer(&inputs.u),
+            buffer(&inputs.delta),
+            buffer(&inputs.b),
+            buffer(&inputs.a),
+            optional(&inputs.delta_bias),
+            optional(&inputs.resets),
+            buffer(saved),
+            buffer(&steps),
+            shape.batch,
+            shape.length,
+            shape.inner,
+            shape.state,
+            config,
+            [
+                elem(inputs.u.dtype),
+                elem(inputs.delta.dtype),
+                elem(inputs.b.dtype),
+            ],
+        );
+    }
+    let rows = shape.batch * shape.state * shape.inner;
+    // SAFETY: as above; units beyond the last state write nothing.
+    unsafe {
+        carry::carry::launch_unchecked(
+            client,
+            grid(rows.div_ceil(CARRY_UNITS)),
+            cube_dim(CARRY_UNITS),
+            address,
+            buffer(saved),
+            buffer(&steps),
+            buffer(&inputs.a),
+            optional(&inputs.initial_state),
+            buffer(last_state),
+            shape.batch,
+            chunks.count,
+            shape.inner,
+            shape.state,
+            false,
+            device.ptx,
+        );
+    }
+}
+
+/// Fills `y`; in a walk, `saved` and `last_state` too.
+fn launch_outputs(
+    inputs: &ScanInputs<CubeTensor>,
+    shape: &ScanShape,
+    chunks: &Chunks,
+    device: &DeviceTraits,
+    saved: &CubeTensor,
+    last_state: &CubeTensor,
+    y: &CubeTensor,
+) {
+    let config = sweep(
+        shape,
+        chunks,
+        device,
+        inputs.delta_softplus,
+        FORWARD_AHEAD,
+        FORWARD_UNITS,
+    );
+    let rows = if chunks.walk { 1 } else { chunks.count };
+    let blocks = config.cubes(shape.inner) * rows * shape.batch;
+    let z_dtype = inputs.z.as_ref().map_or(inputs.u.dtype, |z| z.dtype);
+    // SAFETY: every position is derived from the shapes passed along, whose buffers are contiguous
+    // and of just these sizes; units beyond the last channel or cube write nothing.
+    unsafe {
+        forward::outputs::launch_unchecked(
+            &inputs.u.client,
+            grid(blocks),
+            cube_dim(config.units),
+            address_type(&[&inputs.u, &inputs.b, saved]),
+            buffer(&inputs.u),
+            buffer(&inputs.delta),
+            buffer(&inputs.b),
+            buffer(&inputs.c),
+            buffer(&inputs.a),
+            optional(&inputs.d),
+            optional(&inputs.z),
+            optional(&inputs.delta_bias),
+            optional(&inputs.initial_state),
+            optional(&inputs.resets),
+            buffer(saved),
+            buffer(last_state),
+            buffer(y),
+            shape.batch,
+            shape.length,
+            shape.inner,
+            shape.state,
+            chunks.walk,
+            config,
+            [
+                elem(inputs.u.dtype),
+                elem(inputs.delta.dtype),
+                elem(inputs.b.dtype),
+                elem(z_dtype),
+            ],
+        );
+    }
+}

@@ -1,0 +1,106 @@
+//! What the operations' tests share: devices, reproducible data, comparison.
+
+use burn::tensor::{Device, Tensor, TensorData};
+
+/// Tolerances of mamba_ssm's own tests at fp32.
+pub(crate) const RTOL: f32 = 6e-4;
+/// See [`RTOL`].
+pub(crate) const ATOL: f32 = 2e-3;
+
+/// The CPU, where references run.
+pub(crate) fn cpu() -> Device {
+    Device::flex()
+}
+
+/// Every device this build has kernels for.
+pub(crate) fn devices() -> Vec<Device> {
+    [
+        Some(cpu()),
+        #[cfg(feature = "wgpu")]
+        Some(Device::wgpu(burn::tensor::DeviceKind::DefaultDevice)),
+        #[cfg(feature = "cuda")]
+        Some(Device::cuda(0)),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// Reproducible pseudo-random numbers.
+pub(crate) struct Rng(u64);
+
+impl Rng {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    /// Uniform in [0, 1).
+    pub(crate) fn uniform(&mut self) -> f32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 40) as f32 / (1u64 << 24) as f32
+    }
+
+    /// About normal, with mean 0 and deviation 1.
+    pub(crate) fn normal(&mut self) -> f32 {
+        (0..4).map(|_| self.uniform() - 0.5).sum::<f32>() * 1.732
+    }
+
+    pub(crate) fn normals(&mut self, n: usize, scale: f32) -> Vec<f32> {
+        (0..n).map(|_| self.normal() * scale).collect()
+    }
+
+    /// Zeros and ones, a one with probability `p`.
+    pub(crate) fn flags(&mut self, n: usize, p: f32) -> Vec<f32> {
+        (0..n)
+            .map(|_| if self.uniform() < p { 1.0 } else { 0.0 })
+            .collect()
+    }
+}
+
+/// A tensor of `values` on `device`.
+pub(crate) fn tensor<const D: usize>(
+    values: &[f32],
+    dims: [usize; D],
+    device: &Device,
+) -> Tensor<D> {
+    Tensor::from_data(TensorData::new(values.to_vec(), dims), device)
+}
+
+/// The values of a tensor, read back as f32.
+pub(crate) fn read<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().iter::<f32>().collect()
+}
+
+/// Fails, naming the first and the worst element, unless `|got - expected| <= atol + rtol · |expected|`.
+#[track_caller]
+pub(crate) fn assert_close(what: &str, got: &[f32], expected: &[f32], rtol: f32, atol: f32) {
+    assert_eq!(got.len(), expected.len(), "{what}: number of elements");
+    let excess = |i: usize| (got[i] - expected[i]).abs() - (atol + rtol * expected[i].abs());
+    let bad = |i: &usize| !(excess(*i) <= 0.0);
+    if let Some(first) = (0..got.len()).find(|i| bad(i)) {
+        let worst = (0..got.len())
+            .max_by(|a, b| excess(*a).total_cmp(&excess(*b)))
+            .unwrap_or(first);
+        let count = (0..got.len()).filter(bad).count();
+        panic!(
+            "{what}: {count} of {} elements differ; first [{first}] got {} expected {}; \
+             worst [{worst}] got {} expected {}",
+            got.len(),
+            got[first],
+            expected[first],
+            got[worst],
+            expected[worst],
+        );
+    }
+}
+
+/// Fails unless both have the same bits.
+#[track_caller]
+pub(crate) fn assert_same_bits(what: &str, a: &[f32], b: &[f32]) {
+    assert_eq!(a.len(), b.len(), "{what}: number of elements");
+    for (i, (a, b)) in a.iter().zip(b).enumerate() {
+        assert_eq!(a.to_bits(), b.to_bits(), "{what}[{i}]: {a} and {b}");
+    }
+}

@@ -1,0 +1,32 @@
+//! The command `generate`.
+
+use std::io::Write as _;
+
+use super::GenerateArgs;
+use crate::device;
+use crate::error::{Error, Result};
+use crate::generate::{Generator, SampleOptions};
+use crate::train::Checkpoint;
+use crate::train::run_dir::resolve_checkpoint;
+
+/// Runs the command: new bytes go to standard output as they are chosen.
+pub fn run(args: &GenerateArgs) -> Result<()> {
+    let checkpoint = Checkpoint::open(&resolve_checkpoint(&args.checkpoint)?)?;
+    let device = device::open(&args.device)?;
+    let model = checkpoint.model(&device)?;
+    let options = SampleOptions {
+        temperature: args.temperature,
+        top_k: args.top_k.into(),
+        top_p: args.top_p,
+        seed: args.seed,
+    };
+    let mut generator = Generator::new(&model, &device, args.prompt.as_bytes(), options);
+    let mut stdout = std::io::stdout().lock();
+    for _ in 0..args.max_new_bytes {
+        stdout
+            .write_all(&[generator.next_byte()])
+            .and_then(|()| stdout.flush())
+            .map_err(Error::Stdout)?;
+    }
+    Ok(())
+}

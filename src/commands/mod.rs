@@ -1,0 +1,399 @@
+//! The command line: its arguments, and one file for each command.
+//!
+//! Standard output carries results; everything else goes to standard error.
+
+pub mod data;
+pub mod doctor;
+pub mod eval;
+pub mod generate;
+pub mod params;
+pub mod resume;
+pub mod train;
+
+use std::io::{self, IsTerminal, Write as _};
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use mambabyte_datasets::Split;
+use serde::Serialize;
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{Config, DeviceConfig, DeviceKind};
+use crate::error::{Error, Result, print_warning};
+
+/// Train, evaluate and run byte-level Mamba language models on one GPU.
+#[derive(Debug, Parser)]
+#[command(
+    name = "mambabyte",
+    version,
+    arg_required_else_help = true,
+    after_help = "Exit codes: 0 done, 1 unexpected, 2 command line or config, 3 data, \
+                  4 checkpoint, 5 device, 6 out of memory, 7 training diverged, 130 interrupted."
+)]
+pub struct Cli {
+    /// Log more; twice for everything. The variable RUST_LOG has the last word
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start a new training run
+    Train(TrainArgs),
+    /// Go on with a training run where its last checkpoint is
+    Resume(ResumeArgs),
+    /// Write text that goes on from a prompt
+    Generate(GenerateArgs),
+    /// Measure bits per byte of a checkpoint on held-out data
+    Eval(EvalArgs),
+    /// Fetch, prepare, check and describe data
+    #[command(subcommand)]
+    Data(data::DataCommand),
+    /// Show the parameters, memory and arithmetic of a config's model
+    Params(ParamsArgs),
+    /// Check what this machine has and what is missing
+    Doctor(doctor::DoctorArgs),
+}
+
+/// Which config, and what to change in it.
+#[derive(Clone, Debug, Args)]
+pub struct ConfigArgs {
+    /// Config file (TOML)
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// Change one key of the config; may be given several times
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub overrides: Vec<String>,
+}
+
+impl ConfigArgs {
+    /// Loads the config, and warns about settings without effect.
+    pub fn load(&self) -> Result<Config> {
+        let config = Config::load(&self.config, &self.overrides)?;
+        for warning in config.warnings() {
+            print_warning(&warning);
+        }
+        Ok(config)
+    }
+}
+
+/// Arguments of `train`.
+#[derive(Clone, Debug, Args)]
+pub struct TrainArgs {
+    /// The config of the run.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Name of the run, which is its folder in `checkpoint.dir`; made from the time if left out
+    #[arg(long, value_name = "NAME", value_parser = run_name)]
+    pub run: Option<String>,
+    /// Stop with a checkpoint after so many optimizer steps; the schedule stays that of the config
+    #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub stop_after: Option<u64>,
+}
+
+/// Arguments of `resume`.
+#[derive(Clone, Debug, Args)]
+pub struct ResumeArgs {
+    /// The run's folder, or its name in `checkpoints/`
+    #[arg(value_name = "RUN")]
+    pub run: PathBuf,
+    /// Stop with a checkpoint after so many more optimizer steps
+    #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub stop_after: Option<u64>,
+}
+
+/// Arguments of `generate`.
+#[derive(Clone, Debug, Args)]
+pub struct GenerateArgs {
+    /// Folder of the checkpoint, or of a run, whose newest is taken
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint: PathBuf,
+    /// Text to go on from
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub prompt: String,
+    /// Bytes to write at most
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = positive)]
+    pub max_new_bytes: usize,
+    /// Divides the logits; 0 always takes the likeliest byte
+    #[arg(long, value_name = "T", default_value_t = 1.0, value_parser = temperature)]
+    pub temperature: f64,
+    /// Choose among so many likeliest bytes; 0 is no limit
+    #[arg(long, value_name = "K", default_value_t = 256, value_parser = clap::value_parser!(u16).range(0..=256))]
+    pub top_k: u16,
+    /// Choose among the likeliest bytes that have this probability together
+    #[arg(long, value_name = "P", default_value_t = 0.98, value_parser = probability)]
+    pub top_p: f64,
+    /// Seed of the choices
+    #[arg(long, value_name = "SEED", default_value_t = 4740)]
+    pub seed: u64,
+    /// Where to compute: auto, cpu, cuda, wgpu, with an index as in cuda:1
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
+    pub device: DeviceConfig,
+}
+
+/// Arguments of `eval`.
+#[derive(Clone, Debug, Args)]
+pub struct EvalArgs {
+    /// Folder of the checkpoint, or of a run, whose newest is taken
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint: PathBuf,
+    /// Folder written by `data prepare`
+    #[arg(long, value_name = "DIR")]
+    pub data: PathBuf,
+    /// Which part of it: train, validation or test
+    #[arg(long, value_name = "SPLIT", default_value = "test", value_parser = split)]
+    pub split: Split,
+    /// Where to compute: auto, cpu, cuda, wgpu, with an index as in cuda:1
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
+    pub device: DeviceConfig,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `params`.
+#[derive(Clone, Debug, Args)]
+pub struct ParamsArgs {
+    /// The config of the model.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Print JSON, with every tensor
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Runs the command.
+///
+/// # Errors
+///
+/// Whatever the command says; [`Error::exit_code`] is the process's.
+pub fn run(cli: &Cli) -> Result<()> {
+    match &cli.command {
+        Command::Train(args) => train::run(args),
+        Command::Resume(args) => resume::run(args),
+        Command::Generate(args) => generate::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Data(command) => data::run(command),
+        Command::Params(args) => params::run(args),
+        Command::Doctor(args) => doctor::run(args),
+    }
+}
+
+/// Sends log lines to standard error: information of this program and warnings of others, more
+/// with each `-v`.
+pub fn start_logging(verbose: u8) {
+    let default = match verbose {
+        0 => "warn,mambabyte=info,mambabyte_datasets=info,mambabyte_kernels=info",
+        1 => "info,mambabyte=debug,mambabyte_datasets=debug,mambabyte_kernels=debug",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    // A second call, as in tests, leaves the first one's logging in place.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(crate::error::colored(io::stderr().is_terminal()))
+        .with_target(false)
+        .try_init();
+}
+
+/// Writes `text` to standard output.
+///
+/// # Errors
+///
+/// [`Error::Stdout`], which is a success where the reader has gone away: `mambabyte … | head` is
+/// not a failure. The macro `println!` would panic there.
+pub fn print(text: &str) -> Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+        .map_err(Error::Stdout)
+}
+
+/// Writes `value` to standard output as indented JSON.
+///
+/// # Errors
+///
+/// As [`print()`].
+pub fn print_json<T: Serialize + ?Sized>(value: &T) -> Result<()> {
+    print(&json_text(value)?)
+}
+
+/// `value` as indented JSON with a line's end.
+pub(crate) fn json_text<T: Serialize + ?Sized>(value: &T) -> Result<String> {
+    let text = serde_json::to_string_pretty(value).map_err(anyhow::Error::from)?;
+    Ok(text + "\n")
+}
+
+/// `1234567` as `1,234,567`.
+pub(crate) fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// `number` with the largest of k, M, G, T, P that leaves at least 1, and `unit`.
+pub(crate) fn scaled(number: f64, unit: &str) -> String {
+    let (factor, prefix) = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")]
+        .into_iter()
+        .find(|(factor, _)| number >= *factor)
+        .unwrap_or((1.0, ""));
+    let decimals = if factor > 1.0 { 2 } else { 0 };
+    format!("{:.decimals$} {prefix}{unit}", number / factor)
+}
+
+/// A run's name becomes a folder's name: no separators, nothing hidden, nothing odd.
+fn run_name(text: &str) -> Result<String, String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if text.is_empty() || text.starts_with(['.', '-']) || !text.chars().all(plain) {
+        return Err(
+            "use letters, digits, `-`, `_` and `.`, beginning with a letter, a digit or \
+                    `_`"
+            .to_owned(),
+        );
+    }
+    Ok(text.to_owned())
+}
+
+/// `cuda` or `cuda:1`.
+pub(crate) fn device(text: &str) -> Result<DeviceConfig, String> {
+    let (kind, index) = match text.split_once(':') {
+        Some((kind, index)) => (kind, index.parse::<u8>().ok()),
+        None => (text, Some(0)),
+    };
+    let kind: DeviceKind = kind.parse()?;
+    match index {
+        Some(index) => Ok(DeviceConfig {
+            kind,
+            index: index.into(),
+        }),
+        None => Err("the index is an integer from 0 to 255, as in `cuda:1`".to_owned()),
+    }
+}
+
+/// A split's name.
+pub(crate) fn split(text: &str) -> Result<Split, String> {
+    text.parse()
+        .map_err(|_| "expected train, validation or test".to_owned())
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("expected an integer of at least 1".to_owned()),
+        Ok(number) => Ok(number),
+    }
+}
+
+fn temperature(text: &str) -> Result<f64, String> {
+    number_where(
+        text,
+        |it| (0.0..=1e6).contains(&it),
+        "expected a number from 0",
+    )
+}
+
+fn probability(text: &str) -> Result<f64, String> {
+    number_where(
+        text,
+        |it| it > 0.0 && it <= 1.0,
+        "expected a number above 0 and up to 1",
+    )
+}
+
+fn number_where(text: &str, good: impl Fn(f64) -> bool, expected: &str) -> Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|&number| good(number))
+        .ok_or_else(|| expected.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn the_declaration_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn generation_has_the_documented_defaults() {
+        let cli =
+            parse("mambabyte generate --checkpoint c --prompt x --max-new-bytes 9").expect("valid");
+        let Command::Generate(args) = cli.command else {
+            panic!("{cli:?}")
+        };
+        assert_eq!(args.max_new_bytes, 9);
+        assert_eq!((args.temperature, args.top_k, args.top_p), (1.0, 256, 0.98));
+        assert_eq!(args.seed, 4740);
+        assert_eq!(args.device.kind, DeviceKind::Auto);
+    }
+
+    #[test]
+    fn overrides_repeat_and_verbosity_counts() {
+        let cli =
+            parse("mambabyte train --config f.toml --set a.b=1 --set c.d=2 -vv").expect("valid");
+        assert_eq!(cli.verbose, 2);
+        let Command::Train(args) = cli.command else {
+            panic!("{cli:?}")
+        };
+        assert_eq!(args.config.overrides, ["a.b=1", "c.d=2"]);
+    }
+
+    #[test]
+    fn impossible_arguments_are_refused() {
+        for line in [
+            "mambabyte",
+            "mambabyte fly",
+            "mambabyte train",
+            "mambabyte train --config f --run ../x",
+            "mambabyte train --config f --run .",
+            "mambabyte train --config f --stop-after 0",
+            "mambabyte generate --checkpoint c --top-k 257",
+            "mambabyte generate --checkpoint c --top-p 0",
+            "mambabyte generate --checkpoint c --top-p 1.1",
+            "mambabyte generate --checkpoint c --temperature -1",
+            "mambabyte generate --checkpoint c --temperature nan",
+            "mambabyte generate --checkpoint c --max-new-bytes 0",
+            "mambabyte eval --checkpoint c --data d --split dev",
+            "mambabyte doctor --device tpu",
+            "mambabyte doctor --device cuda:x",
+        ] {
+            let error = parse(line).expect_err(line);
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_readable() {
+        assert_eq!(grouped(0), "0");
+        assert_eq!(grouped(999), "999");
+        assert_eq!(grouped(353_945_600), "353,945,600");
+        assert_eq!(scaled(723_004_416.0, "FLOP"), "723.00 MFLOP");
+        assert_eq!(scaled(12.0, "B"), "12 B");
+    }
+
+    #[test]
+    fn devices_have_an_index() {
+        let parsed = device("cuda:1").expect("valid");
+        assert_eq!((parsed.kind, parsed.index), (DeviceKind::Cuda, 1));
+        assert_eq!(device("vulkan").expect("valid").kind, DeviceKind::Wgpu);
+    }
+}

@@ -1,0 +1,31 @@
+//! The command `train`.
+
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::TrainArgs;
+use crate::config::Config;
+use crate::device;
+use crate::error::Result;
+use crate::train::run;
+
+/// Runs the command.
+pub fn run(args: &TrainArgs) -> Result<()> {
+    let config = args.config.load()?;
+    device::set_threads(config.train.threads);
+    let path = run_path(&config, args);
+    eprintln!("run: {}", path.display());
+    run::start(&config, &path, args.stop_after)
+}
+
+/// The run's folder: the given name, or the config's with the time.
+fn run_path(config: &Config, args: &TrainArgs) -> PathBuf {
+    let name = args.run.clone().unwrap_or_else(|| {
+        let config = args.config.config.file_stem().unwrap_or_default();
+        let seconds = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |elapsed| elapsed.as_secs());
+        format!("{}-{seconds}", config.to_string_lossy())
+    });
+    config.checkpoint.dir.join(name)
+}

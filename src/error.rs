@@ -1,0 +1,328 @@
+//! The errors of the program, their exit codes, and how they are shown.
+
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write as _};
+use std::path::{Path, PathBuf};
+
+use mambabyte_datasets::DataError;
+
+use crate::config::ConfigErrors;
+
+/// Result with [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a command could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The config has problems, all of them listed.
+    #[error(transparent)]
+    Config(#[from] ConfigErrors),
+
+    /// The command line asks for what cannot be done.
+    #[error("{message}")]
+    Usage {
+        /// What is wrong with it.
+        message: String,
+        /// What to write instead.
+        hint: String,
+    },
+
+    /// Data could not be read, written or fetched.
+    #[error(transparent)]
+    Data(#[from] DataError),
+
+    /// A checkpoint could not be written, or what is there cannot be used.
+    #[error("checkpoint `{}`: {reason}", path.display())]
+    Checkpoint {
+        /// Folder or file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+        /// What to do.
+        hint: String,
+    },
+
+    /// The device that was asked for cannot be used.
+    #[error("device `{device}`: {reason}")]
+    Device {
+        /// The device as in a config, for instance `cuda:0`.
+        device: String,
+        /// Why it cannot be used.
+        reason: String,
+        /// What to do.
+        hint: String,
+    },
+
+    /// The device's memory does not suffice.
+    #[error("out of memory on `{device}`: {reason}")]
+    OutOfMemory {
+        /// The device as in a config.
+        device: String,
+        /// What did not fit, with sizes where they are known.
+        reason: String,
+        /// Value of `train.batch`.
+        batch: usize,
+        /// Value of `train.length`.
+        length: usize,
+        /// Value of `train.recompute`.
+        recompute: String,
+    },
+
+    /// Training does not get anywhere any more.
+    #[error("training diverged at step {step}: {reason}")]
+    Diverged {
+        /// The optimizer step.
+        step: u64,
+        /// What was seen, with the numbers.
+        reason: String,
+        /// What to do.
+        hint: String,
+    },
+
+    /// The user asked to stop.
+    #[error("interrupted: {state}")]
+    Interrupted {
+        /// What is on disk now and how to go on.
+        state: String,
+    },
+
+    /// The operating system refused an operation on a file.
+    #[error("could not {action} `{}`: {source}", path.display())]
+    Io {
+        /// What was attempted, as a verb: "read", "create".
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+
+    /// Standard output could not be written.
+    #[error("could not write to standard output: {0}")]
+    Stdout(#[source] io::Error),
+
+    /// Anything that no other kind describes.
+    #[error(transparent)]
+    Other(#[from] anyhow::Error),
+}
+
+impl Error {
+    /// Maker of [`Error::Io`] for `map_err`.
+    pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.as_ref().to_path_buf();
+        move |source| Self::Io {
+            action,
+            path,
+            source,
+        }
+    }
+
+    /// The process's exit code.
+    ///
+    /// | code | meaning |
+    /// | --- | --- |
+    /// | 0 | done (also where the reader of standard output went away) |
+    /// | 1 | unexpected |
+    /// | 2 | command line or config |
+    /// | 3 | data |
+    /// | 4 | checkpoint |
+    /// | 5 | device |
+    /// | 6 | out of memory |
+    /// | 7 | training diverged |
+    /// | 130 | interrupted |
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Stdout(source) if source.kind() == io::ErrorKind::BrokenPipe => 0,
+            Self::Io { .. } | Self::Stdout(_) | Self::Other(_) => 1,
+            Self::Config(_) | Self::Usage { .. } => 2,
+            Self::Data(_) => 3,
+            Self::Checkpoint { .. } => 4,
+            Self::Device { .. } => 5,
+            Self::OutOfMemory { .. } => 6,
+            Self::Diverged { .. } => 7,
+            Self::Interrupted { .. } => 130,
+        }
+    }
+
+    /// What to do about it, where the message does not say so itself.
+    pub fn hint(&self) -> Option<String> {
+        let hint = match self {
+            Self::Usage { hint, .. }
+            | Self::Checkpoint { hint, .. }
+            | Self::Device { hint, .. }
+            | Self::Diverged { hint, .. } => hint.clone(),
+            Self::OutOfMemory {
+                batch,
+                length,
+                recompute,
+                ..
+            } => memory_hint(*batch, *length, recompute),
+            Self::Io { .. } => {
+                "check that the path exists, that you may use it and that the disk is not full"
+                    .to_owned()
+            }
+            _ => String::new(),
+        };
+        (!hint.is_empty()).then_some(hint)
+    }
+
+    /// The text shown to the user, without the leading "error:": the message, its causes, and a
+    /// line that begins with `hint:`.
+    pub fn report(&self) -> String {
+        let mut text = self.to_string();
+        // A message usually quotes its immediate cause; only what is not yet said is added.
+        let mut cause = std::error::Error::source(self);
+        while let Some(source) = cause {
+            let said = source.to_string();
+            if !text.contains(&said) {
+                let _ = write!(text, "\n  caused by: {said}");
+            }
+            cause = source.source();
+        }
+        if let Some(hint) = self.hint() {
+            let _ = write!(text, "\nhint: {hint}");
+        }
+        text
+    }
+
+    /// Shows the error on standard error, unless it is only that nobody reads the output any more.
+    pub fn print(&self) {
+        if self.exit_code() != 0 {
+            print_problem("error", "31", &self.report());
+        }
+    }
+}
+
+/// Shows something the user should know, on standard error.
+pub fn print_warning(text: &str) {
+    print_problem("warning", "33", text);
+}
+
+/// Whether to use colours on a stream: a terminal, and the user has not said no.
+pub(crate) fn colored(terminal: bool) -> bool {
+    terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
+fn print_problem(label: &str, color: &str, text: &str) {
+    let mut stderr = io::stderr().lock();
+    // With standard error gone there is nobody left to tell.
+    let _ = if colored(stderr.is_terminal()) {
+        writeln!(stderr, "\x1b[1;{color}m{label}:\x1b[0m {text}")
+    } else {
+        writeln!(stderr, "{label}: {text}")
+    };
+}
+
+/// The three settings that decide about memory, each with what it is now.
+fn memory_hint(batch: usize, length: usize, recompute: &str) -> String {
+    let recompute = match recompute {
+        "all" => "`train.recompute` is already \"all\"".to_owned(),
+        now => format!("set `train.recompute` to \"all\" (now {now}; a third more time)"),
+    };
+    let batch = match batch {
+        0 | 1 => "`train.batch` is already 1".to_owned(),
+        now => format!("lower `train.batch` (now {now}), raise `train.accumulation` to match"),
+    };
+    format!("{recompute}; {batch}; shorten `train.length` (now {length})")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn out_of_memory(batch: usize, recompute: &str) -> Error {
+        Error::OutOfMemory {
+            device: "cuda:0".to_owned(),
+            reason: "needs 30.1 GiB, 24.0 GiB are there".to_owned(),
+            batch,
+            length: 8192,
+            recompute: recompute.to_owned(),
+        }
+    }
+
+    #[test]
+    fn every_kind_has_its_exit_code() {
+        let config = ""
+            .parse::<crate::config::Config>()
+            .expect_err("nothing required is there");
+        let text = String::new;
+        let cases = [
+            (Error::Config(config), 2),
+            (
+                Error::Usage {
+                    message: text(),
+                    hint: text(),
+                },
+                2,
+            ),
+            (
+                Error::Checkpoint {
+                    path: "x".into(),
+                    reason: text(),
+                    hint: text(),
+                },
+                4,
+            ),
+            (
+                Error::Device {
+                    device: text(),
+                    reason: text(),
+                    hint: text(),
+                },
+                5,
+            ),
+            (out_of_memory(1, "none"), 6),
+            (
+                Error::Diverged {
+                    step: 1,
+                    reason: text(),
+                    hint: text(),
+                },
+                7,
+            ),
+            (Error::Interrupted { state: text() }, 130),
+            (Error::io("read", "x")(io::ErrorKind::NotFound.into()), 1),
+            (Error::Stdout(io::ErrorKind::StorageFull.into()), 1),
+            (Error::Stdout(io::ErrorKind::BrokenPipe.into()), 0),
+            (anyhow::anyhow!("odd").into(), 1),
+        ];
+        for (error, code) in cases {
+            assert_eq!(error.exit_code(), code, "{error:?}");
+        }
+        let data = DataError::LoaderStopped { step: 1 };
+        assert_eq!(Error::from(data).exit_code(), 3);
+    }
+
+    #[test]
+    fn out_of_memory_names_the_three_settings() {
+        for error in [
+            out_of_memory(1, "all"),
+            out_of_memory(4, "none"),
+            out_of_memory(2, "10"),
+        ] {
+            let report = error.report();
+            for key in ["`train.batch`", "`train.length`", "`train.recompute`"] {
+                assert!(report.contains(key), "{report}");
+            }
+        }
+        let report = out_of_memory(1, "all").report();
+        assert!(!report.contains("lower `train.batch`"), "{report}");
+    }
+
+    #[test]
+    fn a_report_has_a_hint_line_and_no_repeated_cause() {
+        let error = Error::io("read", "a.toml")(io::Error::other("the disk is on fire"));
+        let report = error.report();
+        assert_eq!(report.matches("the disk is on fire").count(), 1);
+        assert!(
+            report
+                .lines()
+                .nth(1)
+                .is_some_and(|line| line.starts_with("hint: "))
+        );
+        let error = Error::Other(anyhow::anyhow!("inner").context("outer"));
+        assert_eq!(error.report(), "outer\n  caused by: inner");
+    }
+}

@@ -1,0 +1,27 @@
+//! MambaByte: train, evaluate and run byte-level Mamba language models on one GPU, on
+//! [Burn](https://burn.dev).
+//!
+//! A Mamba-1 stack over raw bytes (arXiv 2401.13660): no tokenizer, constant memory and time a byte.
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | [`config`] | the TOML schema, presets, all errors of a file at once |
+//! | [`model`] | the block, the stack, the language model, the carried state |
+//! | [`train`] | one step, the loop around it, checkpoints, metrics |
+//! | [`eval`] | bits per byte |
+//! | [`generate`] | prefill, step, sampling |
+//! | [`commands`] | one file a command |
+//!
+//! The operations are in [`mambabyte_kernels`], the data in [`mambabyte_datasets`].
+
+pub mod commands;
+pub mod config;
+pub mod device;
+pub mod error;
+pub mod eval;
+pub mod generate;
+pub mod model;
+pub mod train;
+
+pub use config::{Config, MambaConfig};
+pub use model::{Mamba, MambaBlock, MambaLm, State};

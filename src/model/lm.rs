@@ -1,0 +1,137 @@
+//! The language model over bytes.
+
+use burn::module::Module;
+use burn::tensor::{Device, Int, Tensor};
+use mambabyte_kernels::cross_entropy::cross_entropy;
+
+use super::block::Mamba;
+use super::init::Init;
+use super::linear::{Embedding, Linear};
+use super::state::State;
+use crate::config::MambaConfig;
+
+/// Embedding, stack, head: `logits = head(norm(blocks(embedding(bytes))))`.
+#[derive(Module, Debug)]
+pub struct MambaLm {
+    /// `[V, D]`.
+    pub embedding: Embedding,
+    /// The blocks and the final norm.
+    pub backbone: Mamba,
+    /// `[D, V]`; without one the embedding's weight serves as the head.
+    pub lm_head: Option<Linear>,
+    #[module(skip)]
+    vocabulary: usize,
+}
+
+impl MambaConfig {
+    /// A language model, initialised from `seed`: the same weights on every device.
+    pub fn init_lm(&self, seed: u64, device: &Device) -> MambaLm {
+        let init = &mut Init::new(seed, device);
+        let rows = self.padded_vocab();
+        MambaLm {
+            embedding: Embedding::new(init, [rows, self.dim], self.initializer_range),
+            backbone: Mamba::with_init(init, self),
+            lm_head: (!self.tie_embeddings)
+                .then(|| Linear::new(init, [self.dim, rows], false, 1.0)),
+            vocabulary: self.vocab_size,
+        }
+    }
+}
+
+impl MambaLm {
+    /// Logits of the byte after each position, and the memory after the last.
+    ///
+    /// # Shapes
+    ///
+    /// - bytes: `[B, L]`
+    /// - resets: `[B, L]`, 1 where a document begins
+    /// - logits: `[B, L, V]`
+    pub fn forward(
+        &self,
+        bytes: Tensor<2, Int>,
+        state: Option<State>,
+        resets: Option<Tensor<2>>,
+    ) -> (Tensor<3>, State) {
+        let (x, state) = self
+            .backbone
+            .forward(self.embedding.forward(bytes), state, resets);
+        (self.head(x), state)
+    }
+
+    /// Logits of the last `count` positions alone: a prompt needs only the one after its end.
+    ///
+    /// # Shapes
+    ///
+    /// - bytes: `[B, L]`
+    /// - logits: `[B, count, V]`
+    pub fn forward_last(
+        &self,
+        bytes: Tensor<2, Int>,
+        state: Option<State>,
+        count: usize,
+    ) -> (Tensor<3>, State) {
+        let (x, state) = self
+            .backbone
+            .forward(self.embedding.forward(bytes), state, None);
+        let [batch, length, width] = x.dims();
+        let from = length.saturating_sub(count);
+        (
+            self.head(x.slice([0..batch, from..length, 0..width])),
+            state,
+        )
+    }
+
+    /// Logits after one more byte of every sequence, and the new memory.
+    ///
+    /// # Shapes
+    ///
+    /// - bytes: `[B]`
+    /// - logits: `[B, V]`
+    pub fn step(&self, bytes: Tensor<1, Int>, state: State) -> (Tensor<2>, State) {
+        let [batch] = bytes.dims();
+        let (logits, state) = self.forward(bytes.reshape([batch, 1]), Some(state), None);
+        let [_, _, vocabulary] = logits.dims();
+        (logits.reshape([batch, vocabulary]), state)
+    }
+
+    /// Loss of every position in nats, and the memory after the last.
+    ///
+    /// # Shapes
+    ///
+    /// - bytes, targets: `[B, L]`
+    /// - losses: `[B · L]`
+    pub fn losses(
+        &self,
+        bytes: Tensor<2, Int>,
+        targets: Tensor<2, Int>,
+        state: Option<State>,
+        resets: Option<Tensor<2>>,
+    ) -> (Tensor<1>, State) {
+        let (logits, state) = self.forward(bytes, state, resets);
+        (Self::cross_entropy(logits, targets), state)
+    }
+
+    /// Logits from the stack's output.
+    pub(crate) fn head(&self, x: Tensor<3>) -> Tensor<3> {
+        let logits = match &self.lm_head {
+            Some(head) => head.forward(x),
+            None => self.embedding.attend(x),
+        };
+        // Rows that pad the vocabulary are not bytes: nothing may be predicted there.
+        let [batch, length, rows] = logits.dims();
+        if rows == self.vocabulary {
+            logits
+        } else {
+            logits.slice([0..batch, 0..length, 0..self.vocabulary])
+        }
+    }
+
+    /// Loss of every position, `[B · L]`, of `logits` `[B, L, V]`.
+    pub(crate) fn cross_entropy(logits: Tensor<3>, targets: Tensor<2, Int>) -> Tensor<1> {
+        let [batch, length, vocabulary] = logits.dims();
+        cross_entropy(
+            logits.reshape([batch * length, vocabulary]),
+            targets.reshape([batch * length]),
+        )
+    }
+}

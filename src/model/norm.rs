@@ -1,0 +1,66 @@
+//! RMSNorm or LayerNorm, alone or fused with the residual addition before it.
+
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
+use mambabyte_kernels::add_norm::{self, AddNorm, NormKind};
+
+use super::init::Init;
+use crate::config::{MambaConfig, Norm as NormChoice};
+
+/// Normalisation over the model width.
+///
+/// ```text
+/// RMSNorm:    y = x / √(mean(x²) + eps) · weight
+/// LayerNorm:  y = (x - mean(x)) / √(var(x) + eps) · weight + bias
+/// ```
+#[derive(Module, Debug)]
+pub struct Norm {
+    /// `[D]`.
+    pub weight: Param<Tensor<1>>,
+    /// `[D]`; LayerNorm only.
+    pub bias: Option<Param<Tensor<1>>>,
+    #[module(skip)]
+    eps: f32,
+    #[module(skip)]
+    kind: NormKind,
+    #[module(skip)]
+    fused: bool,
+}
+
+impl Norm {
+    pub(super) fn new(init: &Init, config: &MambaConfig) -> Self {
+        let layer = config.norm == NormChoice::Layer;
+        Self {
+            weight: init.constant(1.0, [config.dim]),
+            bias: layer.then(|| init.constant(0.0, [config.dim])),
+            eps: config.norm_eps as f32,
+            kind: if layer {
+                NormKind::Layer
+            } else {
+                NormKind::Rms
+            },
+            fused: config.fused_add_norm && config.use_fast_path,
+        }
+    }
+
+    /// Adds `x` to the residual stream and normalises the sum: `(normalised, sum)`.
+    ///
+    /// # Shapes
+    ///
+    /// - x, residual, both outputs: `[B, L, D]`
+    pub fn forward(&self, x: Tensor<3>, residual: Option<Tensor<3>>) -> (Tensor<3>, Tensor<3>) {
+        let args = AddNorm {
+            x,
+            residual,
+            weight: self.weight.val(),
+            bias: self.bias.as_ref().map(Param::val),
+            eps: self.eps,
+            kind: self.kind,
+        };
+        if self.fused {
+            add_norm::add_norm(args)
+        } else {
+            add_norm::reference::add_norm(args)
+        }
+    }
+}

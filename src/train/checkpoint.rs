@@ -1,0 +1,474 @@
+//! Checkpoints: everything that decides a run's future, on disk.
+//!
+//! ```text
+//! step-<n>/
+//!     config.toml               the model's and the run's configuration
+//!     model.safetensors         weights, by name
+//!     optimizer.safetensors     moment1.NAME and moment2.NAME
+//!     state.safetensors         memories of the lanes (contiguous mode)
+//!     manifest.json             written last: sizes and hashes of the others, and where training is
+//! ```
+//!
+//! A checkpoint is written into a folder of another name, flushed to disk, and then renamed: a
+//! `step-<n>` folder is complete or not there. Batches are a pure function of seed and step, so
+//! the step is all there is to know of the data's position.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Tensor, TensorData};
+use safetensors::tensor::{Dtype, SafeTensors, View};
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::learner::Learner;
+use super::parameters::{self, Named, named};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::model::{LayerState, MambaLm, State};
+
+/// The file whose presence makes a folder a checkpoint.
+pub const MANIFEST: &str = "manifest.json";
+/// Version of the layout; another version is refused.
+const FORMAT: u32 = 1;
+
+const CONFIG: &str = "config.toml";
+const WEIGHTS: &str = "model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.safetensors";
+
+/// A file of a checkpoint, as it was written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Name in the folder.
+    pub name: String,
+    /// Length.
+    pub bytes: u64,
+    /// xxh3-128 of the content, in hexadecimal.
+    pub xxh3: String,
+}
+
+/// The last file of a checkpoint: what it consists of and where training is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of the layout.
+    pub format: u32,
+    /// Version of the program that wrote it.
+    pub program: String,
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Bytes learnt from.
+    pub bytes_seen: u64,
+    /// Identity of the training data (a hash); another corpus is refused on resume.
+    pub data: Option<String>,
+    /// Bits a byte of the newest validation, if there was one.
+    pub valid_bpb: Option<f64>,
+    /// All other files.
+    pub files: Vec<FileEntry>,
+}
+
+impl Manifest {
+    /// Reads the manifest of a checkpoint folder.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(MANIFEST);
+        let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        let damaged = |reason: String| Error::Checkpoint {
+            path: path.clone(),
+            reason,
+            hint: "use another checkpoint of the run".to_owned(),
+        };
+        // The version first: another layout need not have the same keys.
+        #[derive(Deserialize)]
+        struct Version {
+            format: u32,
+        }
+        let version: Version =
+            serde_json::from_str(&text).map_err(|e| damaged(format!("is not a manifest: {e}")))?;
+        if version.format != FORMAT {
+            return Err(damaged(format!(
+                "has format version {}, and this program reads version {FORMAT}",
+                version.format
+            )));
+        }
+        serde_json::from_str(&text).map_err(|e| damaged(format!("is not a manifest: {e}")))
+    }
+}
+
+/// What a checkpoint records besides tensors.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Progress {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Bytes learnt from.
+    pub bytes_seen: u64,
+    /// Identity of the training data.
+    pub data: Option<String>,
+    /// Bits a byte of the newest validation.
+    pub valid_bpb: Option<f64>,
+}
+
+/// A complete checkpoint on disk, its files checked against their hashes.
+#[derive(Debug)]
+pub struct Checkpoint {
+    folder: PathBuf,
+    manifest: Manifest,
+    config: Config,
+}
+
+impl Checkpoint {
+    /// Opens a checkpoint and checks every file's length and hash.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Checkpoint`] naming the file that is missing, truncated or altered.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let manifest = Manifest::read(folder)?;
+        for entry in &manifest.files {
+            let path = folder.join(&entry.name);
+            let damaged = |reason: String| Error::Checkpoint {
+                path: path.clone(),
+                reason,
+                hint: "use another checkpoint of the run".to_owned(),
+            };
+            let actual = describe(folder, &entry.name)
+                .map_err(|e| damaged(format!("is part of the checkpoint but unreadable: {e}")))?;
+            if actual.bytes != entry.bytes {
+                return Err(damaged(format!(
+                    "has {} bytes, and was written with {}",
+                    actual.bytes, entry.bytes
+                )));
+            }
+            if actual.xxh3 != entry.xxh3 {
+                return Err(damaged(format!(
+                    "was altered: its hash is {}, and was {}",
+                    actual.xxh3, entry.xxh3
+                )));
+            }
+        }
+        Ok(Self {
+            folder: folder.to_owned(),
+            config: Config::load(&folder.join(CONFIG), &[])?,
+            manifest,
+        })
+    }
+
+    /// The configuration stored with it.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where training is.
+    pub fn progress(&self) -> Progress {
+        Progress {
+            step: self.manifest.step,
+            bytes_seen: self.manifest.bytes_seen,
+            data: self.manifest.data.clone(),
+            valid_bpb: self.manifest.valid_bpb,
+        }
+    }
+
+    /// The model with the checkpoint's weights, on `device`.
+    pub fn model(&self, device: &Device) -> Result<MambaLm> {
+        let model = self.config.model.init_lm(0, device);
+        self.load_weights(model)
+    }
+
+    fn load_weights(&self, model: MambaLm) -> Result<MambaLm> {
+        let file = TensorFile::open(&self.folder.join(WEIGHTS))?;
+        let tensors = file.tensors()?;
+        let mut problems = Vec::new();
+        let mut expected = Vec::new();
+        let model = parameters::replace(model, |name, shape| {
+            expected.push(name.to_owned());
+            read_tensor(&tensors, name, shape)
+                .map_err(|problem| problems.push(problem))
+                .ok()
+        });
+        let surplus = tensors.names().into_iter().map(str::to_owned);
+        problems.extend(
+            surplus
+                .filter(|name| !expected.contains(name))
+                .map(|name| format!("`{name}` is not part of the model")),
+        );
+        file.check(problems)?;
+        Ok(model)
+    }
+
+    /// Puts weights, optimizer and carried states into `learner`.
+    pub fn restore(&self, learner: &mut Learner) -> Result<()> {
+        let mut loaded = Ok(());
+        learner.map_model(|model| match self.load_weights(model.clone()) {
+            Ok(model) => model,
+            Err(error) => {
+                loaded = Err(error);
+                model
+            }
+        });
+        loaded?;
+        self.restore_optimizer(learner)?;
+        self.restore_states(learner)
+    }
+
+    fn restore_optimizer(&self, learner: &mut Learner) -> Result<()> {
+        let file = TensorFile::open(&self.folder.join(OPTIMIZER))?;
+        let tensors = file.tensors()?;
+        let device = learner.inner_device();
+        let mut problems = Vec::new();
+        for Named { name, shape, .. } in parameters::collect(&learner.model()) {
+            let flat = [shape.iter().product()];
+            let first = read_tensor(&tensors, &format!("moment1.{name}"), &flat);
+            let second = read_tensor(&tensors, &format!("moment2.{name}"), &flat);
+            match (first, second) {
+                (Ok(first), Ok(second)) => {
+                    learner.optimizer.restore(&name, first, second, &device);
+                }
+                (first, second) => {
+                    problems.extend([first.err(), second.err()].into_iter().flatten())
+                }
+            }
+        }
+        learner.optimizer.updates = self.manifest.step;
+        file.check(problems)
+    }
+
+    fn restore_states(&self, learner: &mut Learner) -> Result<()> {
+        let path = self.folder.join(STATE);
+        if !path.exists() {
+            return Ok(());
+        }
+        let file = TensorFile::open(&path)?;
+        let tensors = file.tensors()?;
+        let device = learner.inner_device();
+        let model = &learner.config().model;
+        let batch = learner.config().train.batch;
+        let h = [batch, model.d_inner(), model.d_state];
+        let window = [batch, model.d_inner(), model.d_conv - 1];
+        let depth = model.depth;
+        let mut problems = Vec::new();
+        for (micro, carried) in learner.carried.iter_mut().enumerate() {
+            let mut layers = Vec::with_capacity(depth);
+            for layer in 0..depth {
+                let read = |part: &str, dims: [usize; 3]| {
+                    read_tensor(&tensors, &state_name(micro, layer, part), &dims)
+                        .map(|data| Tensor::<3>::from_data(data, &device))
+                };
+                match (read("h", h), read("window", window)) {
+                    (Ok(h), Ok(window)) => layers.push(LayerState { h, window }),
+                    (h, window) => problems.extend([h.err(), window.err()].into_iter().flatten()),
+                }
+            }
+            *carried = Some(State { layers });
+        }
+        file.check(problems)
+    }
+
+    /// Writes a checkpoint of `learner` into `run`; returns its folder.
+    pub fn save(run: &Path, learner: &Learner, progress: &Progress) -> Result<PathBuf> {
+        let folder = run.join(format!("step-{}", progress.step));
+        let building = run.join(format!("step-{}.tmp", progress.step));
+        if building.exists() {
+            // Left behind by a crash.
+            fs::remove_dir_all(&building).map_err(Error::io("remove", &building))?;
+        }
+        fs::create_dir_all(&building).map_err(Error::io("create", &building))?;
+        let written = write_files(&building, learner, progress);
+        if let Err(error) = written {
+            // The disk may be full: give back what a checkpoint that failed takes.
+            let _ = fs::remove_dir_all(&building);
+            return Err(error);
+        }
+        if folder.exists() {
+            fs::remove_dir_all(&folder).map_err(Error::io("remove", &folder))?;
+        }
+        fs::rename(&building, &folder).map_err(Error::io("rename", &building))?;
+        sync(run)?;
+        Ok(folder)
+    }
+}
+
+/// Writes all files into `folder`, the manifest last, each flushed to disk.
+fn write_files(folder: &Path, learner: &Learner, progress: &Progress) -> Result<()> {
+    let config = folder.join(CONFIG);
+    fs::write(&config, learner.config().to_toml()).map_err(Error::io("write", &config))?;
+    write_tensors(&folder.join(WEIGHTS), parameters::collect(&learner.model()))?;
+    write_tensors(&folder.join(OPTIMIZER), learner.optimizer.tensors())?;
+    let mut names = vec![CONFIG, WEIGHTS, OPTIMIZER];
+    let states = state_tensors(learner);
+    if !states.is_empty() {
+        write_tensors(&folder.join(STATE), states)?;
+        names.push(STATE);
+    }
+    let files = names.into_iter().map(|name| {
+        sync(&folder.join(name))?;
+        // Read back: the hash is of what the disk holds.
+        describe(folder, name).map_err(Error::io("read", folder.join(name)))
+    });
+    let manifest = Manifest {
+        format: FORMAT,
+        program: env!("CARGO_PKG_VERSION").to_owned(),
+        step: progress.step,
+        bytes_seen: progress.bytes_seen,
+        data: progress.data.clone(),
+        valid_bpb: progress.valid_bpb,
+        files: files.collect::<Result<_>>()?,
+    };
+    let path = folder.join(MANIFEST);
+    let text = serde_json::to_string_pretty(&manifest).map_err(anyhow::Error::from)?;
+    fs::write(&path, text + "\n").map_err(Error::io("write", &path))?;
+    sync(&path)?;
+    sync(folder)
+}
+
+/// Flushes a file or folder to disk.
+fn sync(path: &Path) -> Result<()> {
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .map_err(Error::io("write", path))
+}
+
+fn state_name(micro: usize, layer: usize, part: &str) -> String {
+    format!("lanes.{micro}.layers.{layer}.{part}")
+}
+
+fn state_tensors(learner: &Learner) -> Vec<Named> {
+    let mut tensors = Vec::new();
+    for (micro, state) in learner.carried.iter().enumerate() {
+        for (layer, state) in state.iter().flat_map(|s| s.layers.iter().enumerate()) {
+            tensors.push(named(state_name(micro, layer, "h"), state.h.clone()));
+            tensors.push(named(
+                state_name(micro, layer, "window"),
+                state.window.clone(),
+            ));
+        }
+    }
+    tensors
+}
+
+/// Length and hash of a file.
+fn describe(folder: &Path, name: &str) -> std::io::Result<FileEntry> {
+    let mut file = File::open(folder.join(name))?;
+    let mut hash = Xxh3::new();
+    let bytes = std::io::copy(&mut file, &mut Hashing(&mut hash))?;
+    Ok(FileEntry {
+        name: name.to_owned(),
+        bytes,
+        xxh3: format!("{:032x}", hash.digest128()),
+    })
+}
+
+struct Hashing<'a>(&'a mut Xxh3);
+
+impl std::io::Write for Hashing<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A tensor that is read from the device when its turn to be written has come.
+struct Lazy(Named);
+
+impl View for Lazy {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.0.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Owned((self.0.read)().as_bytes().to_vec())
+    }
+
+    fn data_len(&self) -> usize {
+        4 * self.0.shape.iter().product::<usize>()
+    }
+}
+
+fn write_tensors(path: &Path, tensors: Vec<Named>) -> Result<()> {
+    let views: BTreeMap<String, Lazy> = tensors
+        .into_iter()
+        .map(|tensor| (tensor.name.clone(), Lazy(tensor)))
+        .collect();
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    safetensors::serialize_to_file(views, Some(metadata), path).map_err(|e| match e {
+        safetensors::SafeTensorError::IoError(source) => Error::io("write", path)(source),
+        other => Error::Other(anyhow::Error::from(other)),
+    })
+}
+
+/// A safetensors file in memory.
+struct TensorFile {
+    path: PathBuf,
+    bytes: Vec<u8>,
+}
+
+impl TensorFile {
+    fn open(path: &Path) -> Result<Self> {
+        Ok(Self {
+            path: path.to_owned(),
+            bytes: fs::read(path).map_err(Error::io("read", path))?,
+        })
+    }
+
+    fn tensors(&self) -> Result<SafeTensors<'_>> {
+        SafeTensors::deserialize(&self.bytes).map_err(|e| self.error(e.to_string()))
+    }
+
+    fn error(&self, reason: String) -> Error {
+        Error::Checkpoint {
+            path: self.path.clone(),
+            reason,
+            hint:
+                "the checkpoint is of another model: use the one that its `config.toml` describes"
+                    .to_owned(),
+        }
+    }
+
+    /// One error for all problems, if there are any.
+    fn check(&self, problems: Vec<String>) -> Result<()> {
+        if problems.is_empty() {
+            return Ok(());
+        }
+        let shown = 20;
+        let mut text = format!("does not fit the model:\n  {}", {
+            let lines: Vec<_> = problems.iter().take(shown).cloned().collect();
+            lines.join("\n  ")
+        });
+        if problems.len() > shown {
+            text += &format!("\n  and {} more", problems.len() - shown);
+        }
+        Err(self.error(text))
+    }
+}
+
+/// The tensor `name`, which must be f32 of `shape`; otherwise what is wrong.
+fn read_tensor(
+    tensors: &SafeTensors<'_>,
+    name: &str,
+    shape: &[usize],
+) -> std::result::Result<TensorData, String> {
+    let view = tensors
+        .tensor(name)
+        .map_err(|_| format!("`{name}` is missing"))?;
+    if view.shape() != shape || view.dtype() != Dtype::F32 {
+        return Err(format!(
+            "`{name}` is {:?} of shape {:?}, expected F32 of shape {shape:?}",
+            view.dtype(),
+            view.shape()
+        ));
+    }
+    let values = view
+        .data()
+        .chunks_exact(4)
+        .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+        .collect::<Vec<_>>();
+    Ok(TensorData::new(values, shape))
+}

@@ -1,0 +1,184 @@
+//! One training step: from a batch to an updated model.
+
+use burn::module::Module;
+use burn::optim::{GradientsAccumulator, GradientsParams};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use mambabyte_datasets::Batch;
+
+use super::optimizer::{AdamW, clip_factor, global_norm};
+use super::recompute;
+use crate::config::{Config, Mode, Recompute};
+use crate::error::{Error, Result};
+use crate::model::{MambaLm, State};
+
+/// Bytes, targets and resets of one micro-batch, on the device.
+#[derive(Clone)]
+pub(super) struct Inputs {
+    /// `[B, L]`
+    pub(super) bytes: Tensor<2, Int>,
+    /// `[B, L]`
+    pub(super) targets: Tensor<2, Int>,
+    /// `[B, L]`; none where no document begins inside the sequences.
+    pub(super) resets: Option<Tensor<2>>,
+}
+
+impl Inputs {
+    /// Lanes `from..to` of `batch`.
+    fn of(batch: &Batch, from: usize, to: usize, carried: bool, device: &Device) -> Self {
+        let rows = batch.row(from).start..batch.row(to - 1).end;
+        let dims = [to - from, batch.length];
+        let int = |bytes: &[u8]| {
+            let values: Vec<i32> = bytes.iter().map(|b| i32::from(*b)).collect();
+            Tensor::from_data(TensorData::new(values, dims), device)
+        };
+        let resets = &batch.resets[rows.clone()];
+        // A reset at the first position of a state of zeros changes nothing.
+        let matters = |(i, reset): (usize, &bool)| *reset && (carried || i % batch.length != 0);
+        let resets = resets.iter().enumerate().any(matters).then(|| {
+            let values: Vec<f32> = resets.iter().map(|r| f32::from(u8::from(*r))).collect();
+            Tensor::from_data(TensorData::new(values, dims), device)
+        });
+        Self {
+            bytes: int(&batch.inputs[rows.clone()]),
+            targets: int(&batch.targets[rows]),
+            resets,
+        }
+    }
+}
+
+/// What one step reports.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepReport {
+    /// Mean loss over all bytes of the step, in nats, before the update.
+    pub loss_nats: f32,
+    /// Norm of all gradients together, before clipping.
+    pub grad_norm: f32,
+}
+
+/// A model being trained: weights, optimizer, and the states its lanes carry.
+pub struct Learner {
+    config: Config,
+    device: Device,
+    /// Absent only inside an update, which takes the weights so that they change in place.
+    model: Option<MambaLm>,
+    pub(super) optimizer: AdamW,
+    /// One for each micro-batch, in contiguous mode.
+    pub(super) carried: Vec<Option<State>>,
+}
+
+impl Learner {
+    /// A new model with the seed's initial weights on `device`.
+    pub fn new(config: &Config, device: &Device) -> Self {
+        let device = device.clone().autodiff();
+        Self {
+            config: config.clone(),
+            model: Some(config.model.init_lm(config.train.seed, &device)),
+            optimizer: AdamW::new(&config.optimizer),
+            carried: vec![None; config.train.accumulation],
+            device,
+        }
+    }
+
+    /// The model, without gradients.
+    pub fn model(&self) -> MambaLm {
+        self.weights().valid()
+    }
+
+    /// The device without gradients.
+    pub fn inner_device(&self) -> Device {
+        self.device.clone().inner()
+    }
+
+    fn weights(&self) -> &MambaLm {
+        self.model
+            .as_ref()
+            .expect("put back at the end of every update")
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Applies `f` to the weights, as a checkpoint does.
+    pub(super) fn map_model(&mut self, f: impl FnOnce(MambaLm) -> MambaLm) {
+        self.model = self.model.take().map(f);
+    }
+
+    /// One optimizer step on `batch`, whose lanes are those of all micro-batches.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Diverged`] where loss or gradient is not a finite number: the weights are then
+    /// those before the step.
+    pub fn step(&mut self, batch: &Batch, step: u64, lr: f64) -> Result<StepReport> {
+        let micro = self.config.train.batch;
+        let count = self.config.train.accumulation;
+        let carried = self.config.train.mode == Mode::Contiguous;
+        let mut accumulator = GradientsAccumulator::new();
+        let mut losses = Vec::with_capacity(count);
+        for i in 0..count {
+            let inputs = Inputs::of(batch, i * micro, (i + 1) * micro, carried, &self.device);
+            let before = self.carried[i].take();
+            let (loss, grads, after) = self.gradients(inputs, before, 1.0 / count as f64);
+            accumulator.accumulate(self.weights(), grads);
+            losses.push(loss);
+            self.carried[i] = carried.then_some(after);
+        }
+        let grads = accumulator.grads();
+        let norm = global_norm(self.weights(), &grads);
+        let factor = clip_factor(norm.clone(), self.config.optimizer.clip);
+
+        // The one wait for the device in a step: a bad gradient must not reach the weights.
+        let report = StepReport {
+            loss_nats: Tensor::cat(losses, 0).sum().into_scalar::<f32>(),
+            grad_norm: norm.into_scalar::<f32>(),
+        };
+        if !(report.loss_nats.is_finite() && report.grad_norm.is_finite()) {
+            return Err(Error::Diverged {
+                step,
+                reason: format!(
+                    "loss {} nats, gradient norm {}",
+                    report.loss_nats, report.grad_norm
+                ),
+                hint: "resume from the last checkpoint with a lower `optimizer.lr` or a longer \
+                       `optimizer.warmup_steps`"
+                    .to_owned(),
+            });
+        }
+        let optimizer = &mut self.optimizer;
+        self.model = self
+            .model
+            .take()
+            .map(|model| optimizer.step(model, grads, factor, lr));
+        Ok(report)
+    }
+
+    /// Gradients of one micro-batch: `(its share of the mean loss, gradients, memory after it)`.
+    fn gradients(
+        &self,
+        inputs: Inputs,
+        state: Option<State>,
+        share: f64,
+    ) -> (Tensor<1>, GradientsParams, State) {
+        let layers = match self.config.train.recompute {
+            Recompute::None => 0,
+            Recompute::All => self.config.model.depth,
+            Recompute::First(layers) => layers.min(self.config.model.depth),
+        };
+        if layers > 0 {
+            return recompute::gradients(self.weights(), layers, inputs, state, share);
+        }
+        let Inputs {
+            bytes,
+            targets,
+            resets,
+        } = inputs;
+        let state = state.map(State::lift);
+        let (losses, state) = self.weights().losses(bytes, targets, state, resets);
+        let loss = losses.mean().mul_scalar(share);
+        let mut grads = loss.backward();
+        let grads = GradientsParams::from_module(&mut grads, self.weights());
+        (loss.inner(), grads, state.inner())
+    }
+}

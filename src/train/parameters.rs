@@ -1,0 +1,108 @@
+//! Parameters by name: the path of a tensor in the module tree, such as
+//! `backbone.layers.0.mixer.a_log`.
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Tensor, TensorData};
+
+/// Names of nested modules, joined by dots.
+#[derive(Default)]
+pub(super) struct Path(Vec<String>);
+
+impl Path {
+    pub(super) fn enter(&mut self, name: &str) {
+        self.0.push(name.to_owned());
+    }
+
+    pub(super) fn exit(&mut self) {
+        self.0.pop();
+    }
+
+    pub(super) fn join(&self) -> String {
+        self.0.join(".")
+    }
+}
+
+/// A parameter as a checkpoint sees it: read from the device only when it is written.
+pub(super) struct Named {
+    pub(super) name: String,
+    pub(super) shape: Vec<usize>,
+    pub(super) read: Box<dyn Fn() -> TensorData>,
+}
+
+/// A lazily read tensor called `name`.
+pub(super) fn named<const D: usize>(name: String, tensor: Tensor<D>) -> Named {
+    Named {
+        name,
+        shape: tensor.dims().to_vec(),
+        read: Box::new(move || tensor.to_data()),
+    }
+}
+
+/// All parameters of `module`, in the order of the module tree.
+pub(super) fn collect<M: Module>(module: &M) -> Vec<Named> {
+    #[derive(Default)]
+    struct Collector {
+        path: Path,
+        found: Vec<Named>,
+    }
+
+    impl ModuleVisitor for Collector {
+        fn enter_module(&mut self, name: &str, _container: &str) {
+            self.path.enter(name);
+        }
+
+        fn exit_module(&mut self, _name: &str, _container: &str) {
+            self.path.exit();
+        }
+
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.found
+                .push(named(self.path.join(), param.val().inner()));
+        }
+    }
+
+    let mut collector = Collector::default();
+    module.visit(&mut collector);
+    collector.found
+}
+
+/// Replaces every parameter of `module` by what `read` gives for its name and shape.
+///
+/// A parameter for which `read` gives `None` keeps its value: the caller reports it.
+pub(super) fn replace<M: Module>(
+    module: M,
+    read: impl FnMut(&str, &[usize]) -> Option<TensorData>,
+) -> M {
+    struct Replacer<F> {
+        path: Path,
+        read: F,
+    }
+
+    impl<F: FnMut(&str, &[usize]) -> Option<TensorData>> ModuleMapper for Replacer<F> {
+        fn enter_module(&mut self, name: &str, _container: &str) {
+            self.path.enter(name);
+        }
+
+        fn exit_module(&mut self, _name: &str, _container: &str) {
+            self.path.exit();
+        }
+
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let (id, tensor, mapper) = param.consume();
+            let tensor = match (self.read)(&self.path.join(), &tensor.dims()) {
+                Some(data) => {
+                    let tracked = tensor.is_require_grad();
+                    let new = Tensor::from_data(data, &tensor.device());
+                    if tracked { new.require_grad() } else { new }
+                }
+                None => tensor,
+            };
+            Param::from_mapped_value(id, tensor, mapper)
+        }
+    }
+
+    module.map(&mut Replacer {
+        path: Path::default(),
+        read,
+    })
+}

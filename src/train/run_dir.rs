@@ -1,0 +1,176 @@
+//! A run's folder: its config, metrics and checkpoints.
+//!
+//! ```text
+//! checkpoints/<run>/
+//!     config.toml      resolved configuration
+//!     metrics.jsonl    one record a line
+//!     lock             held while a trainer works here
+//!     step-<n>/        a checkpoint; complete if it has a manifest.json
+//! ```
+
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+
+use super::checkpoint::{MANIFEST, Manifest};
+use crate::config::{CheckpointConfig, Config};
+use crate::error::{Error, Result};
+
+/// A run's folder. While the value lives no other trainer can open the run.
+pub struct RunDir {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl RunDir {
+    /// Makes the folder of a new run and stores its configuration.
+    ///
+    /// # Errors
+    ///
+    /// If a run of that name exists already.
+    pub fn create(path: &Path, config: &Config) -> Result<Self> {
+        if path.join("config.toml").exists() {
+            return Err(Error::Usage {
+                message: format!("a run is already in `{}`", path.display()),
+                hint: format!(
+                    "go on with it by `mambabyte resume {}`, or choose another `--run`",
+                    path.display()
+                ),
+            });
+        }
+        fs::create_dir_all(path).map_err(Error::io("create", path))?;
+        let dir = Self::locked(path)?;
+        let file = path.join("config.toml");
+        fs::write(&file, config.to_toml()).map_err(Error::io("write", &file))?;
+        Ok(dir)
+    }
+
+    /// Opens the folder of a run to go on with it.
+    pub fn open(path: &Path) -> Result<Self> {
+        if !path.join("config.toml").is_file() {
+            return Err(Error::Checkpoint {
+                path: path.to_owned(),
+                reason: "is not the folder of a run: it has no `config.toml`".to_owned(),
+                hint: "name a folder in `checkpoints/`, for instance with `ls checkpoints`"
+                    .to_owned(),
+            });
+        }
+        Self::locked(path)
+    }
+
+    fn locked(path: &Path) -> Result<Self> {
+        let file = path.join("lock");
+        let lock = File::create(&file).map_err(Error::io("create", &file))?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self {
+                path: path.to_owned(),
+                _lock: lock,
+            }),
+            Err(TryLockError::WouldBlock) => Err(Error::Usage {
+                message: format!("another trainer is at work in `{}`", path.display()),
+                hint: "wait for it, stop it, or start a run of another name".to_owned(),
+            }),
+            Err(TryLockError::Error(source)) => Err(Error::io("lock", &file)(source)),
+        }
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The run's metrics.
+    pub fn metrics(&self) -> PathBuf {
+        self.path.join("metrics.jsonl")
+    }
+
+    /// The configuration stored with the run.
+    pub fn config(&self) -> Result<Config> {
+        Ok(Config::load(&self.path.join("config.toml"), &[])?)
+    }
+
+    /// The run's complete checkpoints, oldest first.
+    pub fn checkpoints(&self) -> Result<Vec<(u64, PathBuf)>> {
+        checkpoints(&self.path)
+    }
+
+    /// Deletes checkpoints beyond those that `keep` names: the last few, every m-th, the best.
+    ///
+    /// Called after a new checkpoint is complete: an old one never makes place for one that fails.
+    pub fn prune(&self, keep: &CheckpointConfig) -> Result<()> {
+        let all = self.checkpoints()?;
+        let recent = all.len().saturating_sub(keep.keep_last);
+        let best = match keep.keep_best {
+            true => best(&all)?,
+            false => None,
+        };
+        for (i, (step, path)) in all.iter().enumerate() {
+            let nth = keep.every_steps.saturating_mul(keep.keep_every as u64);
+            let milestone = nth > 0 && step % nth == 0;
+            if i < recent && !milestone && best != Some(*step) {
+                remove(path)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Step of the checkpoint with the lowest validation, among those that were validated.
+fn best(all: &[(u64, PathBuf)]) -> Result<Option<u64>> {
+    let mut best: Option<(f64, u64)> = None;
+    for (step, path) in all {
+        if let Some(bpb) = Manifest::read(path)?.valid_bpb
+            && best.is_none_or(|(lowest, _)| bpb < lowest)
+        {
+            best = Some((bpb, *step));
+        }
+    }
+    Ok(best.map(|(_, step)| step))
+}
+
+/// Deletes a checkpoint, its manifest first: what a crash leaves is not a checkpoint.
+fn remove(path: &Path) -> Result<()> {
+    let manifest = path.join(MANIFEST);
+    fs::remove_file(&manifest).map_err(Error::io("remove", &manifest))?;
+    fs::remove_dir_all(path).map_err(Error::io("remove", path))
+}
+
+/// The complete checkpoints of a run's folder, oldest first.
+fn checkpoints(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(run).map_err(Error::io("read", run))? {
+        let path = entry.map_err(Error::io("read", run))?.path();
+        let step = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .and_then(|name| name.strip_prefix("step-"))
+            .and_then(|step| step.parse().ok());
+        if let Some(step) = step
+            && path.join(MANIFEST).is_file()
+        {
+            found.push((step, path));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The checkpoint folder that a path means: the path itself, or the newest step of a run.
+pub fn resolve_checkpoint(path: &Path) -> Result<PathBuf> {
+    if path.join(MANIFEST).is_file() {
+        return Ok(path.to_owned());
+    }
+    let newest = match path.is_dir() {
+        true => checkpoints(path)?.pop(),
+        false => None,
+    };
+    newest
+        .map(|(_, path)| path)
+        .ok_or_else(|| Error::Checkpoint {
+            path: path.to_owned(),
+            reason: match path.exists() {
+                true => format!("has neither a `{MANIFEST}` nor a folder `step-…` that has one"),
+                false => "does not exist".to_owned(),
+            },
+            hint: "name a run, or one of its `step-…` folders, in `checkpoints/`".to_owned(),
+        })
+}
