@@ -36,6 +36,8 @@ pub mod backend;
 mod backends;
 pub mod causal_conv1d;
 pub mod cross_entropy;
+#[cfg(feature = "cube")]
+mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 pub mod pscan;

@@ -17,23 +17,20 @@ const START: u8 = b'\n';
 
 /// Goes on from a prompt, one byte at a call.
 pub struct Generator<'a> {
-    model: &'a MambaLm,
+    model: MambaLm,
     device: &'a Device,
     sampler: Sampler,
     /// Before the next byte is chosen: its logits, and the memory they came from.
     logits: Vec<f32>,
-    state: State,
+    /// Taken while a byte is read.
+    state: Option<State>,
 }
 
 impl<'a> Generator<'a> {
     /// Reads the prompt. `model` is without gradients, on `device`.
-    pub fn new(
-        model: &'a MambaLm,
-        device: &'a Device,
-        prompt: &[u8],
-        options: SampleOptions,
-    ) -> Self {
+    pub fn new(model: &MambaLm, device: &'a Device, prompt: &[u8], options: SampleOptions) -> Self {
         debug_assert!(model.devices().iter().all(|d| !d.is_autodiff()));
+        let model = model.clone().frozen();
         let start = [START];
         let prompt = if prompt.is_empty() { &start } else { prompt };
         let mut state = None;
@@ -53,7 +50,7 @@ impl<'a> Generator<'a> {
             device,
             sampler: Sampler::new(options),
             logits: logits.into_data().iter::<f32>().collect(),
-            state,
+            state: Some(state),
         }
     }
 
@@ -61,9 +58,11 @@ impl<'a> Generator<'a> {
     pub fn next_byte(&mut self) -> u8 {
         let byte = self.sampler.choose(&self.logits);
         let input = Tensor::<1, Int>::from_data([i32::from(byte)], self.device);
-        let (logits, state) = self.model.step(input, self.state.clone());
-        self.logits = logits.into_data().iter::<f32>().collect();
-        self.state = state;
+        if let Some(state) = self.state.take() {
+            let (logits, state) = self.model.step(input, state);
+            self.logits = logits.into_data().iter::<f32>().collect();
+            self.state = Some(state);
+        }
         byte
     }
 }

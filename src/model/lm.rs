@@ -94,6 +94,15 @@ impl MambaLm {
         (logits.reshape([batch, vocabulary]), state)
     }
 
+    /// The model with everything precomputed that follows from the weights alone: for weights that
+    /// no longer change, as in generation.
+    pub fn frozen(mut self) -> Self {
+        for layer in &mut self.backbone.layers {
+            layer.mixer = layer.mixer.clone().frozen();
+        }
+        self
+    }
+
     /// Loss of every position in nats, and the memory after the last.
     ///
     /// # Shapes

@@ -56,6 +56,9 @@ pub struct MambaBlock {
     pub d: Param<Tensor<1>>,
     /// `[E, D]`.
     pub out_proj: Linear,
+    /// `-exp(a_log)`, where weights no longer change.
+    #[module(skip)]
+    rates: Option<Tensor<2>>,
     #[module(skip)]
     fused_conv: bool,
     #[module(skip)]
@@ -88,6 +91,7 @@ impl MambaBlock {
             a_log: init.a_log(inner, state),
             d: init.constant(1.0, [inner]),
             out_proj: Linear::new(init, [inner, width], config.bias, rescale),
+            rates: None,
             fused_conv: config.use_fast_path,
             path: match (config.pscan, config.use_fast_path) {
                 (true, true) => ScanPath::Fused,
@@ -134,7 +138,7 @@ impl MambaBlock {
             ..Scan::new(
                 u,
                 delta,
-                self.a_log.val().exp().neg(),
+                self.rates(),
                 part(rank, rank + states),
                 part(rank + states, rank + 2 * states),
             )
@@ -147,6 +151,20 @@ impl MambaBlock {
         let [batch, width] = x.dims();
         let (y, state) = self.forward(x.reshape([batch, 1, width]), Some(state), None);
         (y.reshape([batch, width]), state)
+    }
+
+    /// The block with its decay rates computed once instead of at every call: for weights that
+    /// no longer change, as in generation.
+    pub fn frozen(mut self) -> Self {
+        self.rates = Some(self.rates());
+        self
+    }
+
+    /// Decay rates of the recurrence, `[E, N]`.
+    fn rates(&self) -> Tensor<2> {
+        self.rates
+            .clone()
+            .unwrap_or_else(|| self.a_log.val().exp().neg())
     }
 
     fn conv(

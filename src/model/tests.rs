@@ -150,6 +150,13 @@ fn stepping_equals_the_forward_pass() {
 }
 
 #[test]
+fn a_frozen_model_gives_the_same_bits() {
+    let model = tiny().init_lm(2, &device());
+    let run = |model: &MambaLm| values(model.forward(bytes(1, 8), None, None).0);
+    assert_eq!(run(&model), run(&model.clone().frozen()));
+}
+
+#[test]
 fn pieces_with_carried_state_equal_the_whole() {
     let config = tiny();
     let model = config.init_lm(4, &device());

@@ -300,7 +300,12 @@ fn write_files(folder: &Path, learner: &Learner, progress: &Progress) -> Result<
         write_tensors(&folder.join(STATE), states)?;
         names.push(STATE);
     }
+    // The tensor writer makes files that only their owner may read; a checkpoint is as public as
+    // its folder's other files.
+    let permissions = fs::metadata(&config).map_err(Error::io("read", &config))?;
     let files = names.into_iter().map(|name| {
+        let path = folder.join(name);
+        fs::set_permissions(&path, permissions.permissions()).map_err(Error::io("write", &path))?;
         sync(&folder.join(name))?;
         // Read back: the hash is of what the disk holds.
         describe(folder, name).map_err(Error::io("read", folder.join(name)))

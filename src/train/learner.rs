@@ -7,7 +7,7 @@ use mambabyte_datasets::Batch;
 
 use super::optimizer::{AdamW, clip_factor, global_norm};
 use super::recompute;
-use crate::config::{Config, Mode, Recompute};
+use crate::config::{Config, Mode};
 use crate::error::{Error, Result};
 use crate::model::{MambaLm, State};
 
@@ -161,11 +161,7 @@ impl Learner {
         state: Option<State>,
         share: f64,
     ) -> (Tensor<1>, GradientsParams, State) {
-        let layers = match self.config.train.recompute {
-            Recompute::None => 0,
-            Recompute::All => self.config.model.depth,
-            Recompute::First(layers) => layers.min(self.config.model.depth),
-        };
+        let layers = self.config.train.recompute.layers(self.config.model.depth);
         if layers > 0 {
             return recompute::gradients(self.weights(), layers, inputs, state, share);
         }

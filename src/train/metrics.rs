@@ -1,7 +1,7 @@
 //! What a run records: one JSON object a line in `metrics.jsonl`.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write as _;
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -70,13 +70,17 @@ pub struct MetricsWriter {
 }
 
 impl MetricsWriter {
-    /// Opens the file to append to it.
+    /// Opens the file to append to it; a line that a crash cut short is ended first.
     pub fn append(path: &Path) -> Result<Self> {
-        let file = OpenOptions::new()
+        let mut file = OpenOptions::new()
             .create(true)
+            .read(true)
             .append(true)
             .open(path)
             .map_err(Error::io("open", path))?;
+        if !ends_with_newline(&mut file).map_err(Error::io("read", path))? {
+            file.write_all(b"\n").map_err(Error::io("write", path))?;
+        }
         Ok(Self {
             path: path.to_owned(),
             file,
@@ -98,6 +102,17 @@ impl MetricsWriter {
             .sync_data()
             .map_err(Error::io("write", &self.path))
     }
+}
+
+/// Whether the last byte is a newline; an empty file counts.
+fn ends_with_newline(file: &mut File) -> std::io::Result<bool> {
+    if file.seek(SeekFrom::End(0))? == 0 {
+        return Ok(true);
+    }
+    file.seek(SeekFrom::End(-1))?;
+    let mut last = [0];
+    file.read_exact(&mut last)?;
+    Ok(last == *b"\n")
 }
 
 /// Reads a metrics file; a line cut short by a crash at its end is left out.
@@ -134,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_cut_short_is_left_out() {
+    fn a_line_cut_short_is_left_out_and_spoils_no_other() {
         let dir = tempfile::tempdir().expect("temporary folder");
         let path = dir.path().join("metrics.jsonl");
         let mut writer = MetricsWriter::append(&path).expect("writable");
@@ -142,9 +157,10 @@ mod tests {
             .write(&MetricRecord::Resume { step: 1 })
             .expect("written");
         std::io::Write::write_all(&mut writer.file, b"{\"kind\":\"resu").expect("written");
-        assert_eq!(
-            read(&path).expect("readable"),
-            [MetricRecord::Resume { step: 1 }]
-        );
+        let mut writer = MetricsWriter::append(&path).expect("writable");
+        let next = MetricRecord::Resume { step: 2 };
+        writer.write(&next).expect("written");
+        let records = read(&path).expect("readable");
+        assert_eq!(records, [MetricRecord::Resume { step: 1 }, next]);
     }
 }

@@ -28,7 +28,7 @@ struct Run {
     dir: RunDir,
     learner: Learner,
     metrics: MetricsWriter,
-    train: Arc<Shards>,
+    sampler: Arc<Sampler>,
     validation: Option<Shards>,
     progress: Progress,
 }
@@ -37,12 +37,12 @@ struct Run {
 pub fn start(config: &Config, path: &Path, stop_after: Option<u64>) -> Result<()> {
     let device = device::open(&config.device)?;
     // Data first: a run that cannot read any leaves no folder behind.
-    let (train, validation) = open_data(config)?;
+    let (sampler, validation) = open_data(config)?;
     let dir = RunDir::create(path, config)?;
     let progress = Progress {
         step: 0,
         bytes_seen: 0,
-        data: Some(train.identity().to_owned()),
+        data: Some(sampler.shards().identity().to_owned()),
         valid_bpb: None,
     };
     let learner = Learner::new(config, &device);
@@ -51,7 +51,7 @@ pub fn start(config: &Config, path: &Path, stop_after: Option<u64>) -> Result<()
         metrics: MetricsWriter::append(&dir.metrics())?,
         dir,
         learner,
-        train,
+        sampler,
         validation,
         progress,
     }
@@ -63,12 +63,12 @@ pub fn resume(path: &Path, stop_after: Option<u64>) -> Result<()> {
     let dir = RunDir::open(path)?;
     let config = dir.config()?;
     let device = device::open(&config.device)?;
-    let (train, validation) = open_data(&config)?;
+    let (sampler, validation) = open_data(&config)?;
     let mut learner = Learner::new(&config, &device);
     let progress = match newest_whole(&dir)? {
         Some(checkpoint) => {
             let progress = checkpoint.progress();
-            check_data(&progress, &train, &config)?;
+            check_data(&progress, sampler.shards(), &config)?;
             checkpoint.restore(&mut learner)?;
             progress
         }
@@ -76,10 +76,17 @@ pub fn resume(path: &Path, stop_after: Option<u64>) -> Result<()> {
         None => Progress {
             step: 0,
             bytes_seen: 0,
-            data: Some(train.identity().to_owned()),
+            data: Some(sampler.shards().identity().to_owned()),
             valid_bpb: None,
         },
     };
+    if progress.step >= config.train.steps {
+        eprintln!(
+            "the run is finished: all {} steps of `train.steps` are done",
+            config.train.steps
+        );
+        return Ok(());
+    }
     let mut metrics = MetricsWriter::append(&dir.metrics())?;
     metrics.write(&MetricRecord::Resume {
         step: progress.step,
@@ -89,21 +96,33 @@ pub fn resume(path: &Path, stop_after: Option<u64>) -> Result<()> {
         dir,
         learner,
         metrics,
-        train,
+        sampler,
         validation,
         progress,
     }
     .go(stop_after)
 }
 
-fn open_data(config: &Config) -> Result<(Arc<Shards>, Option<Shards>)> {
-    let train = Arc::new(Shards::open(config.data.path.join("train"))?);
-    let held_out = config.data.path.join("validation");
-    let validation = match config.train.validate_every > 0 {
-        true => Some(Shards::open(held_out)?),
+/// Batches of the training split, and the validation split where it is used.
+fn open_data(config: &Config) -> Result<(Arc<Sampler>, Option<Shards>)> {
+    let train = &config.train;
+    let sampler = Sampler::new(
+        Arc::new(Shards::open(config.data.path.join("train"))?),
+        SamplerConfig {
+            batch: train.batch * train.accumulation,
+            length: train.length,
+            seed: train.seed,
+            mode: match train.mode {
+                Mode::Independent => SamplingMode::Independent,
+                Mode::Contiguous => SamplingMode::Contiguous,
+            },
+        },
+    )?;
+    let validation = match train.validate_every > 0 {
+        true => Some(Shards::open(config.data.path.join("validation"))?),
         false => None,
     };
-    Ok((train, validation))
+    Ok((Arc::new(sampler), validation))
 }
 
 /// The newest checkpoint whose files are what was written; damaged ones are named and passed over.
@@ -146,7 +165,7 @@ impl Run {
         let total = self.config.train.steps;
         let first = self.progress.step;
         let last = stop_after.map_or(total, |n| total.min(first + n));
-        let mut loader = self.loader()?;
+        let mut loader = Loader::spawn(Arc::clone(&self.sampler), first, QUEUE)?;
         let mut display = Display::new(total, first);
         for step in first + 1..=last {
             let started = Instant::now();
@@ -169,23 +188,6 @@ impl Run {
         }
         display.finish();
         Ok(())
-    }
-
-    fn loader(&self) -> Result<Loader> {
-        let train = &self.config.train;
-        let sampler = Sampler::new(
-            Arc::clone(&self.train),
-            SamplerConfig {
-                batch: train.batch * train.accumulation,
-                length: train.length,
-                seed: train.seed,
-                mode: match train.mode {
-                    Mode::Independent => SamplingMode::Independent,
-                    Mode::Contiguous => SamplingMode::Contiguous,
-                },
-            },
-        )?;
-        Ok(Loader::spawn(Arc::new(sampler), self.progress.step, QUEUE)?)
     }
 
     /// One optimizer step and its record.

@@ -29,7 +29,7 @@ mod tests {
             "[model]\npreset = \"tiny\"\n[data]\npath = \"x\"\n[train]\nsteps = 1000\n\
              [optimizer]\nlr = 4e-4\nmin_lr = 1e-5\nwarmup_steps = 100\n{extra}"
         );
-        Config::parse(&text, &[]).expect("valid")
+        text.parse().expect("valid")
     }
 
     fn at(step: u64, config: &Config) -> f64 {

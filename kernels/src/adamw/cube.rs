@@ -6,9 +6,7 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::AdamwStep;
-use crate::selective_scan::cube::gpu::{
-    address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, grid,
-};
+use crate::cube::{address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, grid};
 
 /// Units of a cube.
 const UNITS: usize = 256;

@@ -17,8 +17,8 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::{NormGrads, NormInputs, NormKind, NormOutputs, NormSaved};
-use crate::selective_scan::cube::gpu::reduce::{cube_sum, sum_strided};
-use crate::selective_scan::cube::gpu::{
+use crate::cube::reduce::{cube_sum, sum_strided};
+use crate::cube::{
     DeviceTraits, OptionalInput, address_type, buffer, contiguous, contiguous_f32, cube_dim, dims,
     elem, empty, fold_rows, grid, optional,
 };

@@ -10,9 +10,9 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
-use crate::selective_scan::cube::gpu::math::{LN2, LOG2E, exp2, log2};
-use crate::selective_scan::cube::gpu::reduce::{lane_max, lane_sum};
-use crate::selective_scan::cube::gpu::{
+use crate::cube::math::{LN2, LOG2E, exp2, log2};
+use crate::cube::reduce::{lane_max, lane_sum};
+use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, dims, elem, empty,
     grid,
 };

@@ -4,9 +4,9 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::{AHEAD, ConvConfig, UNITS};
-use crate::selective_scan::cube::gpu::OptionalInput;
-use crate::selective_scan::cube::gpu::math::sigmoid;
-use crate::selective_scan::cube::gpu::reduce::sum_strided;
+use crate::cube::OptionalInput;
+use crate::cube::math::sigmoid;
+use crate::cube::reduce::sum_strided;
 
 /// A unit's sequence, tile and channel.
 #[derive(CubeType)]

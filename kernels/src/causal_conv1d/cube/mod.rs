@@ -18,7 +18,7 @@ use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::{ConvGrads, ConvInputs, ConvOutputs};
-use crate::selective_scan::cube::gpu::{
+use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, dims, elem, empty,
     fold_rows, grid, optional,
 };

@@ -7,9 +7,9 @@ use cubecl::prelude::*;
 use super::common::{
     CLEARED, V4, entry, gate_at, is_reset, load_rates, load_states, load_tile, place, store_states,
 };
-use super::gpu::OptionalInput;
-use super::gpu::math::{exp2, sigmoid, step_size};
 use super::plan::{SUB, SweepConfig};
+use crate::cube::OptionalInput;
+use crate::cube::math::{exp2, sigmoid, step_size};
 
 /// For the `segment` chunks from `chunk0` on: the states at the start of every sub-chunk,
 /// `[B, segment · chunk / SUB, N, E]`; what the chunk's own outputs send to its left end,

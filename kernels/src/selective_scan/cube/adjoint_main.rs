@@ -17,9 +17,9 @@ use super::adjoint_parts::{
     adjoint_position, channel, recompute_states, seat, sum_channels, sum_planes, sum_states,
 };
 use super::common::{V4, entry, is_reset, load_rates, load_states, load_tile};
-use super::gpu::OptionalInput;
-use super::gpu::math::{LN2, sigmoid, softplus_exp, softplus_of, softplus_slope_of};
 use super::plan::{SUB, SweepConfig};
+use crate::cube::OptionalInput;
+use crate::cube::math::{LN2, sigmoid, softplus_exp, softplus_of, softplus_slope_of};
 
 /// Which gradients are wanted beyond those of u, delta, A, B and C.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

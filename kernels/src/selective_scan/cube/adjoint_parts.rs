@@ -4,9 +4,9 @@
 use cubecl::prelude::*;
 
 use super::common::V4;
-use super::gpu::math::exp2;
-use super::gpu::reduce::{spread_start, spread_sum, spread_width, spread_writer};
 use super::plan::{SUB, SweepConfig};
+use crate::cube::math::exp2;
+use crate::cube::reduce::{spread_start, spread_sum, spread_width, spread_writer};
 
 /// Where a unit works in the main kernel.
 #[derive(CubeType)]

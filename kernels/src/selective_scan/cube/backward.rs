@@ -6,12 +6,12 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::AddressType;
 
 use super::adjoint_main::Wanted;
-use super::gpu::{
+use super::plan::{Chunks, SUB, ScanShape, SweepConfig, adjoint, segment_chunks, sweep};
+use super::{CARRY_UNITS, adjoint_ends, adjoint_main, carry, prepare, sums};
+use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, empty, grid,
     optional,
 };
-use super::plan::{Chunks, SUB, ScanShape, SweepConfig, adjoint, segment_chunks, sweep};
-use super::{CARRY_UNITS, adjoint_ends, adjoint_main, carry, prepare, sums};
 use crate::selective_scan::{ScanGrads, ScanInputs};
 
 /// Most units of a cube in the sweep of adjoint ends: it keeps four numbers a state.

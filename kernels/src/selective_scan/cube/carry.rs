@@ -4,8 +4,8 @@
 use cubecl::prelude::*;
 
 use super::common::CLEARED;
-use super::gpu::OptionalInput;
-use super::gpu::math::{LOG2E, exp2};
+use crate::cube::OptionalInput;
+use crate::cube::math::{LOG2E, exp2};
 
 /// Chunks loaded at once: their latencies overlap.
 const GROUP: usize = 4;

@@ -3,9 +3,9 @@
 
 use cubecl::prelude::*;
 
-use super::gpu::OptionalInput;
-use super::gpu::math::LOG2E;
 use super::plan::SweepConfig;
+use crate::cube::OptionalInput;
+use crate::cube::math::LOG2E;
 
 /// Four neighbouring states.
 pub(super) type V4 = Vector<f32, Const<4>>;

@@ -7,10 +7,10 @@ use super::common::{
     CLEARED, V4, entry, gate_at, is_reset, load_initial, load_rates, load_tile, place, store_last,
     store_states,
 };
-use super::gpu::OptionalInput;
-use super::gpu::math::{exp2, sigmoid, step_size};
-use super::gpu::reduce::lane_sum;
 use super::plan::SweepConfig;
+use crate::cube::OptionalInput;
+use crate::cube::math::{exp2, sigmoid, step_size};
+use crate::cube::reduce::lane_sum;
 
 /// First pass: every chunk from a zero state to its end state, `[B, chunks, N, E]`, and the sum of
 /// its steps, `[B, chunks, E]` ([`CLEARED`] if it holds a reset).

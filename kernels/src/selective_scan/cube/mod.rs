@@ -42,19 +42,15 @@ mod sums;
 #[cfg(test)]
 mod tests;
 
-// Shared by all operations; lives beside the operations' folders.
-#[path = "../../cube/mod.rs"]
-pub(crate) mod gpu;
-
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 
-use self::gpu::{
+use self::plan::{Chunks, ScanShape, sweep};
+use super::{ScanInputs, ScanOutputs};
+use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, empty, grid,
     optional,
 };
-use self::plan::{Chunks, ScanShape, sweep};
-use super::{ScanInputs, ScanOutputs};
 
 pub(crate) use self::backward::backward;
 

@@ -2,8 +2,8 @@
 
 use burn_cubecl::tensor::CubeTensor;
 
+use crate::cube::{DeviceTraits, SHARED_BYTES, dims, power_of_two_below};
 use crate::selective_scan::ScanInputs;
-use crate::selective_scan::cube::gpu::{DeviceTraits, SHARED_BYTES, dims, power_of_two_below};
 
 /// Bounds of the positions in a chunk. Short chunks make the pass over chunk ends long, long ones
 /// leave the device idle.

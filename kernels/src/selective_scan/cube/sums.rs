@@ -4,7 +4,7 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::adjoint_main::Wanted;
-use super::gpu::reduce::sum_strided;
+use crate::cube::reduce::sum_strided;
 
 /// dB and dC of a segment: the sum of `sums` (`[B, cubes, positions, 2 · states]`) over the cubes.
 ///

@@ -1,7 +1,7 @@
 use burn::tensor::{Device, Tensor};
 
-use super::gpu::{DeviceTraits, SHARED_BYTES};
 use super::plan::{Chunks, SUB, ScanShape, adjoint, adjoint_shared_bytes, segment_chunks, sweep};
+use crate::cube::{DeviceTraits, SHARED_BYTES};
 use crate::selective_scan::{Scan, reference, selective_scan};
 use crate::testing::{ATOL, RTOL, Rng, assert_close, cpu, devices, read, tensor};
 

@@ -1,0 +1,130 @@
+# `make help` lists the targets. Needs GNU make, bash, Rust 1.95 and a C linker (gcc).
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+# Set on the command line: `make train CONFIG=pg19_353m RUN=first SET="train.steps=1000"`.
+CONFIG := quickstart
+RUN :=
+SET :=
+PG19 :=
+
+# Configs that are meant for an NVIDIA GPU; the others run anywhere.
+GPU_CONFIGS := pg19_353m pg19_972m pg19_1_6b
+FEATURES = $(if $(filter $(CONFIG),$(GPU_CONFIGS)),cuda,flex)
+
+, := ,
+PROMPT = $(if $(filter pg19%,$(CONFIG)),It was a dark night$(,) ,pub fn )
+
+# Where runs are: an override of `checkpoint.dir` counts.
+RUNS = $(or $(patsubst checkpoint.dir=%,%,$(filter checkpoint.dir=%,$(SET))),checkpoints)
+
+# Cargo knows where the program is. It is built before, so that this takes no time and says nothing.
+MAMBABYTE = cargo run --quiet --release --features $(FEATURES) --
+
+.PHONY: help train resume data test lint check-gpu doctor
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s  %s\n", $$1, $$2 }'
+	echo
+	echo 'CONFIG=pg19_353m    a file in configs/; quickstart if left out'
+	echo 'FEATURES=cuda       what to build for: flex (CPU), cuda or wgpu; follows the config if left out'
+	echo 'RUN=first           name of the run; made from config and time, or the newest, if left out'
+	echo 'SET="a.b=1 c.d=2"   changes to the config'
+	echo 'PG19=DIR            a copy of PG-19 that is already there'
+
+train: ## Train a model, then show where it is and what it writes [CONFIG, FEATURES, RUN, SET]
+	@run="$(or $(RUN),$(CONFIG)-$$(date +%Y%m%d-%H%M%S))"
+	if [ ! -f configs/$(CONFIG).toml ]; then
+		echo "error: there is no configs/$(CONFIG).toml; there are $$(cd configs && ls *.toml | sed 's/\.toml$$//' | xargs)" >&2
+		exit 2
+	fi
+	case $(CONFIG) in pg19*)
+		if [ ! -d data/pg19/train ]; then
+			echo 'error: data/pg19 is not there: run `make data`, or `make data PG19=DIR` where a copy of PG-19 is' >&2
+			exit 3
+		fi
+	esac
+	cargo build --release --features $(FEATURES)
+	if [ $(CONFIG) = quickstart ] && [ ! -d data/cargo/train ]; then
+		$(MAMBABYTE) data prepare --source cargo --out data/cargo --max-bytes 67108864
+	fi
+	$(MAMBABYTE) train --config configs/$(CONFIG).toml --run "$$run" $(foreach pair,$(SET),--set '$(pair)')
+	newest=$$(ls -d $(RUNS)/"$$run"/step-* | sort -V | tail -n 1)
+	printf '\ncheckpoint  %s\nmetrics     %s\n\n%s' "$$newest" $(RUNS)/"$$run"/metrics.jsonl '$(PROMPT)'
+	$(MAMBABYTE) generate --checkpoint "$$newest" --prompt '$(PROMPT)' --max-new-bytes 500
+	echo
+
+resume: ## Go on with the newest run, or with RUN [RUN, FEATURES]
+	@run=$(RUN)
+	if [ -z "$$run" ]; then
+		run=$$(ls -t $(RUNS)/*/metrics.jsonl 2>/dev/null | sed -n '1s,/metrics.jsonl$$,,p' || true)
+	elif [ -d $(RUNS)/"$$run" ]; then
+		run=$(RUNS)/$$run
+	fi
+	if [ ! -f "$$run/config.toml" ]; then
+		echo 'error: there is no such run in $(RUNS)/; `make train` starts one' >&2
+		exit 4
+	fi
+	features=$(if $(filter file,$(origin FEATURES)),,$(FEATURES))
+	if [ -z "$$features" ]; then
+		features=$$(sed -n 's/^kind = "\(cuda\|wgpu\)"$$/\1/p' "$$run/config.toml")
+	fi
+	cargo run --release --features "$${features:-flex}" -- resume "$$run"
+
+data: ## Download PG-19 (11.7 GB), or take the copy in PG19, and prepare it [PG19]
+	@cargo build --release --features $(FEATURES)
+	if [ -z "$(PG19)" ]; then
+		$(MAMBABYTE) data download --out data/pg19-raw
+	fi
+	$(MAMBABYTE) data prepare --source pg19 --path "$(or $(PG19),data/pg19-raw)" --out data/pg19
+
+# Kernels are tested on Mesa's software Vulkan (lavapipe): results do not depend on the machine's
+# GPU. Set VK_DRIVER_FILES to another driver's JSON file to test on that one.
+test: ## Run all tests, those of the GPU kernels on software Vulkan
+	@driver() { echo "$${VK_DRIVER_FILES:-$$(ls /usr/share/vulkan/icd.d/lvp_icd*.json 2>/dev/null | sed -n 1p || true)}"; }
+	loader() { { ldconfig -p || /sbin/ldconfig -p; } 2>/dev/null | grep 'libvulkan\.so\.1' >/dev/null; }
+	ready() { [ -n "$$(driver)" ] && loader; }
+	packages='mesa-vulkan-drivers libvulkan1'
+	why="install lavapipe and the Vulkan loader; on Debian and Ubuntu: $$packages"
+	if ! ready && command -v apt-get >/dev/null; then
+		root=
+		if [ "$$(id -u)" != 0 ]; then root='sudo -n'; fi
+		apt="$$root env DEBIAN_FRONTEND=noninteractive apt-get"
+		install="$$apt install -y --no-install-recommends $$packages"
+		if ! $${root:-true} true 2>/dev/null; then
+			why="no right to install $$packages"
+		elif ! $$install </dev/null && ! { $$apt update </dev/null && $$install </dev/null; }; then
+			why="$$packages could not be installed"
+		fi
+	fi
+	features=flex
+	if ready; then
+		features=wgpu
+		export VK_DRIVER_FILES="$$(driver)"
+		# The same for older loaders.
+		export VK_ICD_FILENAMES="$$VK_DRIVER_FILES"
+		echo "kernel tests on the Vulkan driver of $$VK_DRIVER_FILES"
+	else
+		echo "SKIPPED: kernel tests on software Vulkan ($$why)"
+	fi
+	cargo test --release --workspace --no-fail-fast --features $$features
+
+# In the release profile, so that the build scripts and macros of `make test` serve here too.
+lint: ## Check format, lints and documentation, and type-check all builds
+	@set -x
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets -- -D warnings
+	cargo clippy --release --workspace --all-targets --features wgpu -- -D warnings
+	cargo check --release --workspace --features cuda
+	RUSTDOCFLAGS='-D warnings' cargo doc --release --workspace --no-deps --features wgpu
+
+check-gpu: ## Type-check the builds for NVIDIA GPUs (cuda) and for any GPU (wgpu)
+	@set -x
+	cargo check --release --workspace --features cuda
+	cargo check --release --workspace --features wgpu
+
+doctor: ## Say what this machine has and what is missing [FEATURES]
+	@cargo run --release --features $(FEATURES) -- doctor

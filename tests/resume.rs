@@ -1,0 +1,202 @@
+//! A run that was stopped and resumed is the run that was not: the same digits in every step, the
+//! same bytes in the last checkpoint.
+
+mod common;
+
+use common::Workspace;
+
+/// Runs 20 steps at once, and 10 with 10 more by `resume`.
+#[track_caller]
+fn split_run_equals_whole(settings: &[&str]) {
+    let workspace = Workspace::new();
+    workspace.train("whole", settings, "");
+    workspace.train("parts", settings, "--stop-after 10");
+    workspace.ok("resume checkpoints/parts");
+    workspace.assert_same_runs("whole", "parts", 20);
+}
+
+#[test]
+fn independent_windows() {
+    split_run_equals_whole(&["train.mode=independent"]);
+}
+
+#[test]
+fn contiguous_lanes_with_carried_states() {
+    split_run_equals_whole(&["train.mode=contiguous"]);
+}
+
+#[test]
+fn accumulated_batches() {
+    split_run_equals_whole(&["train.accumulation=2"]);
+}
+
+#[test]
+fn accumulated_batches_of_contiguous_lanes() {
+    split_run_equals_whole(&["train.mode=contiguous", "train.accumulation=2"]);
+}
+
+#[test]
+fn recomputed_layers() {
+    split_run_equals_whole(&["train.recompute=all"]);
+}
+
+#[test]
+fn one_recomputed_layer_of_contiguous_lanes() {
+    split_run_equals_whole(&["train.mode=contiguous", "train.recompute=1"]);
+}
+
+#[test]
+fn rms_norm_and_a_tied_head() {
+    split_run_equals_whole(&["model.norm=rms", "model.tie_embeddings=true"]);
+}
+
+#[test]
+fn many_short_parts_equal_the_whole() {
+    let settings = &["train.mode=contiguous"];
+    let workspace = Workspace::new();
+    workspace.train("whole", settings, "");
+    workspace.train("parts", settings, "--stop-after 1");
+    for steps in [1, 2, 7, 4] {
+        workspace.ok(&format!("resume checkpoints/parts --stop-after {steps}"));
+    }
+    workspace.ok("resume parts");
+    workspace.assert_same_runs("whole", "parts", 20);
+}
+
+#[test]
+fn recomputation_changes_nothing() {
+    let workspace = Workspace::new();
+    for mode in ["independent", "contiguous"] {
+        let mode_setting = format!("train.mode={mode}");
+        let plain = format!("{mode}-none");
+        workspace.train(&plain, &[&mode_setting, "train.accumulation=2"], "");
+        for layers in ["all", "1"] {
+            let run = format!("{mode}-{layers}");
+            let recompute = format!("train.recompute={layers}");
+            workspace.train(
+                &run,
+                &[&mode_setting, "train.accumulation=2", &recompute],
+                "",
+            );
+            workspace.assert_same_runs(&plain, &run, 20);
+        }
+    }
+}
+
+#[test]
+fn two_fresh_runs_are_identical() {
+    let workspace = Workspace::new();
+    for run in ["first", "second"] {
+        workspace.train(run, &[], "");
+    }
+    workspace.assert_same_runs("first", "second", 20);
+}
+
+#[test]
+fn another_seed_is_another_run() {
+    let workspace = Workspace::new();
+    workspace.train("first", &[], "");
+    workspace.train("second", &["train.seed=1"], "");
+    assert_ne!(workspace.measured("first"), workspace.measured("second"));
+}
+
+/// Validation, samples and checkpoints look at a run and leave it alone.
+#[test]
+fn what_happens_between_steps_changes_nothing() {
+    let workspace = Workspace::new();
+    workspace.train("quiet", &[], "");
+    let settings = [
+        "train.validate_every=3",
+        "train.validate_bytes=100",
+        "train.sample_every=4",
+        "train.sample_bytes=5",
+        "checkpoint.every_steps=2",
+    ];
+    workspace.train("busy", &settings, "");
+    workspace.assert_same_runs("quiet", "busy", 20);
+}
+
+/// More steps than any of these tests does: a run that is stopped from outside has not ended.
+const ENDLESS: &str = "train.steps=1000000";
+
+/// Power that fails, or a process that is killed, costs the steps since the last checkpoint.
+#[test]
+fn a_killed_run_can_be_resumed() {
+    for mode in ["independent", "contiguous"] {
+        let workspace = Workspace::new();
+        let mode = format!("train.mode={mode}");
+        let settings = [ENDLESS, "checkpoint.every_steps=20", &mode];
+        let begin = common::train_line("killed", &settings, "");
+        for (line, steps) in [(begin.as_str(), 30), ("resume killed", 90)] {
+            let running = workspace.start(line);
+            common::wait_until("the run is under way", || {
+                let last = workspace.all_records("killed").pop();
+                last.is_some_and(|it| it["step"].as_u64() >= Some(steps))
+            });
+            running.kill();
+        }
+        let end = workspace.newest("killed") + 30;
+        workspace.ok("resume killed --stop-after 30");
+        workspace.train("whole", &settings, &format!("--stop-after {end}"));
+        workspace.assert_same_runs("whole", "killed", end);
+    }
+}
+
+/// Killed before there is any checkpoint: the run begins again, under the same name.
+#[test]
+fn a_run_killed_before_its_first_checkpoint_begins_again() {
+    let workspace = Workspace::new();
+    let running = workspace.start(&common::train_line("killed", &[ENDLESS], ""));
+    common::wait_until("the run is under way", || {
+        !workspace.all_records("killed").is_empty()
+    });
+    running.kill();
+    workspace.ok("resume killed --stop-after 30");
+    workspace.train("whole", &[ENDLESS], "--stop-after 30");
+    workspace.assert_same_runs("whole", "killed", 30);
+}
+
+/// Ctrl-C and SIGTERM save before they stop.
+#[test]
+fn an_interrupted_run_saves_and_can_be_resumed() {
+    let workspace = Workspace::new();
+    let settings = [ENDLESS, "train.mode=contiguous"];
+    for signal in ["INT", "TERM"] {
+        let running = workspace.start(&common::train_line(signal, &settings, ""));
+        common::wait_until("the run is under way", || {
+            workspace.all_records(signal).len() >= 5
+        });
+        assert_eq!(
+            running.signal(signal),
+            Some(130),
+            "exit code after SIG{signal}"
+        );
+        let last = workspace.all_records(signal).pop().expect("records");
+        let saved = workspace.newest(signal);
+        assert_eq!(
+            last["step"], saved,
+            "the step it was in is finished and saved"
+        );
+
+        let end = saved + 10;
+        workspace.ok(&format!("resume {signal} --stop-after 10"));
+        let whole = format!("whole-{signal}");
+        workspace.train(&whole, &settings, &format!("--stop-after {end}"));
+        workspace.assert_same_runs(&whole, signal, end);
+    }
+}
+
+/// What a crash in the middle of a save leaves is neither used nor in the way.
+#[test]
+fn an_unfinished_checkpoint_is_passed_over() {
+    let workspace = Workspace::new();
+    let settings = ["checkpoint.every_steps=5"];
+    workspace.train("whole", &settings, "");
+    workspace.train("parts", &settings, "--stop-after 10");
+    let newest = workspace.step("parts", 10);
+    std::fs::rename(&newest, workspace.run("parts").join("step-15.tmp")).expect("renamed");
+    std::fs::create_dir(&newest).expect("a folder without a manifest");
+    workspace.ok("resume parts");
+    workspace.assert_same_runs("whole", "parts", 20);
+    assert!(!workspace.run("parts").join("step-15.tmp").exists());
+}
