@@ -262,6 +262,9 @@ forward_to_kernels!(burn::backend::Flex);
 #[cfg(feature = "cube")]
 forward_to_kernels!(burn_cubecl::CubeBackend);
 
+/// Two outputs of an operation.
+pub(crate) type Pair<B> = (FloatTensor<B>, FloatTensor<B>);
+
 /// Wraps a raw tensor as a constant of the autodiff backend.
 pub(crate) fn from_inner<B: Backend, C: CheckpointStrategy>(
     tensor: FloatTensor<B>,

@@ -78,7 +78,8 @@ pub(crate) fn read<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 pub(crate) fn assert_close(what: &str, got: &[f32], expected: &[f32], rtol: f32, atol: f32) {
     assert_eq!(got.len(), expected.len(), "{what}: number of elements");
     let excess = |i: usize| (got[i] - expected[i]).abs() - (atol + rtol * expected[i].abs());
-    let bad = |i: &usize| !(excess(*i) <= 0.0);
+    // A NaN is bad too.
+    let bad = |i: &usize| excess(*i) > 0.0 || excess(*i).is_nan();
     if let Some(first) = (0..got.len()).find(|i| bad(i)) {
         let worst = (0..got.len())
             .max_by(|a, b| excess(*a).total_cmp(&excess(*b)))

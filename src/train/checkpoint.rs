@@ -149,7 +149,7 @@ impl Checkpoint {
         }
         Ok(Self {
             folder: folder.to_owned(),
-            config: Config::load(&folder.join(CONFIG), &[])?,
+            config: Config::load(folder.join(CONFIG), &[])?,
             manifest,
         })
     }

@@ -206,7 +206,7 @@ impl Run {
         self.progress.step = step;
         self.progress.bytes_seen += bytes;
         let bpb = bits(report.loss_nats.into()) as f32;
-        if step % self.config.train.log_every == 0 {
+        if step.is_multiple_of(self.config.train.log_every) {
             self.metrics.write(&MetricRecord::Train {
                 step,
                 loss_nats: report.loss_nats,

@@ -85,7 +85,7 @@ impl RunDir {
 
     /// The configuration stored with the run.
     pub fn config(&self) -> Result<Config> {
-        Ok(Config::load(&self.path.join("config.toml"), &[])?)
+        Ok(Config::load(self.path.join("config.toml"), &[])?)
     }
 
     /// The run's complete checkpoints, oldest first.

@@ -15,6 +15,7 @@ use burn_autodiff::ops::{Backward, Ops, OpsKind};
 
 use super::{NormInputs, NormOutputs, NormSaved};
 use crate::MambaKernels;
+use crate::backend::Pair;
 
 /// Backward of the addition: the gradient passes to both sides, each in its own data type.
 #[derive(Debug)]
@@ -75,7 +76,7 @@ impl<B: MambaKernels> Backward<B, 3> for NormBackward {
 /// Runs the fused forward pass of `B` and records both gradients; returns `(y, sum)`.
 pub(crate) fn norm<B: MambaKernels, C: CheckpointStrategy>(
     inputs: NormInputs<FloatTensor<Autodiff<B, C>>>,
-) -> (FloatTensor<Autodiff<B, C>>, FloatTensor<Autodiff<B, C>>) {
+) -> Pair<Autodiff<B, C>> {
     let sum_nodes = [
         inputs.x.node(),
         inputs.residual.as_ref().unwrap_or(&inputs.x).node(),

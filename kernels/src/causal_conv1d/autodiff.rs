@@ -9,7 +9,7 @@ use burn_autodiff::ops::{Backward, Ops, OpsKind};
 
 use super::ConvInputs;
 use crate::MambaKernels;
-use crate::backend::from_inner;
+use crate::backend::{Pair, from_inner};
 
 #[derive(Debug)]
 struct ConvBackward;
@@ -37,7 +37,7 @@ impl<B: MambaKernels> Backward<B, 3> for ConvBackward {
 /// Runs the forward pass of `B` and records its backward; returns `(y, last_window)`.
 pub(crate) fn conv<B: MambaKernels, C: CheckpointStrategy>(
     inputs: ConvInputs<FloatTensor<Autodiff<B, C>>>,
-) -> (FloatTensor<Autodiff<B, C>>, FloatTensor<Autodiff<B, C>>) {
+) -> Pair<Autodiff<B, C>> {
     // An absent bias borrows the place of the weight: its gradient is never registered.
     let nodes = [
         inputs.x.node(),

@@ -23,7 +23,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p.mul_add(r, 8.333_452e-3);
     let p = p.mul_add(r, 4.166_579_6e-2);
     let p = p.mul_add(r, 1.666_666_5e-1);
-    let p = p.mul_add(r, 5.000_000_1e-1);
+    let p = p.mul_add(r, 0.5);
     let e = (p * r).mul_add(r, r) + 1.0;
     // The low bits of `shifted` are n; n << 23 adds n to the exponent.
     f32::from_bits(e.to_bits().wrapping_add(shifted.to_bits() << 23))
@@ -45,7 +45,7 @@ fn ln_1p(e: f32) -> f32 {
     let p = p.mul_add(m, -1.666_805_8e-1);
     let p = p.mul_add(m, 2.000_071_5e-1);
     let p = p.mul_add(m, -2.499_999_4e-1);
-    let p = p.mul_add(m, 3.333_333_1e-1);
+    let p = p.mul_add(m, 1.0 / 3.0);
     let m2 = m * m;
     let ln = (p * m).mul_add(m2, m2.mul_add(-0.5, m));
     // What 1 + e rounded away, to first order.

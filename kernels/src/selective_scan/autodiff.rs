@@ -9,7 +9,7 @@ use burn_autodiff::ops::{Backward, Ops, OpsKind};
 
 use super::{ScanGrads, ScanInputs};
 use crate::MambaKernels;
-use crate::backend::from_inner;
+use crate::backend::{Pair, from_inner};
 
 /// Positions of the tracked inputs among the parents.
 const U: usize = 0;
@@ -66,7 +66,7 @@ impl<B: MambaKernels> Backward<B, 8> for ScanBackward {
 /// Runs the forward pass of `B` and records its backward; returns `(y, last_state)`.
 pub(crate) fn scan<B: MambaKernels, C: CheckpointStrategy>(
     inputs: ScanInputs<FloatTensor<Autodiff<B, C>>>,
-) -> (FloatTensor<Autodiff<B, C>>, FloatTensor<Autodiff<B, C>>) {
+) -> Pair<Autodiff<B, C>> {
     // An absent optional input borrows the place of `a`: its gradient is never registered.
     let node_or = |t: &Option<FloatTensor<Autodiff<B, C>>>| t.as_ref().unwrap_or(&inputs.a).node();
     let nodes = [

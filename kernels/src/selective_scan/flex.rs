@@ -255,10 +255,10 @@ fn forward_group(s: &Slices, sizes: Sizes, b: usize, group: usize, outs: Forward
         }
     }
     for (i, (e, count)) in blocks.enumerate() {
-        for lane in 0..count {
-            for n in 0..state {
+        for n in 0..state {
+            for (lane, value) in h[i * state + n].into_iter().take(count).enumerate() {
                 let mut one = [0.0; LANES];
-                one[0] = h[i * state + n][lane];
+                one[0] = value;
                 let at = (b * inner + e + lane) * state + n;
                 // SAFETY: as above.
                 unsafe { outs.last.store(at, 1, one) };
