@@ -2,6 +2,7 @@
 //!
 //! Standard output carries results; everything else goes to standard error.
 
+pub mod bench;
 pub mod data;
 pub mod doctor;
 pub mod eval;
@@ -57,6 +58,9 @@ pub enum Command {
     Params(ParamsArgs),
     /// Check what this machine has and what is missing
     Doctor(doctor::DoctorArgs),
+    /// Measure how fast operations and steps are here
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
 }
 
 /// Which config, and what to change in it.
@@ -180,6 +184,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Data(command) => data::run(command),
         Command::Params(args) => params::run(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::Bench(command) => bench::run(command),
     }
 }
 

@@ -1,0 +1,318 @@
+//! The command `bench`: how fast the operations and a whole step are on this machine.
+//!
+//! Times are medians of repetitions that each end with a wait for the device; the first calls,
+//! which compile kernels, are not counted.
+
+use std::time::Instant;
+
+use burn::tensor::{DType, Device, Distribution, Tensor};
+use clap::{Args, Subcommand, ValueEnum};
+use mambabyte_datasets::Batch;
+use mambabyte_kernels::selective_scan::{Scan, selective_scan};
+use serde::Serialize;
+
+use super::{ConfigArgs, print, print_json};
+use crate::config::DeviceConfig;
+use crate::device;
+use crate::error::{Error, Result};
+use crate::train::Learner;
+
+/// What to measure.
+#[derive(Clone, Debug, Subcommand)]
+pub enum BenchCommand {
+    /// The selective scan, forward, and forward with backward
+    Scan(ScanArgs),
+    /// The model's matrix products, with their error against f64
+    Gemm(GemmArgs),
+    /// Optimizer steps of a config, on random bytes
+    Step(StepArgs),
+}
+
+/// How often, where, and in which form to report.
+#[derive(Clone, Debug, Args)]
+pub struct Common {
+    /// Repetitions that are counted
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = super::positive)]
+    pub repeat: usize,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Storage of activations.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Storage {
+    /// 32-bit floating point
+    F32,
+    /// bfloat16
+    Bf16,
+}
+
+impl Storage {
+    fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+}
+
+/// Arguments of `bench scan`.
+#[derive(Clone, Debug, Args)]
+pub struct ScanArgs {
+    /// Sequences, B
+    #[arg(long, value_name = "B", default_value_t = 1, value_parser = super::positive)]
+    pub batch: usize,
+    /// Positions, L
+    #[arg(long, value_name = "L", default_value_t = 8192, value_parser = super::positive)]
+    pub length: usize,
+    /// Channels, E
+    #[arg(long, value_name = "E", default_value_t = 2048, value_parser = super::positive)]
+    pub inner: usize,
+    /// States a channel, N
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = super::positive)]
+    pub state: usize,
+    /// Storage of activations
+    #[arg(long, value_enum, default_value_t = Storage::F32)]
+    pub dtype: Storage,
+    /// Where to compute: auto, cpu, cuda, wgpu, with an index as in cuda:1
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = super::device)]
+    pub device: DeviceConfig,
+    /// How to measure.
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// Arguments of `bench gemm`.
+#[derive(Clone, Debug, Args)]
+pub struct GemmArgs {
+    /// Rows of the left matrix: B · L
+    #[arg(long, value_name = "M", default_value_t = 8192, value_parser = super::positive)]
+    pub rows: usize,
+    /// Storage of the matrices
+    #[arg(long, value_enum, default_value_t = Storage::F32)]
+    pub dtype: Storage,
+    /// Where to compute: auto, cpu, cuda, wgpu, with an index as in cuda:1
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = super::device)]
+    pub device: DeviceConfig,
+    /// How to measure.
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// Arguments of `bench step`.
+#[derive(Clone, Debug, Args)]
+pub struct StepArgs {
+    /// The config whose step is measured.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// How to measure.
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// One line of a report.
+#[derive(Clone, Debug, Serialize)]
+struct Line {
+    name: String,
+    /// Median time of one repetition.
+    milliseconds: f64,
+    /// Rate in the unit that `unit` names.
+    rate: f64,
+    unit: &'static str,
+    /// ‖result - f64 result‖ / ‖f64 result‖, where it was computed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    relative_error: Option<f64>,
+}
+
+/// Runs the command.
+pub fn run(command: &BenchCommand) -> Result<()> {
+    let (lines, json) = match command {
+        BenchCommand::Scan(args) => (scan(args)?, args.common.json),
+        BenchCommand::Gemm(args) => (gemm(args)?, args.common.json),
+        BenchCommand::Step(args) => (step(args)?, args.common.json),
+    };
+    if json {
+        return print_json(&lines);
+    }
+    let mut text = String::new();
+    for line in lines {
+        text += &format!(
+            "{:<34} {:>10.3} ms {:>10.2} {}",
+            line.name, line.milliseconds, line.rate, line.unit
+        );
+        if let Some(error) = line.relative_error {
+            text += &format!("   relative error {error:.1e}");
+        }
+        text.push('\n');
+    }
+    print(&text)
+}
+
+/// Median time in milliseconds of `work` followed by a wait for `device`.
+fn measure(device: &Device, repeat: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+    let mut once = || -> Result<f64> {
+        let started = Instant::now();
+        work()?;
+        device.sync().map_err(|e| Error::Device {
+            device: format!("{device:?}"),
+            reason: e.to_string(),
+            hint: "`mambabyte doctor` says what this machine has".to_owned(),
+        })?;
+        Ok(started.elapsed().as_secs_f64() * 1e3)
+    };
+    for _ in 0..3 {
+        once()?;
+    }
+    let mut times = (0..repeat).map(|_| once()).collect::<Result<Vec<_>>>()?;
+    times.sort_by(f64::total_cmp);
+    Ok(times[times.len() / 2])
+}
+
+/// Normal random numbers in `dtype`.
+fn random<const D: usize>(
+    dims: [usize; D],
+    scale: f64,
+    dtype: DType,
+    device: &Device,
+) -> Tensor<D> {
+    Tensor::<D>::random(dims, Distribution::Normal(0.0, scale), device).cast(dtype)
+}
+
+fn scan(args: &ScanArgs) -> Result<Vec<Line>> {
+    let device = device::open(&args.device)?;
+    let (b, l, e, n) = (args.batch, args.length, args.inner, args.state);
+    let dtype = args.dtype.dtype();
+    let build = |device: &Device, tracked: bool| {
+        let wide = || random([b, l, e], 1.0, dtype, device).set_require_grad(tracked);
+        let narrow = || random([b, l, n], 1.0, dtype, device).set_require_grad(tracked);
+        Scan {
+            d: Some(Tensor::ones([e], device).set_require_grad(tracked)),
+            z: Some(wide()),
+            delta_bias: Some(Tensor::full([e], -3.0, device).set_require_grad(tracked)),
+            ..Scan::new(
+                wide(),
+                wide(),
+                Tensor::full([e, n], -1.0, device).set_require_grad(tracked),
+                narrow(),
+                narrow(),
+            )
+        }
+    };
+    let plain = build(&device, false);
+    let forward = measure(&device, args.common.repeat, || {
+        let _ = selective_scan(plain.clone());
+        Ok(())
+    })?;
+    let tracked = build(&device.clone().autodiff(), true);
+    let both = measure(&device, args.common.repeat, || {
+        let (y, _) = selective_scan(tracked.clone());
+        let _ = y.sum().backward();
+        Ok(())
+    })?;
+    let elements = (b * l * e * n) as f64;
+    let line = |name: &str, milliseconds: f64| Line {
+        name: name.to_owned(),
+        milliseconds,
+        rate: elements / milliseconds / 1e6,
+        unit: "G states/s",
+        relative_error: None,
+    };
+    Ok(vec![
+        line("forward", forward),
+        line("forward + sum + backward", both),
+    ])
+}
+
+/// The products of a block of MambaByte-353M.
+const PRODUCTS: [(&str, usize, usize); 4] = [
+    ("in_proj", 1024, 4096),
+    ("out_proj", 2048, 1024),
+    ("x_proj", 2048, 96),
+    ("dt_proj", 64, 2048),
+];
+
+fn gemm(args: &GemmArgs) -> Result<Vec<Line>> {
+    let device = device::open(&args.device)?;
+    let dtype = args.dtype.dtype();
+    let mut lines = Vec::new();
+    for (name, k, n) in PRODUCTS {
+        let m = args.rows;
+        let x = random([m, k], 1.0, dtype, &device);
+        let w = random([k, n], 1.0, dtype, &device);
+        let dy = random([m, n], 1.0, dtype, &device);
+        let error = relative_error(&x, &w);
+        let mut add = |pass: &str, error: Option<f64>, work: &dyn Fn()| -> Result<()> {
+            let milliseconds = measure(&device, args.common.repeat, || {
+                work();
+                Ok(())
+            })?;
+            lines.push(Line {
+                name: format!("{name} {m} x {k} x {n} {pass}"),
+                milliseconds,
+                rate: 2.0 * (m * k * n) as f64 / milliseconds / 1e9,
+                unit: "TFLOP/s",
+                relative_error: error,
+            });
+            Ok(())
+        };
+        add("y", Some(error), &|| {
+            let _ = x.clone().matmul(w.clone());
+        })?;
+        add("dX", None, &|| {
+            let _ = dy.clone().matmul(w.clone().transpose());
+        })?;
+        add("dW", None, &|| {
+            let _ = x.clone().transpose().matmul(dy.clone());
+        })?;
+    }
+    Ok(lines)
+}
+
+/// Error of the first rows of `x · w` against f64 on the host.
+fn relative_error(x: &Tensor<2>, w: &Tensor<2>) -> f64 {
+    let [k, n] = w.dims();
+    let rows = 8.min(x.dims()[0]);
+    let values = |t: Tensor<2>| t.into_data().iter::<f64>().collect::<Vec<_>>();
+    let got = values(x.clone().matmul(w.clone()).slice([0..rows, 0..n]));
+    let x = values(x.clone().slice([0..rows, 0..k]));
+    let w = values(w.clone());
+    let (mut difference, mut norm) = (0.0, 0.0);
+    for i in 0..rows {
+        for j in 0..n {
+            let truth: f64 = (0..k).map(|p| x[i * k + p] * w[p * n + j]).sum();
+            difference += (got[i * n + j] - truth).powi(2);
+            norm += truth * truth;
+        }
+    }
+    (difference / norm).sqrt()
+}
+
+fn step(args: &StepArgs) -> Result<Vec<Line>> {
+    let config = args.config.load()?;
+    device::set_threads(config.train.threads);
+    let device = device::open(&config.device)?;
+    let train = &config.train;
+    let lanes = train.batch * train.accumulation;
+    let count = lanes * train.length;
+    // Bytes without order: their values do not change the work.
+    let byte = |i: usize| (i.wrapping_mul(2_654_435_761) >> 13) as u8;
+    let batch = Batch {
+        batch: lanes,
+        length: train.length,
+        inputs: (0..count).map(byte).collect(),
+        targets: (1..=count).map(byte).collect(),
+        resets: vec![false; count],
+    };
+    let mut learner = Learner::new(&config, &device);
+    let milliseconds = measure(&device, args.common.repeat, || {
+        learner.step(&batch, 1, 1e-6).map(|_| ())
+    })?;
+    Ok(vec![Line {
+        name: format!("step of {count} bytes"),
+        milliseconds,
+        rate: count as f64 / milliseconds,
+        unit: "kB/s",
+        relative_error: None,
+    }])
+}
