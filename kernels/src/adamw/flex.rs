@@ -1,10 +1,10 @@
 //! The update on the CPU: one pass, in place where nothing else holds the buffers.
 
 use burn_flex::FlexTensor;
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::AdamwStep;
-use crate::flex::simd;
 use crate::flex::tensor::{contiguous, values};
 
 /// Elements a task handles.
@@ -33,8 +33,8 @@ pub(crate) fn step(
     (param, moment1, moment2)
 }
 
-simd! {
 /// Updates one tile.
+#[multiversion(targets = "simd")]
 fn update(p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], scale: f32, step: AdamwStep) {
     let keep = 1.0 - step.lr * step.weight_decay;
     for (((p, m), v), g) in p.iter_mut().zip(m).zip(v).zip(g) {
@@ -44,5 +44,4 @@ fn update(p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], scale: f32, st
         let update = (*m / step.correction1) / ((*v / step.correction2).sqrt() + step.eps);
         *p = keep * *p - step.lr * update;
     }
-}
 }

@@ -2,11 +2,12 @@
 
 use burn::tensor::DType;
 use burn_flex::FlexTensor;
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::{NormGrads, NormInputs, NormKind, NormOutputs, NormSaved};
+use crate::flex::LANES;
 use crate::flex::tensor::{contiguous, dims, tensor, values};
-use crate::flex::{LANES, simd};
 
 /// Rows a task handles: a fixed number, so sums over tiles do not depend on the threads.
 const TILE: usize = 64;
@@ -77,8 +78,8 @@ struct RowsIn<'a> {
     eps: f32,
 }
 
-simd! {
 /// The rows of one tile.
+#[multiversion(targets = "simd")]
 fn forward_tile(
     rows: &RowsIn<'_>,
     tile: usize,
@@ -108,7 +109,6 @@ fn forward_tile(
             }
         }
     }
-}
 }
 
 /// Mean (zero for RMSNorm) and reciprocal deviation of one row.
@@ -175,8 +175,8 @@ struct RowsBack<'a> {
     kind: NormKind,
 }
 
-simd! {
 /// The rows of one tile; returns the tile's gradients of the weight, then of the bias.
+#[multiversion(targets = "simd")]
 fn backward_tile(rows: &RowsBack<'_>, tile: usize, out: &mut [f32]) -> Vec<f32> {
     let weight = rows.weight;
     let width = weight.len();
@@ -202,5 +202,4 @@ fn backward_tile(rows: &RowsBack<'_>, tile: usize, out: &mut [f32]) -> Vec<f32> 
         }
     }
     part
-}
 }

@@ -2,11 +2,11 @@
 
 use burn::tensor::DType;
 use burn_flex::FlexTensor;
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::{ConvGrads, ConvInputs, ConvOutputs};
 use crate::flex::math::sigmoid;
-use crate::flex::simd;
 use crate::flex::tensor::{contiguous, dims, tensor, values};
 
 /// Positions a task handles: a fixed number, so sums over tiles do not depend on the threads.
@@ -153,8 +153,8 @@ pub(crate) fn forward(inputs: ConvInputs<FlexTensor>) -> ConvOutputs<FlexTensor>
     }
 }
 
-simd! {
 /// The rows of one tile.
+#[multiversion(targets = "simd")]
 fn forward_tile(s: &Slices<'_>, tile: usize, out: &mut [f32]) {
     for (i, out) in out.chunks_exact_mut(s.inner).enumerate() {
         let row = tile * TILE + i;
@@ -165,7 +165,6 @@ fn forward_tile(s: &Slices<'_>, tile: usize, out: &mut [f32]) {
             }
         }
     }
-}
 }
 
 /// The last K-1 inputs, `[B, E, K-1]`, oldest first; those before the last reset are zero.
@@ -218,8 +217,8 @@ fn gradient_before_silu(s: &Slices, dy: &[f32]) -> Vec<f32> {
     dpre
 }
 
-simd! {
 /// The gradient before SiLU of one tile.
+#[multiversion(targets = "simd")]
 fn before_silu_tile(s: &Slices<'_>, tile: usize, dy: &[f32], out: &mut [f32]) {
     for (i, out) in out.chunks_exact_mut(s.inner).enumerate() {
         let row = tile * TILE + i;
@@ -230,7 +229,6 @@ fn before_silu_tile(s: &Slices<'_>, tile: usize, dy: &[f32], out: &mut [f32]) {
             *o = dy * gate * o.mul_add(1.0 - gate, 1.0);
         }
     }
-}
 }
 
 fn input_gradient(s: &Slices, dpre: &[f32]) -> Vec<f32> {
@@ -243,26 +241,25 @@ fn input_gradient(s: &Slices, dpre: &[f32]) -> Vec<f32> {
     dx
 }
 
-simd! {
 /// Gradients of the inputs of one tile.
+#[multiversion(targets = "simd")]
 fn input_tile(s: &Slices<'_>, tile: usize, dpre: &[f32], out: &mut [f32]) {
-                for (i, out) in out.chunks_exact_mut(s.inner).enumerate() {
-                    let row = tile * TILE + i;
-                    let t = row % s.length;
-                    for back in 0..s.width.min(s.length - t) {
-                        if back > s.reach[row + back] as usize {
-                            break;
-                        }
-                        let weight_at = (s.width - 1 - back) * s.inner;
-                        let weight = &s.weight[weight_at..weight_at + s.inner];
-                        let from = (row + back) * s.inner;
-                        let grad = &dpre[from..from + s.inner];
-                        for ((o, g), w) in out.iter_mut().zip(grad).zip(weight) {
-                            *o = g.mul_add(*w, *o);
-                        }
-                    }
-                }
-}
+    for (i, out) in out.chunks_exact_mut(s.inner).enumerate() {
+        let row = tile * TILE + i;
+        let t = row % s.length;
+        for back in 0..s.width.min(s.length - t) {
+            if back > s.reach[row + back] as usize {
+                break;
+            }
+            let weight_at = (s.width - 1 - back) * s.inner;
+            let weight = &s.weight[weight_at..weight_at + s.inner];
+            let from = (row + back) * s.inner;
+            let grad = &dpre[from..from + s.inner];
+            for ((o, g), w) in out.iter_mut().zip(grad).zip(weight) {
+                *o = g.mul_add(*w, *o);
+            }
+        }
+    }
 }
 
 /// dweight `[E, K]` and dbias `[E]`: a partial sum a tile, then the tiles in order.
@@ -288,8 +285,8 @@ fn parameter_gradients(s: &Slices, dpre: &[f32]) -> (Vec<f32>, Vec<f32>) {
     (dweight, total[s.width * s.inner..].to_vec())
 }
 
-simd! {
 /// One tile's part: K rows of weight gradients, then one of bias gradients.
+#[multiversion(targets = "simd")]
 fn tile_gradients(s: &Slices<'_>, tile: usize, dpre: &[f32], size: usize) -> Vec<f32> {
     let mut part = vec![0.0; size];
     for (i, grad) in dpre.chunks_exact(s.inner).enumerate() {
@@ -307,5 +304,4 @@ fn tile_gradients(s: &Slices<'_>, tile: usize, dpre: &[f32], size: usize) -> Vec
         }
     }
     part
-}
 }

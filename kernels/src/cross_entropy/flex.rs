@@ -2,11 +2,12 @@
 
 use burn::tensor::DType;
 use burn_flex::FlexTensor;
+use multiversion::multiversion;
 use rayon::prelude::*;
 
+use crate::flex::LANES;
 use crate::flex::math::exp;
 use crate::flex::tensor::{contiguous, dims, tensor, values};
-use crate::flex::{LANES, simd};
 
 /// Rows a task handles.
 const TILE: usize = 64;
@@ -80,15 +81,9 @@ pub(crate) fn backward(
     tensor(out, [rows, vocabulary], dtype)
 }
 
-simd! {
 /// Loss and log-sum-exp of one tile's rows.
-fn forward_tile(
-    logits: &[f32],
-    targets: &[usize],
-    tile: usize,
-    loss: &mut [f32],
-    lse: &mut [f32],
-) {
+#[multiversion(targets = "simd")]
+fn forward_tile(logits: &[f32], targets: &[usize], tile: usize, loss: &mut [f32], lse: &mut [f32]) {
     let vocabulary = logits.len() / targets.len();
     for i in 0..loss.len() {
         let row = tile * TILE + i;
@@ -97,10 +92,9 @@ fn forward_tile(
         loss[i] = lse[i] - logits[targets[row]];
     }
 }
-}
 
-simd! {
 /// Gradients of one tile's logits.
+#[multiversion(targets = "simd")]
 fn backward_tile(
     logits: &[f32],
     targets: &[usize],
@@ -118,5 +112,4 @@ fn backward_tile(
         }
         out[targets[row]] -= dloss[row];
     }
-}
 }

@@ -2,22 +2,9 @@
 //! as slices.
 //!
 //! The code is written over fixed arrays of [`LANES`] floats, one channel a lane, which the
-//! compiler turns into the widest vectors of the machine. Functions marked [`simd!`] exist once
-//! for each instruction set and choose at run time; all that they call must be
+//! compiler turns into the widest vectors of the machine. Functions marked `#[multiversion]` exist
+//! once for each instruction set and choose at run time; all that they call must be
 //! `#[inline(always)]`, or it is compiled for the oldest machine.
-
-/// Compiles a function for AVX-512, AVX2 with FMA, NEON and the baseline, and picks at run time.
-macro_rules! simd {
-    ($item:item) => {
-        #[multiversion::multiversion(targets(
-            "x86_64+avx512f+avx512vl+avx512bw+avx512dq+avx2+fma",
-            "x86_64+avx2+fma",
-            "aarch64+neon"
-        ))]
-        $item
-    };
-}
-pub(crate) use simd;
 
 pub(crate) mod math;
 pub(crate) mod tensor;

@@ -1,284 +1,15 @@
-//! The scan on the CPU: one channel a vector lane, time in sequence, the states in cache.
-//!
-//! Work is divided over sequences and groups of channels. Backward walks [`CHUNK`] positions at a
-//! time from right to left: it recomputes the chunk's states and decays from the state saved at its
-//! start (one exponential an element), then runs the adjoint over them. The division depends on the
-//! shapes alone, so results do not depend on the number of threads.
+//! The backward pass: chunk by chunk from right to left.
 
 use burn::tensor::DType;
 use burn_flex::FlexTensor;
+use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::{ScanGrads, ScanInputs, ScanOutputs};
-use crate::flex::math::{exp, sigmoid, softplus};
-use crate::flex::tensor::{contiguous, dims, tensor, values};
-use crate::flex::{LANES, Lanes, SharedOut, add, fma, load, map, mul, simd, sum};
-
-/// Positions between saved states. Backward holds 2 · CHUNK · N · LANES floats: 64 KiB at N = 16.
-const CHUNK: usize = 32;
-/// Most groups of channels a sequence is divided into.
-const MAX_GROUPS: usize = 16;
-/// Fewest blocks of [`LANES`] channels worth a task of their own.
-const MIN_BLOCKS: usize = 4;
-
-/// Sizes of one scan.
-#[derive(Clone, Copy)]
-struct Sizes {
-    batch: usize,
-    length: usize,
-    inner: usize,
-    state: usize,
-}
-
-impl Sizes {
-    fn of(inputs: &ScanInputs<FlexTensor>) -> Self {
-        let [batch, length, inner] = dims(&inputs.u);
-        let [_, state] = dims(&inputs.a);
-        Self {
-            batch,
-            length,
-            inner,
-            state,
-        }
-    }
-
-    fn chunks(self) -> usize {
-        self.length.div_ceil(CHUNK)
-    }
-
-    /// Blocks of [`LANES`] channels in one group.
-    fn blocks_a_group(self) -> usize {
-        self.inner
-            .div_ceil(LANES)
-            .div_ceil(MAX_GROUPS)
-            .max(MIN_BLOCKS)
-    }
-
-    fn groups(self) -> usize {
-        self.inner.div_ceil(self.blocks_a_group() * LANES)
-    }
-
-    /// The blocks of group `g`: (first channel, number of channels).
-    fn blocks(self, g: usize) -> impl Iterator<Item = (usize, usize)> + Clone {
-        let width = self.blocks_a_group() * LANES;
-        let end = ((g + 1) * width).min(self.inner);
-        (g * width..end)
-            .step_by(LANES)
-            .map(move |e| (e, LANES.min(end - e)))
-    }
-}
-
-/// Every input as a slice.
-struct Slices<'a> {
-    u: &'a [f32],
-    delta: &'a [f32],
-    b: &'a [f32],
-    c: &'a [f32],
-    /// `[N, E]`: one state's rates of neighbouring channels side by side.
-    a: Vec<f32>,
-    d: Option<&'a [f32]>,
-    z: Option<&'a [f32]>,
-    bias: Option<&'a [f32]>,
-    initial: Option<&'a [f32]>,
-    resets: Option<&'a [f32]>,
-    softplus: bool,
-}
-
-impl<'a> Slices<'a> {
-    fn of(inputs: &'a ScanInputs<FlexTensor>, sizes: Sizes) -> Self {
-        Self {
-            u: values(&inputs.u),
-            delta: values(&inputs.delta),
-            b: values(&inputs.b),
-            c: values(&inputs.c),
-            a: transposed(values(&inputs.a), sizes.inner, sizes.state),
-            d: inputs.d.as_ref().map(values),
-            z: inputs.z.as_ref().map(values),
-            bias: inputs.delta_bias.as_ref().map(values),
-            initial: inputs.initial_state.as_ref().map(values),
-            resets: inputs.resets.as_ref().map(values),
-            softplus: inputs.delta_softplus,
-        }
-    }
-
-    /// The step size before softplus.
-    #[inline(always)]
-    fn raw_step(&self, at: usize, bias: Lanes, count: usize) -> Lanes {
-        add(load(self.delta, at, count), bias)
-    }
-
-    #[inline(always)]
-    fn step(&self, raw: Lanes) -> Lanes {
-        if self.softplus {
-            map(raw, softplus)
-        } else {
-            raw
-        }
-    }
-
-    #[inline(always)]
-    fn reset_at(&self, row: usize) -> bool {
-        self.resets.is_some_and(|resets| resets[row] > 0.5)
-    }
-}
-
-/// `[rows, columns]` to `[columns, rows]`.
-fn transposed(x: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
-    for r in 0..rows {
-        for c in 0..columns {
-            out[c * rows + r] = x[r * columns + c];
-        }
-    }
-    out
-}
-
-#[inline(always)]
-fn load_opt(src: Option<&[f32]>, at: usize, count: usize) -> Lanes {
-    match src {
-        Some(src) => load(src, at, count),
-        None => [0.0; LANES],
-    }
-}
-
-fn all_contiguous(inputs: ScanInputs<FlexTensor>) -> ScanInputs<FlexTensor> {
-    ScanInputs {
-        u: contiguous(inputs.u),
-        delta: contiguous(inputs.delta),
-        a: contiguous(inputs.a),
-        b: contiguous(inputs.b),
-        c: contiguous(inputs.c),
-        d: inputs.d.map(contiguous),
-        z: inputs.z.map(contiguous),
-        delta_bias: inputs.delta_bias.map(contiguous),
-        initial_state: inputs.initial_state.map(contiguous),
-        resets: inputs.resets.map(contiguous),
-        delta_softplus: inputs.delta_softplus,
-    }
-}
-
-/// Forward pass. `saved` is `[B, L / CHUNK, N, E]`: the state entering every chunk.
-pub(crate) fn forward(inputs: ScanInputs<FlexTensor>) -> ScanOutputs<FlexTensor> {
-    let dtype = inputs.u.dtype();
-    let inputs = all_contiguous(inputs);
-    let sizes = Sizes::of(&inputs);
-    let Sizes {
-        batch,
-        length,
-        inner,
-        state,
-    } = sizes;
-    let slices = Slices::of(&inputs, sizes);
-
-    let mut y = vec![0.0; batch * length * inner];
-    let mut last = vec![0.0; batch * inner * state];
-    let mut saved = vec![0.0; batch * sizes.chunks() * state * inner];
-    let outs = ForwardOuts {
-        y: SharedOut::new(&mut y),
-        last: SharedOut::new(&mut last),
-        saved: SharedOut::new(&mut saved),
-    };
-    (0..batch * sizes.groups())
-        .into_par_iter()
-        .for_each(|task| {
-            let (b, group) = (task / sizes.groups(), task % sizes.groups());
-            forward_group(&slices, sizes, b, group, outs);
-        });
-    ScanOutputs {
-        y: tensor(y, [batch, length, inner], dtype),
-        last_state: tensor(last, [batch, inner, state], DType::F32),
-        saved: tensor(saved, [batch, sizes.chunks(), state, inner], DType::F32),
-    }
-}
-
-/// Outputs of the forward pass; a task writes the places of its own sequence and channels only.
-#[derive(Clone, Copy)]
-struct ForwardOuts {
-    y: SharedOut,
-    last: SharedOut,
-    saved: SharedOut,
-}
-
-simd! {
-/// Runs the channels of one group of one sequence over all positions.
-fn forward_group(s: &Slices, sizes: Sizes, b: usize, group: usize, outs: ForwardOuts) {
-    let Sizes {
-        length,
-        inner,
-        state,
-        ..
-    } = sizes;
-    let blocks = sizes.blocks(group);
-    let mut h: Vec<Lanes> = Vec::new();
-    let mut a: Vec<Lanes> = Vec::new();
-    for (e, count) in blocks.clone() {
-        for n in 0..state {
-            a.push(load(&s.a, n * inner + e, count));
-            h.push(initial_state(s, sizes, b, e, count, n));
-        }
-    }
-    for t in 0..length {
-        let row = b * length + t;
-        if t % CHUNK == 0 {
-            let at = (b * sizes.chunks() + t / CHUNK) * state * inner;
-            for (i, (e, count)) in blocks.clone().enumerate() {
-                for n in 0..state {
-                    // SAFETY: sequence b and channels e.. are this task's alone.
-                    unsafe { outs.saved.store(at + n * inner + e, count, h[i * state + n]) };
-                }
-            }
-        }
-        if s.reset_at(row) {
-            h.fill([0.0; LANES]);
-        }
-        let b_t = &s.b[row * state..(row + 1) * state];
-        let c_t = &s.c[row * state..(row + 1) * state];
-        for (i, (e, count)) in blocks.clone().enumerate() {
-            let at = row * inner + e;
-            let dt = s.step(s.raw_step(at, load_opt(s.bias, e, count), count));
-            let u = load(s.u, at, count);
-            let x = mul(dt, u);
-            let mut y = mul(load_opt(s.d, e, count), u);
-            let h = &mut h[i * state..(i + 1) * state];
-            let a = &a[i * state..(i + 1) * state];
-            for n in 0..state {
-                let decay = map(mul(dt, a[n]), exp);
-                h[n] = fma(decay, h[n], mul(x, [b_t[n]; LANES]));
-                y = fma(h[n], [c_t[n]; LANES], y);
-            }
-            if let Some(z) = s.z {
-                let z = load(z, at, count);
-                y = mul(y, mul(z, map(z, sigmoid)));
-            }
-            // SAFETY: as above.
-            unsafe { outs.y.store(at, count, y) };
-        }
-    }
-    for (i, (e, count)) in blocks.enumerate() {
-        for n in 0..state {
-            for (lane, value) in h[i * state + n].into_iter().take(count).enumerate() {
-                let mut one = [0.0; LANES];
-                one[0] = value;
-                let at = (b * inner + e + lane) * state + n;
-                // SAFETY: as above.
-                unsafe { outs.last.store(at, 1, one) };
-            }
-        }
-    }
-}
-}
-
-/// State `n` of channels `e ..` before the first position.
-#[inline(always)]
-fn initial_state(s: &Slices, sizes: Sizes, b: usize, e: usize, count: usize, n: usize) -> Lanes {
-    let mut h = [0.0; LANES];
-    if let Some(initial) = s.initial {
-        for lane in 0..count {
-            h[lane] = initial[(b * sizes.inner + e + lane) * sizes.state + n];
-        }
-    }
-    h
-}
+use super::{CHUNK, Sizes, Slices, all_contiguous, load_opt, transposed};
+use crate::flex::math::{exp, sigmoid};
+use crate::flex::tensor::{contiguous, tensor, values};
+use crate::flex::{LANES, Lanes, SharedOut, add, fma, load, map, mul, sum};
+use crate::selective_scan::{ScanGrads, ScanInputs};
 
 /// Sums over positions that one task keeps for each of its blocks.
 struct BlockSums {
@@ -409,8 +140,8 @@ fn sum_groups(partial: &[f32], sizes: Sizes) -> (Vec<f32>, Vec<f32>) {
     (db, dc)
 }
 
-simd! {
 /// Runs the adjoint of one group of channels of one sequence from the last position to the first.
+#[multiversion(targets = "simd")]
 fn backward_group(
     s: &Slices,
     saved: &[f32],
@@ -478,7 +209,6 @@ fn backward_group(
             outs.bias.store(b * inner + e, count, sums.bias);
         }
     }
-}
 }
 
 /// One chunk's working memory.
