@@ -28,7 +28,7 @@ pub enum BenchCommand {
     Step(StepArgs),
 }
 
-/// How often, where, and in which form to report.
+/// How often to measure, and in which form to report.
 #[derive(Clone, Debug, Args)]
 pub struct Common {
     /// Repetitions that are counted
@@ -57,6 +57,17 @@ impl Storage {
     }
 }
 
+/// Where an operation runs, and how its tensors are stored.
+#[derive(Clone, Debug, Args)]
+pub struct Place {
+    /// Storage of activations and matrices
+    #[arg(long, value_enum, default_value_t = Storage::F32)]
+    pub dtype: Storage,
+    /// Where to compute: auto, cpu, cuda, wgpu, with an index as in cuda:1
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = super::device)]
+    pub device: DeviceConfig,
+}
+
 /// Arguments of `bench scan`.
 #[derive(Clone, Debug, Args)]
 pub struct ScanArgs {
@@ -72,12 +83,9 @@ pub struct ScanArgs {
     /// States a channel, N
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = super::positive)]
     pub state: usize,
-    /// Storage of activations
-    #[arg(long, value_enum, default_value_t = Storage::F32)]
-    pub dtype: Storage,
-    /// Where to compute: auto, cpu, cuda, wgpu, with an index as in cuda:1
-    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = super::device)]
-    pub device: DeviceConfig,
+    /// Where and in which storage.
+    #[command(flatten)]
+    pub place: Place,
     /// How to measure.
     #[command(flatten)]
     pub common: Common,
@@ -89,12 +97,9 @@ pub struct GemmArgs {
     /// Rows of the left matrix: B · L
     #[arg(long, value_name = "M", default_value_t = 8192, value_parser = super::positive)]
     pub rows: usize,
-    /// Storage of the matrices
-    #[arg(long, value_enum, default_value_t = Storage::F32)]
-    pub dtype: Storage,
-    /// Where to compute: auto, cpu, cuda, wgpu, with an index as in cuda:1
-    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = super::device)]
-    pub device: DeviceConfig,
+    /// Where and in which storage.
+    #[command(flatten)]
+    pub place: Place,
     /// How to measure.
     #[command(flatten)]
     pub common: Common,
@@ -170,22 +175,17 @@ fn measure(device: &Device, repeat: usize, mut work: impl FnMut() -> Result<()>)
 }
 
 /// Normal random numbers in `dtype`.
-fn random<const D: usize>(
-    dims: [usize; D],
-    scale: f64,
-    dtype: DType,
-    device: &Device,
-) -> Tensor<D> {
-    Tensor::<D>::random(dims, Distribution::Normal(0.0, scale), device).cast(dtype)
+fn random<const D: usize>(dims: [usize; D], dtype: DType, device: &Device) -> Tensor<D> {
+    Tensor::<D>::random(dims, Distribution::Normal(0.0, 1.0), device).cast(dtype)
 }
 
 fn scan(args: &ScanArgs) -> Result<Vec<Line>> {
-    let device = device::open(&args.device)?;
+    let device = device::open(&args.place.device)?;
     let (b, l, e, n) = (args.batch, args.length, args.inner, args.state);
-    let dtype = args.dtype.dtype();
+    let dtype = args.place.dtype.dtype();
     let build = |device: &Device, tracked: bool| {
-        let wide = || random([b, l, e], 1.0, dtype, device).set_require_grad(tracked);
-        let narrow = || random([b, l, n], 1.0, dtype, device).set_require_grad(tracked);
+        let wide = || random([b, l, e], dtype, device).set_require_grad(tracked);
+        let narrow = || random([b, l, n], dtype, device).set_require_grad(tracked);
         Scan {
             d: Some(Tensor::ones([e], device).set_require_grad(tracked)),
             z: Some(wide()),
@@ -233,14 +233,14 @@ const PRODUCTS: [(&str, usize, usize); 4] = [
 ];
 
 fn gemm(args: &GemmArgs) -> Result<Vec<Line>> {
-    let device = device::open(&args.device)?;
-    let dtype = args.dtype.dtype();
+    let device = device::open(&args.place.device)?;
+    let dtype = args.place.dtype.dtype();
     let mut lines = Vec::new();
     for (name, k, n) in PRODUCTS {
         let m = args.rows;
-        let x = random([m, k], 1.0, dtype, &device);
-        let w = random([k, n], 1.0, dtype, &device);
-        let dy = random([m, n], 1.0, dtype, &device);
+        let x = random([m, k], dtype, &device);
+        let w = random([k, n], dtype, &device);
+        let dy = random([m, n], dtype, &device);
         let error = relative_error(&x, &w);
         let mut add = |pass: &str, error: Option<f64>, work: &dyn Fn()| -> Result<()> {
             let milliseconds = measure(&device, args.common.repeat, || {

@@ -4,7 +4,6 @@
 //! first byte of the data has no context: it costs log 256 nats, as with a uniform guess.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use mambabyte_datasets::progress::Silent;
 use mambabyte_datasets::{EvalScope, EvalWindow, Progress, SequentialWindows, Shards};
 use serde::Serialize;
 
@@ -62,11 +61,6 @@ pub struct Report {
     pub words: u64,
     /// `exp(total nats / words)`.
     pub word_perplexity: f64,
-}
-
-/// No progress shown.
-pub fn quiet() -> impl Progress {
-    Silent
 }
 
 /// Scores `shards` with `model` (without gradients) on `device`.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use mambabyte_datasets::progress::Silent;
 use mambabyte_datasets::{Batch, Loader, Sampler, SamplerConfig, SamplingMode, Shards};
 
 use super::checkpoint::{Checkpoint, Progress};
@@ -246,13 +247,7 @@ impl Run {
             max_bytes: Some(self.config.train.validate_bytes),
         };
         let device = self.learner.inner_device();
-        let score = eval::evaluate(
-            &self.learner.model(),
-            &device,
-            shards,
-            &options,
-            &eval::quiet(),
-        )?;
+        let score = eval::evaluate(&self.learner.model(), &device, shards, &options, &Silent)?;
         let bpb = score.bits_per_byte();
         self.progress.valid_bpb = Some(bpb);
         self.metrics.write(&MetricRecord::Valid {
