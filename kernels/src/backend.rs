@@ -15,6 +15,7 @@ use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 use crate::adamw::AdamwStep;
 use crate::add_norm::{NormGrads, NormInputs, NormKind, NormOutputs, NormSaved};
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
+use crate::linear::{self, Product, Target};
 use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs};
 
 /// Forward and backward of every operation on one backend's raw tensors.
@@ -67,6 +68,17 @@ pub trait MambaKernels: Backend {
         targets: IntTensor<Self>,
         log_sum_exp: FloatTensor<Self>,
         dloss: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+
+    /// The matrix product `op(a) · op(b)`, where every axis of an operand before its last counts as
+    /// rows. The rows of an `a` that is not transposed keep their axes in the result.
+    ///
+    /// Operands have one data type; sums are f32.
+    fn product(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        how: Product,
+        target: Target<FloatTensor<Self>>,
     ) -> FloatTensor<Self>;
 
     /// See [`adamw_step`](crate::adamw::adamw_step): returns the parameter and both moments, updated.
@@ -152,6 +164,13 @@ pub trait MambaOps: Backend {
 
     /// Returns the loss of every row.
     fn cross_entropy_op(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self>;
+
+    /// See [`linear`](crate::linear::linear).
+    fn linear_op(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        how: Product,
+    ) -> FloatTensor<Self>;
 
     /// Returns `(param, moment1, moment2)`.
     fn adamw_op(
@@ -240,6 +259,14 @@ macro_rules! forward_to_kernels {
                 targets: IntTensor<Self>,
             ) -> FloatTensor<Self> {
                 <Self as MambaKernels>::cross_entropy(logits, targets).0
+            }
+
+            fn linear_op(
+                x: FloatTensor<Self>,
+                weight: FloatTensor<Self>,
+                how: Product,
+            ) -> FloatTensor<Self> {
+                linear::autodiff::forward::<Self>(x, weight, how)
             }
 
             fn adamw_op(

@@ -7,6 +7,7 @@
 //! | [`causal_conv1d`] | depthwise causal convolution, with bias and SiLU |
 //! | [`add_norm`] | residual addition followed by RMSNorm or LayerNorm |
 //! | [`cross_entropy`] | softmax cross-entropy, one loss a row |
+//! | [`linear`] | matrix products of reduced precision and their gradients |
 //! | [`adamw`] | one AdamW update of one parameter |
 //! | [`pscan`] | first-order linear recurrence by a parallel (Blelloch) scan, in tensor operations |
 //!
@@ -40,6 +41,7 @@ pub mod cross_entropy;
 mod cube;
 #[cfg(feature = "flex")]
 mod flex;
+pub mod linear;
 pub mod pscan;
 pub mod selective_scan;
 

@@ -8,7 +8,8 @@ use crate::add_norm::{NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::backend::MambaKernels;
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
 use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs};
-use crate::{adamw, add_norm, causal_conv1d, cross_entropy, selective_scan};
+use crate::linear::{Product, Target};
+use crate::{adamw, add_norm, causal_conv1d, cross_entropy, linear, selective_scan};
 
 impl MambaKernels for CubeBackend {
     fn selective_scan(inputs: ScanInputs<FloatTensor<Self>>) -> ScanOutputs<FloatTensor<Self>> {
@@ -59,6 +60,15 @@ impl MambaKernels for CubeBackend {
         dloss: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         cross_entropy::cube::backward(logits, targets, log_sum_exp, dloss)
+    }
+
+    fn product(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        how: Product,
+        target: Target<FloatTensor<Self>>,
+    ) -> FloatTensor<Self> {
+        linear::cube::product(a, b, how, target)
     }
 
     fn adamw_step(

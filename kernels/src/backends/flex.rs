@@ -8,6 +8,7 @@ use crate::adamw::{self, AdamwStep};
 use crate::add_norm::{self, NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::causal_conv1d::{self, ConvGrads, ConvInputs, ConvOutputs};
 use crate::cross_entropy;
+use crate::linear::{self, Product, Target};
 use crate::selective_scan::{self, ScanGrads, ScanInputs, ScanOutputs};
 
 impl MambaKernels for Flex {
@@ -59,6 +60,15 @@ impl MambaKernels for Flex {
         dloss: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         cross_entropy::flex::backward(logits, targets, log_sum_exp, dloss)
+    }
+
+    fn product(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        how: Product,
+        target: Target<FloatTensor<Self>>,
+    ) -> FloatTensor<Self> {
+        linear::flex::product(a, b, how, target)
     }
 
     fn adamw_step(

@@ -19,6 +19,7 @@ use cubecl::RuntimeId;
 use cubecl::ir::features::Plane;
 use cubecl::ir::{ElemType, FloatKind, IntKind};
 use cubecl::prelude::*;
+use cubecl::zspace::metadata::Metadata;
 
 /// Blocks along one axis of a grid: the least that every runtime allows for each axis.
 const MAX_BLOCKS_PER_AXIS: usize = 65_535;
@@ -88,6 +89,46 @@ pub(crate) fn empty<const N: usize>(
 ) -> CubeTensor {
     let device: CubeDevice = like.device.clone();
     empty_device_contiguous_dtype(like.client.clone(), device, Shape::new(shape), dtype)
+}
+
+/// As [`empty`], for a shape whose rank is known at run time only.
+pub(crate) fn empty_shape(like: &CubeTensor, shape: Shape, dtype: DType) -> CubeTensor {
+    empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape, dtype)
+}
+
+/// The tensor with its last axis contiguous and all other axes collapsed to rows a uniform stride
+/// apart, and that stride: itself where it is laid out so, else a contiguous copy.
+pub(crate) fn rows(tensor: CubeTensor) -> (CubeTensor, usize) {
+    let shape = tensor.meta.shape().to_vec();
+    let strides = tensor.meta.strides().to_vec();
+    let last = shape.len() - 1;
+    let uniform = (1..last).all(|axis| {
+        shape[axis - 1] == 1 || strides[axis - 1] == strides[axis] * shape[axis]
+    });
+    // The stride of an axis of size 1 says nothing: the innermost longer one decides.
+    let stride = (0..last)
+        .rev()
+        .find(|axis| shape[*axis] > 1)
+        .map_or(shape[last], |axis| strides[axis]);
+    let regular = strides[last] == 1 && stride >= shape[last] && (last < 2 || uniform);
+    if regular || shape[last] == 1 && last == 0 {
+        (tensor, stride)
+    } else {
+        (contiguous(tensor), shape[last])
+    }
+}
+
+/// Columns `from..to` of the last axis, as a view of the same buffer.
+pub(crate) fn columns(tensor: &CubeTensor, from: usize, to: usize) -> CubeTensor {
+    let mut view = tensor.clone();
+    let mut shape = tensor.meta.shape().clone();
+    let last = shape.num_dims() - 1;
+    shape[last] = to - from;
+    let stride = tensor.meta.strides()[last];
+    let bytes = from * stride * tensor.dtype.size();
+    view.handle = view.handle.offset_start(bytes as u64);
+    *view.meta = Metadata::new(shape, tensor.meta.strides().clone());
+    view
 }
 
 /// The tensor's buffer as a kernel argument.
