@@ -16,7 +16,7 @@ use crate::adamw::AdamwStep;
 use crate::add_norm::{NormGrads, NormInputs, NormKind, NormOutputs, NormSaved};
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
 use crate::linear::{self, Product, Target};
-use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs};
+use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs, ScanRequest};
 
 /// Forward and backward of every operation on one backend's raw tensors.
 ///
@@ -35,6 +35,7 @@ pub trait MambaKernels: Backend {
         inputs: ScanInputs<FloatTensor<Self>>,
         saved: FloatTensor<Self>,
         dy: FloatTensor<Self>,
+        request: ScanRequest<FloatTensor<Self>>,
     ) -> ScanGrads<FloatTensor<Self>>;
 
     /// See [`causal_conv1d`](crate::causal_conv1d::causal_conv1d).

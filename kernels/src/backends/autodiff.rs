@@ -8,8 +8,8 @@ use crate::adamw::AdamwStep;
 use crate::add_norm::{NormInputs, NormKind};
 use crate::backend::{MambaKernels, MambaOps, OptionalTensor, from_inner};
 use crate::causal_conv1d::ConvInputs;
-use crate::selective_scan::ScanInputs;
 use crate::linear::Product;
+use crate::selective_scan::ScanInputs;
 use crate::{add_norm, causal_conv1d, cross_entropy, linear, selective_scan};
 
 impl<B: MambaKernels, C: CheckpointStrategy> MambaOps for Autodiff<B, C> {

@@ -7,8 +7,8 @@ use crate::adamw::AdamwStep;
 use crate::add_norm::{NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::backend::MambaKernels;
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
-use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs};
 use crate::linear::{Product, Target};
+use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs, ScanRequest};
 use crate::{adamw, add_norm, causal_conv1d, cross_entropy, linear, selective_scan};
 
 impl MambaKernels for CubeBackend {
@@ -20,8 +20,9 @@ impl MambaKernels for CubeBackend {
         inputs: ScanInputs<FloatTensor<Self>>,
         saved: FloatTensor<Self>,
         dy: FloatTensor<Self>,
+        request: ScanRequest<FloatTensor<Self>>,
     ) -> ScanGrads<FloatTensor<Self>> {
-        selective_scan::cube::backward(inputs, saved, dy)
+        selective_scan::cube::backward(inputs, saved, dy, request)
     }
 
     fn causal_conv1d(inputs: ConvInputs<FloatTensor<Self>>) -> ConvOutputs<FloatTensor<Self>> {

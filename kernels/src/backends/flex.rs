@@ -9,7 +9,7 @@ use crate::add_norm::{self, NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::causal_conv1d::{self, ConvGrads, ConvInputs, ConvOutputs};
 use crate::cross_entropy;
 use crate::linear::{self, Product, Target};
-use crate::selective_scan::{self, ScanGrads, ScanInputs, ScanOutputs};
+use crate::selective_scan::{self, ScanGrads, ScanInputs, ScanOutputs, ScanRequest};
 
 impl MambaKernels for Flex {
     fn selective_scan(inputs: ScanInputs<FloatTensor<Self>>) -> ScanOutputs<FloatTensor<Self>> {
@@ -20,8 +20,9 @@ impl MambaKernels for Flex {
         inputs: ScanInputs<FloatTensor<Self>>,
         saved: FloatTensor<Self>,
         dy: FloatTensor<Self>,
+        request: ScanRequest<FloatTensor<Self>>,
     ) -> ScanGrads<FloatTensor<Self>> {
-        selective_scan::flex::backward(inputs, saved, dy)
+        selective_scan::flex::backward(inputs, saved, dy, request)
     }
 
     fn causal_conv1d(inputs: ConvInputs<FloatTensor<Self>>) -> ConvOutputs<FloatTensor<Self>> {

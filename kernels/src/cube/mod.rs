@@ -19,7 +19,6 @@ use cubecl::RuntimeId;
 use cubecl::ir::features::Plane;
 use cubecl::ir::{ElemType, FloatKind, IntKind};
 use cubecl::prelude::*;
-use cubecl::zspace::metadata::Metadata;
 
 /// Blocks along one axis of a grid: the least that every runtime allows for each axis.
 const MAX_BLOCKS_PER_AXIS: usize = 65_535;
@@ -76,6 +75,74 @@ pub(crate) fn contiguous(tensor: CubeTensor) -> CubeTensor {
     into_contiguous(tensor)
 }
 
+/// The tensor as rows of its last axis, a fixed number of elements apart, and that number. Views of
+/// some columns of a wider tensor stay where they are.
+pub(crate) fn rows(tensor: CubeTensor) -> (CubeTensor, usize) {
+    if let Some(stride) = row_stride(&tensor) {
+        return (tensor, stride);
+    }
+    let tensor = contiguous(tensor);
+    let width = *tensor.meta.shape().last().unwrap_or(&1);
+    (tensor, width)
+}
+
+/// Elements from one row to the next, if the last axis is contiguous and the others step evenly.
+pub(crate) fn row_stride(tensor: &CubeTensor) -> Option<usize> {
+    let (shape, strides) = (tensor.meta.shape(), tensor.meta.strides());
+    let (width, leading) = shape.split_last()?;
+    let (last, strides) = strides.split_last()?;
+    if tensor.meta.is_tiled() || (*last != 1 && *width != 1) {
+        return None;
+    }
+    // From the innermost axis outwards, axes of one element aside.
+    let mut steps = leading
+        .iter()
+        .zip(strides)
+        .rev()
+        .filter(|(size, _)| **size != 1);
+    let Some((size, stride)) = steps.next() else {
+        return Some(*width);
+    };
+    let mut expected = size * stride;
+    for (size, outer) in steps {
+        if *outer != expected {
+            return None;
+        }
+        expected *= size;
+    }
+    (stride >= width).then_some(*stride)
+}
+
+/// Columns `from..to` of the last axis: a view that shares the buffer where [`shares_columns`]
+/// says so, else a copy.
+pub(crate) fn columns(tensor: &CubeTensor, from: usize, to: usize) -> CubeTensor {
+    let shape = tensor.meta.shape();
+    let width = *shape.last().unwrap_or(&1);
+    assert!(from < to && to <= width, "columns {from}..{to} of {width}");
+    if !shares_columns(tensor, from) {
+        let leading = shape[..shape.len() - 1].iter().map(|size| 0..*size);
+        let ranges: Vec<_> = leading.chain([from..to]).collect();
+        return burn_cubecl::kernel::slice(tensor.clone(), &ranges);
+    }
+    let mut view = tensor.clone();
+    let size = tensor.dtype.size();
+    let last = shape.len() - 1;
+    view.handle = view.handle.offset_start((from * size) as u64);
+    view.handle = view.handle.offset_end(((width - to) * size) as u64);
+    view.meta.shape_mut()[last] = to - from;
+    view
+}
+
+/// Whether [`columns`] from number `from` on shares the buffer: some devices bind buffers at
+/// coarse offsets only.
+pub(crate) fn shares_columns(tensor: &CubeTensor, from: usize) -> bool {
+    let alignment = match tensor.device.runtime() {
+        RuntimeId::Cuda => 1,
+        _ => tensor.client.properties().memory.alignment as usize,
+    };
+    row_stride(tensor).is_some() && (from * tensor.dtype.size()).is_multiple_of(alignment)
+}
+
 /// The tensor as contiguous f32.
 pub(crate) fn contiguous_f32(tensor: CubeTensor) -> CubeTensor {
     contiguous(burn_cubecl::kernel::cast(tensor, DType::F32))
@@ -96,44 +163,19 @@ pub(crate) fn empty_shape(like: &CubeTensor, shape: Shape, dtype: DType) -> Cube
     empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape, dtype)
 }
 
-/// The tensor with its last axis contiguous and all other axes collapsed to rows a uniform stride
-/// apart, and that stride: itself where it is laid out so, else a contiguous copy.
-pub(crate) fn rows(tensor: CubeTensor) -> (CubeTensor, usize) {
-    let shape = tensor.meta.shape().to_vec();
-    let strides = tensor.meta.strides().to_vec();
-    let last = shape.len() - 1;
-    let uniform = (1..last).all(|axis| {
-        shape[axis - 1] == 1 || strides[axis - 1] == strides[axis] * shape[axis]
-    });
-    // The stride of an axis of size 1 says nothing: the innermost longer one decides.
-    let stride = (0..last)
-        .rev()
-        .find(|axis| shape[*axis] > 1)
-        .map_or(shape[last], |axis| strides[axis]);
-    let regular = strides[last] == 1 && stride >= shape[last] && (last < 2 || uniform);
-    if regular || shape[last] == 1 && last == 0 {
-        (tensor, stride)
-    } else {
-        (contiguous(tensor), shape[last])
-    }
-}
-
-/// Columns `from..to` of the last axis, as a view of the same buffer.
-pub(crate) fn columns(tensor: &CubeTensor, from: usize, to: usize) -> CubeTensor {
-    let mut view = tensor.clone();
-    let mut shape = tensor.meta.shape().clone();
-    let last = shape.num_dims() - 1;
-    shape[last] = to - from;
-    let stride = tensor.meta.strides()[last];
-    let bytes = from * stride * tensor.dtype.size();
-    view.handle = view.handle.offset_start(bytes as u64);
-    *view.meta = Metadata::new(shape, tensor.meta.strides().clone());
-    view
-}
-
 /// The tensor's buffer as a kernel argument.
 pub(crate) fn buffer(tensor: &CubeTensor) -> BufferArg {
-    tensor.clone().into_buffer_arg()
+    // SAFETY: the buffer reaches from the tensor's first element to its last.
+    unsafe { BufferArg::from_raw_parts(tensor.handle.clone(), extent(tensor)) }
+}
+
+/// Elements of the buffer from the tensor's first to its last; more than it has where it is a view
+/// of columns.
+fn extent(tensor: &CubeTensor) -> usize {
+    let steps = tensor.meta.shape().iter().zip(tensor.meta.strides().iter());
+    1 + steps
+        .map(|(size, stride)| size.saturating_sub(1) * stride)
+        .sum::<usize>()
 }
 
 /// An optional tensor's buffer as a kernel argument.
@@ -183,7 +225,7 @@ pub(crate) fn cube_dim(units: usize) -> CubeDim {
 pub(crate) fn address_type(tensors: &[&CubeTensor]) -> AddressType {
     tensors
         .iter()
-        .map(|tensor| AddressType::from_len(tensor.meta.num_elements()))
+        .map(|tensor| AddressType::from_len(extent(tensor)))
         .max()
         .unwrap_or_default()
 }

@@ -1,7 +1,7 @@
 //! Pairs the product with its gradients: `dx = dy · weightᵀ`, `dweight = xᵀ · dy`.
 
-use burn::backend::tensor::FloatTensor;
 use burn::backend::TensorMetadata;
+use burn::backend::tensor::FloatTensor;
 use burn::tensor::DType;
 use burn_autodiff::Autodiff;
 use burn_autodiff::checkpoint::base::Checkpointer;
@@ -80,7 +80,11 @@ pub(crate) fn linear<B: MambaKernels, C: CheckpointStrategy>(
     let nodes = [x.node(), weight.node()];
     let (x, weight) = (x.into_primitive(), weight.into_primitive());
     let y = forward::<B>(x.clone(), weight.clone(), how);
-    match LinearBackward.prepare::<C>(nodes).compute_bound().stateful() {
+    match LinearBackward
+        .prepare::<C>(nodes)
+        .compute_bound()
+        .stateful()
+    {
         OpsKind::Tracked(prep) => prep.finish((x, weight, how), y),
         OpsKind::UnTracked(prep) => prep.finish(y),
     }

@@ -94,7 +94,11 @@ fn result_shape(a: &CubeTensor, b: &CubeTensor, how: Product) -> Shape {
     let last = |t: &CubeTensor| t.meta.shape().num_dims() - 1;
     let columns = |t: &CubeTensor| t.meta.shape()[last(t)];
     let rows = |t: &CubeTensor| t.meta.shape().num_elements() / columns(t).max(1);
-    let width = if how.transposed[1] { rows(b) } else { columns(b) };
+    let width = if how.transposed[1] {
+        rows(b)
+    } else {
+        columns(b)
+    };
     if how.transposed[0] {
         return Shape::new([columns(a), width]);
     }

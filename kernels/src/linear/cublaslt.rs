@@ -23,7 +23,7 @@ use cudarc::driver::{result as driver, sys as cu};
 use super::Product;
 use super::cube::Matrix;
 
-type Server = <CudaRuntime as cubecl::Runtime>::Server;
+type Server = <CudaRuntime as cubecl_runtime::runtime::Runtime>::Server;
 
 /// Memory that algorithms may use, in bytes: what NVIDIA recommends for Hopper.
 pub const WORKSPACE_BYTES: usize = 32 << 20;
@@ -269,9 +269,7 @@ impl Library {
             )
             .ok()?;
             driver::event::record(self.after, self.stream).ok()?;
-            cu::cuCtxWaitEvent(self.context, self.after)
-                .result()
-                .ok()?;
+            cu::cuCtxWaitEvent(self.context, self.after).result().ok()?;
         }
         Some(())
     }
@@ -291,9 +289,7 @@ fn plan(handle: lts::cublasLtHandle_t, shape: &Shape) -> Result<Plan, lt::Cublas
     let turn = |attribute, transposed: bool| {
         let op = i32::from(transposed);
         // SAFETY: the attribute is a 32-bit number, copied by the call.
-        unsafe {
-            lt::set_matmul_desc_attribute(description, attribute, (&raw const op).cast(), 4)
-        }
+        unsafe { lt::set_matmul_desc_attribute(description, attribute, (&raw const op).cast(), 4) }
     };
     turn(Desc::CUBLASLT_MATMUL_DESC_TRANSA, shape.how.transposed[1])?;
     turn(Desc::CUBLASLT_MATMUL_DESC_TRANSB, shape.how.transposed[0])?;
@@ -310,9 +306,10 @@ fn plan(handle: lts::cublasLtHandle_t, shape: &Shape) -> Result<Plan, lt::Cublas
         // SAFETY: the value is alive and of the attribute's size; the call copies it.
         unsafe { lt::set_matmul_pref_attribute(preference, attribute, value, bytes) }
     };
+    let workspace = WORKSPACE_BYTES;
     prefer(
         Pref::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-        (&raw const WORKSPACE_BYTES).cast(),
+        (&raw const workspace).cast(),
         8,
     )?;
     let [of_a, of_b, of_add, of_out] = &shape.alignments;
@@ -326,8 +323,7 @@ fn plan(handle: lts::cublasLtHandle_t, shape: &Shape) -> Result<Plan, lt::Cublas
     }
     // SAFETY: all descriptors were made above and none is freed; the preference is freed once.
     let found = unsafe {
-        let found =
-            lt::get_matmul_algo_heuristic(handle, description, b, a, out, out, preference);
+        let found = lt::get_matmul_algo_heuristic(handle, description, b, a, out, out, preference);
         lt::destroy_matmul_pref(preference)?;
         found?
     };

@@ -1,9 +1,9 @@
 //! Products on the CPU: Burn's, which runs on a SIMD matrix library.
 
 use burn::backend::Flex;
+use burn::backend::TensorMetadata;
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
-use burn::backend::TensorMetadata;
 use burn::tensor::{DType, Shape};
 
 use super::{Product, Target};
@@ -18,7 +18,13 @@ pub(crate) fn product(a: Raw, b: Raw, how: Product, target: Target<Raw>) -> Raw 
         DType::F32 => t,
         _ => Flex::float_cast(t, burn::tensor::FloatDType::F32),
     };
-    let turned = |t: Raw, turn: bool| if turn { Flex::float_swap_dims(t, 0, 1) } else { t };
+    let turned = |t: Raw, turn: bool| {
+        if turn {
+            Flex::float_swap_dims(t, 0, 1)
+        } else {
+            t
+        }
+    };
     let out = Flex::float_matmul(
         turned(wide(a), how.transposed[0]),
         turned(wide(b), how.transposed[1]),

@@ -27,7 +27,7 @@ use burn::tensor::{DType, Tensor};
 use crate::backend::MambaOps;
 
 /// How [`MambaKernels::product`](crate::MambaKernels::product) multiplies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Product {
     /// Whether each operand is transposed first.
     pub transposed: [bool; 2],

@@ -138,7 +138,12 @@ mod views {
             let whole = from_values(&start, [rows, wide], device);
             let target = columns(&whole, 128, 128 + output);
             let how = Product::plain(DType::F32, false);
-            CubeBackend::product(view, from_values(&b, [narrow, output], device), how, Target::Into(target));
+            CubeBackend::product(
+                view,
+                from_values(&b, [narrow, output], device),
+                how,
+                Target::Into(target),
+            );
             let mut expected = start.clone();
             for i in 0..rows {
                 for j in 0..output {
@@ -147,17 +152,32 @@ mod views {
                         .sum();
                 }
             }
-            assert_close(&format!("{device:?}"), &values(whole), &expected, 1e-4, 1e-4);
+            assert_close(
+                &format!("{device:?}"),
+                &values(whole),
+                &expected,
+                1e-4,
+                1e-4,
+            );
         }
     }
 
     #[test]
     fn a_sum_reuses_its_buffer_only_when_it_owns_it() {
-        let (a, b, c) = ([1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0], [1.0, 1.0, 1.0, 1.0]);
+        let (a, b, c) = (
+            [1.0, 2.0, 3.0, 4.0],
+            [5.0, 6.0, 7.0, 8.0],
+            [1.0, 1.0, 1.0, 1.0],
+        );
         for device in &cube_devices() {
             let how = Product::plain(DType::F32, false);
             let add = from_values(&c, [2, 2], device);
-            let operands = || (from_values(&a, [2, 2], device), from_values(&b, [2, 2], device));
+            let operands = || {
+                (
+                    from_values(&a, [2, 2], device),
+                    from_values(&b, [2, 2], device),
+                )
+            };
             let (x, y) = operands();
             let shared = CubeBackend::product(x, y, how, Target::Add(add.clone()));
             assert_eq!(values(shared), [20.0, 23.0, 44.0, 51.0], "{device:?}");
