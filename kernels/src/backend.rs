@@ -40,9 +40,13 @@ pub trait MambaKernels: Backend {
     fn causal_conv1d(inputs: ConvInputs<FloatTensor<Self>>) -> ConvOutputs<FloatTensor<Self>>;
 
     /// Gradients of [`causal_conv1d`](Self::causal_conv1d) for the output gradient `dy`, `[B, L, E]`.
+    ///
+    /// `dx_into`, `[B, L, E]` in the data type of `x`, is where the gradient of `x` goes on backends
+    /// that write in place; others return a new tensor. It may be some columns of a wider tensor.
     fn causal_conv1d_backward(
         inputs: ConvInputs<FloatTensor<Self>>,
         dy: FloatTensor<Self>,
+        dx_into: Option<FloatTensor<Self>>,
     ) -> ConvGrads<FloatTensor<Self>>;
 
     /// See [`add_norm`](crate::add_norm::add_norm).

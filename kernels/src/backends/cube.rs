@@ -30,8 +30,9 @@ impl MambaKernels for CubeBackend {
     fn causal_conv1d_backward(
         inputs: ConvInputs<FloatTensor<Self>>,
         dy: FloatTensor<Self>,
+        dx_into: Option<FloatTensor<Self>>,
     ) -> ConvGrads<FloatTensor<Self>> {
-        causal_conv1d::cube::backward(inputs, dy)
+        causal_conv1d::cube::backward(inputs, dy, dx_into)
     }
 
     fn add_norm(inputs: NormInputs<FloatTensor<Self>>) -> NormOutputs<FloatTensor<Self>> {

@@ -30,6 +30,7 @@ impl MambaKernels for Flex {
     fn causal_conv1d_backward(
         inputs: ConvInputs<FloatTensor<Self>>,
         dy: FloatTensor<Self>,
+        _dx_into: Option<FloatTensor<Self>>,
     ) -> ConvGrads<FloatTensor<Self>> {
         causal_conv1d::flex::backward(inputs, dy)
     }

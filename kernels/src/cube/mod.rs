@@ -1,8 +1,9 @@
 //! What the GPU forms of the operations share: elementary functions ([`math`]), sums over planes
-//! and cubes ([`reduce`]), and the launch side: contiguous buffers, grids, device limits.
+//! and cubes ([`reduce`]), and the launch side: buffers, grids, device limits.
 //!
-//! Kernels index flat contiguous buffers. Positions are `usize`, which compiles to 32 bits, or to
-//! 64 where a buffer of the launch has more than 2³² elements ([`address_type`]).
+//! Kernels index flat buffers, contiguous or of rows a stride apart ([`rows`]). Positions are
+//! `usize`, which compiles to 32 bits, or to 64 where a buffer of the launch has more than 2³²
+//! elements ([`address_type`]).
 
 // Integers have no `is_multiple_of` in the kernel language.
 #![allow(clippy::manual_is_multiple_of)]
@@ -75,6 +76,87 @@ pub(crate) fn contiguous(tensor: CubeTensor) -> CubeTensor {
     into_contiguous(tensor)
 }
 
+/// The tensor as rows: its last axis contiguous, all before it rows a uniform stride apart.
+/// Returns it, copied if it is not of that form, with the stride in elements.
+///
+/// A view of some columns of a wider tensor ([`columns`]) is of that form.
+pub(crate) fn rows(tensor: CubeTensor) -> (CubeTensor, usize) {
+    if let Some(stride) = row_stride(&tensor) {
+        return (tensor, stride);
+    }
+    let tensor = contiguous(tensor);
+    let stride = tensor.meta.shape().last().copied().unwrap_or(1);
+    (tensor, stride)
+}
+
+/// The stride of the tensor's rows in elements, if it is of the form that [`rows`] returns.
+pub(crate) fn row_stride(tensor: &CubeTensor) -> Option<usize> {
+    if tensor.meta.is_tiled() {
+        return None;
+    }
+    let (shape, strides) = (tensor.meta.shape(), tensor.meta.strides());
+    let last = shape.len().checked_sub(1)?;
+    if shape[last] > 1 && strides[last] != 1 {
+        return None;
+    }
+    // Axes of one element say nothing about the layout.
+    let mut axes = (0..last).rev().filter(|axis| shape[*axis] != 1);
+    let Some(first) = axes.next() else {
+        return Some(shape[last]);
+    };
+    let mut next = strides[first] * shape[first];
+    for axis in axes {
+        if strides[axis] != next {
+            return None;
+        }
+        next *= shape[axis];
+    }
+    (strides[first] >= shape[last]).then_some(strides[first])
+}
+
+/// Columns `from..to` of the last axis, as a view of the same buffer: writes to it are seen there.
+///
+/// # Panics
+///
+/// If a buffer of the device cannot begin at that column: its offset in bytes must be a multiple of
+/// the device's memory alignment.
+#[cfg_attr(not(test), allow(dead_code))]
+pub(crate) fn columns(tensor: &CubeTensor, from: usize, to: usize) -> CubeTensor {
+    let last = tensor.meta.shape().len() - 1;
+    let width = tensor.meta.shape()[last];
+    assert!(
+        from <= to && to <= width,
+        "columns {from}..{to} of a tensor that has {width}"
+    );
+    let offset = (from * tensor.meta.strides()[last] * tensor.dtype.size()) as u64;
+    let alignment = tensor.client.properties().memory.alignment;
+    assert!(
+        offset.is_multiple_of(alignment),
+        "columns from {from}: a view cannot begin {offset} bytes into a row, the device's alignment \
+         is {alignment}"
+    );
+    let mut view = tensor.clone();
+    view.handle = view.handle.offset_start(offset);
+    view.meta.shape_mut()[last] = to - from;
+    view
+}
+
+/// The widest vectors, of at most `most` elements (a power of two), that read `width` columns of
+/// rows `(tensor, stride)` at aligned places.
+pub(crate) fn vector_width(most: usize, width: usize, rows: &[(&CubeTensor, usize)]) -> usize {
+    let fits = |vector: &usize| {
+        width.is_multiple_of(*vector)
+            && rows.iter().all(|(tensor, stride)| {
+                let start = tensor.handle.offset_start.unwrap_or(0);
+                stride.is_multiple_of(*vector)
+                    && start.is_multiple_of((vector * tensor.dtype.size()) as u64)
+            })
+    };
+    std::iter::successors(Some(most), |vector| (*vector > 1).then_some(vector / 2))
+        .find(fits)
+        .unwrap_or(1)
+}
+
 /// The tensor as contiguous f32.
 pub(crate) fn contiguous_f32(tensor: CubeTensor) -> CubeTensor {
     contiguous(burn_cubecl::kernel::cast(tensor, DType::F32))
@@ -90,9 +172,22 @@ pub(crate) fn empty<const N: usize>(
     empty_device_contiguous_dtype(like.client.clone(), device, Shape::new(shape), dtype)
 }
 
-/// The tensor's buffer as a kernel argument.
+/// The tensor's buffer as a kernel argument, up to its last element.
 pub(crate) fn buffer(tensor: &CubeTensor) -> BufferArg {
-    tensor.clone().into_buffer_arg()
+    // SAFETY: the tensor's buffer holds all elements that its shape and strides reach.
+    unsafe { BufferArg::from_raw_parts(tensor.handle.clone(), extent(tensor)) }
+}
+
+/// Elements from the tensor's first to its last, with those between its rows.
+fn extent(tensor: &CubeTensor) -> usize {
+    let (shape, strides) = (tensor.meta.shape(), tensor.meta.strides());
+    if shape.contains(&0) {
+        return 0;
+    }
+    let steps = shape.iter().zip(strides.iter());
+    1 + steps
+        .map(|(size, stride)| (size - 1) * stride)
+        .sum::<usize>()
 }
 
 /// An optional tensor's buffer as a kernel argument.
@@ -142,7 +237,7 @@ pub(crate) fn cube_dim(units: usize) -> CubeDim {
 pub(crate) fn address_type(tensors: &[&CubeTensor]) -> AddressType {
     tensors
         .iter()
-        .map(|tensor| AddressType::from_len(tensor.meta.num_elements()))
+        .map(|tensor| AddressType::from_len(extent(tensor)))
         .max()
         .unwrap_or_default()
 }
