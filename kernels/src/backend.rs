@@ -15,6 +15,7 @@ use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 use crate::adamw::AdamwStep;
 use crate::add_norm::{NormGrads, NormInputs, NormKind, NormOutputs, NormSaved};
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
+use crate::norm::{NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
 use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs};
 
 /// Forward and backward of every operation on one backend's raw tensors.
@@ -58,6 +59,31 @@ pub trait MambaKernels: Backend {
         saved: NormSaved<FloatTensor<Self>>,
         dy: FloatTensor<Self>,
     ) -> NormGrads<FloatTensor<Self>>;
+
+    /// Normalised rows without weight and bias; see [`norm`](crate::norm).
+    fn normalize(inputs: NormalizeInputs<FloatTensor<Self>>) -> Normalized<FloatTensor<Self>>;
+
+    /// `hat · weight + bias` over `[M, D]` rows, computed in f32, in the data type of `hat`; weight
+    /// and bias are `[D]`, f32.
+    fn affine(
+        hat: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: Option<FloatTensor<Self>>,
+    ) -> FloatTensor<Self>;
+
+    /// [`normalize`](Self::normalize) and [`affine`](Self::affine) in one pass, with the bits of
+    /// the two.
+    fn normalize_affine(
+        inputs: NormalizeInputs<FloatTensor<Self>>,
+        weight: FloatTensor<Self>,
+        bias: Option<FloatTensor<Self>>,
+    ) -> (Normalized<FloatTensor<Self>>, FloatTensor<Self>);
+
+    /// Gradients of [`normalize_affine`](Self::normalize_affine), with the gradient that bypasses
+    /// the normalisation added.
+    fn normalize_backward(
+        inputs: NormalizeBackward<FloatTensor<Self>>,
+    ) -> NormalizeGrads<FloatTensor<Self>>;
 
     /// Per-row loss and log-sum-exp, both `[M]` f32, of `logits` `[M, V]` and `targets` `[M]`.
     fn cross_entropy(

@@ -150,3 +150,13 @@ macro_rules! raw {
 raw!(Flex, Flex, vec![cpu()]);
 #[cfg(feature = "cube")]
 raw!(burn_cubecl::CubeBackend, Cube, devices().split_off(1));
+
+/// Calls a function that is generic over [`Raw`] for every backend of this build.
+macro_rules! for_every_backend {
+    ($function:ident) => {
+        $function::<burn::backend::Flex>();
+        #[cfg(feature = "cube")]
+        $function::<burn_cubecl::CubeBackend>();
+    };
+}
+pub(crate) use for_every_backend;

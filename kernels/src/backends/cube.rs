@@ -7,8 +7,9 @@ use crate::adamw::AdamwStep;
 use crate::add_norm::{NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::backend::MambaKernels;
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
+use crate::norm::{NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
 use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs};
-use crate::{adamw, add_norm, causal_conv1d, cross_entropy, selective_scan};
+use crate::{adamw, add_norm, causal_conv1d, cross_entropy, norm, selective_scan};
 
 impl MambaKernels for CubeBackend {
     fn selective_scan(inputs: ScanInputs<FloatTensor<Self>>) -> ScanOutputs<FloatTensor<Self>> {
@@ -44,6 +45,32 @@ impl MambaKernels for CubeBackend {
         dy: FloatTensor<Self>,
     ) -> NormGrads<FloatTensor<Self>> {
         add_norm::cube::backward(saved, dy)
+    }
+
+    fn normalize(inputs: NormalizeInputs<FloatTensor<Self>>) -> Normalized<FloatTensor<Self>> {
+        norm::cube::normalize(inputs)
+    }
+
+    fn affine(
+        hat: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: Option<FloatTensor<Self>>,
+    ) -> FloatTensor<Self> {
+        norm::cube::affine(hat, weight, bias)
+    }
+
+    fn normalize_affine(
+        inputs: NormalizeInputs<FloatTensor<Self>>,
+        weight: FloatTensor<Self>,
+        bias: Option<FloatTensor<Self>>,
+    ) -> (Normalized<FloatTensor<Self>>, FloatTensor<Self>) {
+        norm::cube::normalize_affine(inputs, weight, bias)
+    }
+
+    fn normalize_backward(
+        inputs: NormalizeBackward<FloatTensor<Self>>,
+    ) -> NormalizeGrads<FloatTensor<Self>> {
+        norm::cube::backward(inputs)
     }
 
     fn cross_entropy(
