@@ -16,6 +16,7 @@ use crate::adamw::AdamwStep;
 use crate::add_norm::{NormGrads, NormInputs, NormKind, NormOutputs, NormSaved};
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
 use crate::linear::{self, Product, Target};
+use crate::norm::{NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
 use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs, ScanRequest};
 
 /// Forward and backward of every operation on one backend's raw tensors.
@@ -42,9 +43,13 @@ pub trait MambaKernels: Backend {
     fn causal_conv1d(inputs: ConvInputs<FloatTensor<Self>>) -> ConvOutputs<FloatTensor<Self>>;
 
     /// Gradients of [`causal_conv1d`](Self::causal_conv1d) for the output gradient `dy`, `[B, L, E]`.
+    ///
+    /// `dx_into`, `[B, L, E]` in the data type of `x`, is where the gradient of `x` goes on backends
+    /// that write in place; others return a new tensor. It may be some columns of a wider tensor.
     fn causal_conv1d_backward(
         inputs: ConvInputs<FloatTensor<Self>>,
         dy: FloatTensor<Self>,
+        dx_into: Option<FloatTensor<Self>>,
     ) -> ConvGrads<FloatTensor<Self>>;
 
     /// See [`add_norm`](crate::add_norm::add_norm).
@@ -56,6 +61,31 @@ pub trait MambaKernels: Backend {
         saved: NormSaved<FloatTensor<Self>>,
         dy: FloatTensor<Self>,
     ) -> NormGrads<FloatTensor<Self>>;
+
+    /// Normalised rows without weight and bias; see [`norm`](crate::norm).
+    fn normalize(inputs: NormalizeInputs<FloatTensor<Self>>) -> Normalized<FloatTensor<Self>>;
+
+    /// `hat · weight + bias` over `[M, D]` rows, computed in f32, in the data type of `hat`; weight
+    /// and bias are `[D]`, f32.
+    fn affine(
+        hat: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: Option<FloatTensor<Self>>,
+    ) -> FloatTensor<Self>;
+
+    /// [`normalize`](Self::normalize) and [`affine`](Self::affine) in one pass, with the bits of
+    /// the two.
+    fn normalize_affine(
+        inputs: NormalizeInputs<FloatTensor<Self>>,
+        weight: FloatTensor<Self>,
+        bias: Option<FloatTensor<Self>>,
+    ) -> (Normalized<FloatTensor<Self>>, FloatTensor<Self>);
+
+    /// Gradients of [`normalize_affine`](Self::normalize_affine), with the gradient that bypasses
+    /// the normalisation added.
+    fn normalize_backward(
+        inputs: NormalizeBackward<FloatTensor<Self>>,
+    ) -> NormalizeGrads<FloatTensor<Self>>;
 
     /// Per-row loss and log-sum-exp, both `[M]` f32, of `logits` `[M, V]` and `targets` `[M]`.
     fn cross_entropy(

@@ -6,6 +6,7 @@
 //! | [`selective_scan`] | the state-space recurrence of Mamba (arXiv 2312.00752, Algorithm 2) |
 //! | [`causal_conv1d`] | depthwise causal convolution, with bias and SiLU |
 //! | [`add_norm`] | residual addition followed by RMSNorm or LayerNorm |
+//! | [`norm`] | normalisation in pieces, for operations that fuse a whole layer |
 //! | [`cross_entropy`] | softmax cross-entropy, one loss a row |
 //! | [`linear`] | matrix products of reduced precision and their gradients |
 //! | [`adamw`] | one AdamW update of one parameter |
@@ -42,6 +43,7 @@ mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 pub mod linear;
+pub mod norm;
 pub mod pscan;
 pub mod selective_scan;
 

@@ -8,8 +8,9 @@ use crate::add_norm::{NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::backend::MambaKernels;
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
 use crate::linear::{Product, Target};
+use crate::norm::{NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
 use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs, ScanRequest};
-use crate::{adamw, add_norm, causal_conv1d, cross_entropy, linear, selective_scan};
+use crate::{adamw, add_norm, causal_conv1d, cross_entropy, linear, norm, selective_scan};
 
 impl MambaKernels for CubeBackend {
     fn selective_scan(inputs: ScanInputs<FloatTensor<Self>>) -> ScanOutputs<FloatTensor<Self>> {
@@ -32,8 +33,9 @@ impl MambaKernels for CubeBackend {
     fn causal_conv1d_backward(
         inputs: ConvInputs<FloatTensor<Self>>,
         dy: FloatTensor<Self>,
+        dx_into: Option<FloatTensor<Self>>,
     ) -> ConvGrads<FloatTensor<Self>> {
-        causal_conv1d::cube::backward(inputs, dy)
+        causal_conv1d::cube::backward(inputs, dy, dx_into)
     }
 
     fn add_norm(inputs: NormInputs<FloatTensor<Self>>) -> NormOutputs<FloatTensor<Self>> {
@@ -45,6 +47,32 @@ impl MambaKernels for CubeBackend {
         dy: FloatTensor<Self>,
     ) -> NormGrads<FloatTensor<Self>> {
         add_norm::cube::backward(saved, dy)
+    }
+
+    fn normalize(inputs: NormalizeInputs<FloatTensor<Self>>) -> Normalized<FloatTensor<Self>> {
+        norm::cube::normalize(inputs)
+    }
+
+    fn affine(
+        hat: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: Option<FloatTensor<Self>>,
+    ) -> FloatTensor<Self> {
+        norm::cube::affine(hat, weight, bias)
+    }
+
+    fn normalize_affine(
+        inputs: NormalizeInputs<FloatTensor<Self>>,
+        weight: FloatTensor<Self>,
+        bias: Option<FloatTensor<Self>>,
+    ) -> (Normalized<FloatTensor<Self>>, FloatTensor<Self>) {
+        norm::cube::normalize_affine(inputs, weight, bias)
+    }
+
+    fn normalize_backward(
+        inputs: NormalizeBackward<FloatTensor<Self>>,
+    ) -> NormalizeGrads<FloatTensor<Self>> {
+        norm::cube::backward(inputs)
     }
 
     fn cross_entropy(

@@ -9,6 +9,7 @@ use crate::add_norm::{self, NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::causal_conv1d::{self, ConvGrads, ConvInputs, ConvOutputs};
 use crate::cross_entropy;
 use crate::linear::{self, Product, Target};
+use crate::norm::{self, NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
 use crate::selective_scan::{self, ScanGrads, ScanInputs, ScanOutputs, ScanRequest};
 
 impl MambaKernels for Flex {
@@ -32,6 +33,7 @@ impl MambaKernels for Flex {
     fn causal_conv1d_backward(
         inputs: ConvInputs<FloatTensor<Self>>,
         dy: FloatTensor<Self>,
+        _dx_into: Option<FloatTensor<Self>>,
     ) -> ConvGrads<FloatTensor<Self>> {
         causal_conv1d::flex::backward(inputs, dy)
     }
@@ -45,6 +47,32 @@ impl MambaKernels for Flex {
         dy: FloatTensor<Self>,
     ) -> NormGrads<FloatTensor<Self>> {
         add_norm::flex::backward(saved, dy)
+    }
+
+    fn normalize(inputs: NormalizeInputs<FloatTensor<Self>>) -> Normalized<FloatTensor<Self>> {
+        norm::flex::normalize(inputs)
+    }
+
+    fn affine(
+        hat: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: Option<FloatTensor<Self>>,
+    ) -> FloatTensor<Self> {
+        norm::flex::affine(hat, weight, bias)
+    }
+
+    fn normalize_affine(
+        inputs: NormalizeInputs<FloatTensor<Self>>,
+        weight: FloatTensor<Self>,
+        bias: Option<FloatTensor<Self>>,
+    ) -> (Normalized<FloatTensor<Self>>, FloatTensor<Self>) {
+        norm::flex::normalize_affine(inputs, weight, bias)
+    }
+
+    fn normalize_backward(
+        inputs: NormalizeBackward<FloatTensor<Self>>,
+    ) -> NormalizeGrads<FloatTensor<Self>> {
+        norm::flex::backward(inputs)
     }
 
     fn cross_entropy(

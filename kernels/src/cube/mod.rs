@@ -1,8 +1,9 @@
 //! What the GPU forms of the operations share: elementary functions ([`math`]), sums over planes
-//! and cubes ([`reduce`]), and the launch side: contiguous buffers, grids, device limits.
+//! and cubes ([`reduce`]), and the launch side: buffers, grids, device limits.
 //!
-//! Kernels index flat contiguous buffers. Positions are `usize`, which compiles to 32 bits, or to
-//! 64 where a buffer of the launch has more than 2³² elements ([`address_type`]).
+//! Kernels index flat buffers, contiguous or of rows a stride apart ([`rows`]). Positions are
+//! `usize`, which compiles to 32 bits, or to 64 where a buffer of the launch has more than 2³²
+//! elements ([`address_type`]).
 
 // Integers have no `is_multiple_of` in the kernel language.
 #![allow(clippy::manual_is_multiple_of)]
@@ -143,6 +144,22 @@ pub(crate) fn shares_columns(tensor: &CubeTensor, from: usize) -> bool {
     row_stride(tensor).is_some() && (from * tensor.dtype.size()).is_multiple_of(alignment)
 }
 
+/// The widest vectors, of at most `most` elements (a power of two), that read `width` columns of
+/// rows `(tensor, stride)` at aligned places.
+pub(crate) fn vector_width(most: usize, width: usize, rows: &[(&CubeTensor, usize)]) -> usize {
+    let fits = |vector: &usize| {
+        width.is_multiple_of(*vector)
+            && rows.iter().all(|(tensor, stride)| {
+                let start = tensor.handle.offset_start.unwrap_or(0);
+                stride.is_multiple_of(*vector)
+                    && start.is_multiple_of((vector * tensor.dtype.size()) as u64)
+            })
+    };
+    std::iter::successors(Some(most), |vector| (*vector > 1).then_some(vector / 2))
+        .find(fits)
+        .unwrap_or(1)
+}
+
 /// The tensor as contiguous f32.
 pub(crate) fn contiguous_f32(tensor: CubeTensor) -> CubeTensor {
     contiguous(burn_cubecl::kernel::cast(tensor, DType::F32))
@@ -172,9 +189,13 @@ pub(crate) fn buffer(tensor: &CubeTensor) -> BufferArg {
 /// Elements of the buffer from the tensor's first to its last; more than it has where it is a view
 /// of columns.
 fn extent(tensor: &CubeTensor) -> usize {
-    let steps = tensor.meta.shape().iter().zip(tensor.meta.strides().iter());
+    let (shape, strides) = (tensor.meta.shape(), tensor.meta.strides());
+    if shape.contains(&0) {
+        return 0;
+    }
+    let steps = shape.iter().zip(strides.iter());
     1 + steps
-        .map(|(size, stride)| size.saturating_sub(1) * stride)
+        .map(|(size, stride)| (size - 1) * stride)
         .sum::<usize>()
 }
 
@@ -243,7 +264,8 @@ const FOLD_UNITS: usize = 128;
 
 /// Adds up groups of rows of a `[rows, width]` buffer until few are left: `[fewer rows, width]`.
 ///
-/// The last sum over the rows belongs to the operation, which knows the layout of its gradients.
+/// The last sum over the rows belongs to the operation, which knows the layout of its gradients
+/// ([`sum_columns`] where they are columns).
 pub(crate) fn fold_rows(mut sums: CubeTensor) -> CubeTensor {
     let [mut rows, width] = dims(&sums);
     while rows > 2 * FOLD {
@@ -267,4 +289,27 @@ pub(crate) fn fold_rows(mut sums: CubeTensor) -> CubeTensor {
         (sums, rows) = (folded, fewer);
     }
     sums
+}
+
+/// Columns `from .. from + width` of `[rows, …]`, added up over the rows: `[width]`.
+pub(crate) fn sum_columns(sums: &CubeTensor, from: usize, width: usize) -> CubeTensor {
+    let [rows, stride] = dims(sums);
+    let total = empty(sums, [width], DType::F32);
+    // SAFETY: every position is inside `sums`, which is contiguous and of the shape passed along;
+    // units beyond the last column write nothing.
+    unsafe {
+        reduce::sum_columns_kernel::launch_unchecked(
+            &sums.client,
+            grid(width.div_ceil(FOLD_UNITS)),
+            cube_dim(FOLD_UNITS),
+            address_type(&[sums]),
+            buffer(sums),
+            buffer(&total),
+            rows,
+            stride,
+            from,
+            width,
+        );
+    }
+    total
 }
