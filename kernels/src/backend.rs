@@ -7,8 +7,10 @@
 //! its backward.
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{AutodiffBackend, Backend, Dispatch, ExtensionType, backend_extension};
-use burn::tensor::Tensor;
+use burn::backend::{
+    AutodiffBackend, Backend, Dispatch, ExtensionType, TensorMetadata, backend_extension,
+};
+use burn::tensor::{Slice, Tensor};
 use burn_autodiff::Autodiff;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 
@@ -16,6 +18,7 @@ use crate::adamw::AdamwStep;
 use crate::add_norm::{NormGrads, NormInputs, NormKind, NormOutputs, NormSaved};
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
 use crate::linear::{self, Product, Target};
+use crate::mamba_layer::{self, LayerSettings, LayerTensors};
 use crate::norm::{NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
 use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs, ScanRequest};
 
@@ -112,6 +115,29 @@ pub trait MambaKernels: Backend {
         target: Target<FloatTensor<Self>>,
     ) -> FloatTensor<Self>;
 
+    /// Columns `from..to` of the last axis: a view where the backend has views, else a copy.
+    fn columns(tensor: &FloatTensor<Self>, from: usize, to: usize) -> FloatTensor<Self> {
+        let shape = tensor.shape();
+        let last = shape.num_dims() - 1;
+        let slices: Vec<Slice> = (0..=last)
+            .map(|axis| {
+                if axis == last {
+                    Slice::from(from..to)
+                } else {
+                    Slice::from(0..shape[axis])
+                }
+            })
+            .collect();
+        Self::float_slice(tensor.clone(), &slices)
+    }
+
+    /// An uninitialised tensor like `like` whose parts that begin at the columns `parts` can be
+    /// written through [`columns`](Self::columns); `None` where the backend cannot.
+    fn with_parts(like: &FloatTensor<Self>, parts: &[usize]) -> Option<FloatTensor<Self>> {
+        let _ = (like, parts);
+        None
+    }
+
     /// See [`adamw_step`](crate::adamw::adamw_step): returns the parameter and both moments, updated.
     fn adamw_step(
         param: FloatTensor<Self>,
@@ -202,6 +228,13 @@ pub trait MambaOps: Backend {
         weight: FloatTensor<Self>,
         how: Product,
     ) -> FloatTensor<Self>;
+
+    /// See [`mamba_layer`](crate::mamba_layer::mamba_layer): returns `(stream, h, window)`.
+    fn layer_op(
+        stream: FloatTensor<Self>,
+        #[extension_type] tensors: LayerTensors<Self>,
+        settings: LayerSettings,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 
     /// Returns `(param, moment1, moment2)`.
     fn adamw_op(
@@ -298,6 +331,24 @@ macro_rules! forward_to_kernels {
                 how: Product,
             ) -> FloatTensor<Self> {
                 linear::autodiff::forward::<Self>(x, weight, how)
+            }
+
+            fn layer_op(
+                stream: FloatTensor<Self>,
+                tensors: LayerTensors<Self>,
+                settings: LayerSettings,
+            ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+                let (weights, memory) = tensors.split();
+                let layer = mamba_layer::fused::Layer {
+                    weights,
+                    memory,
+                    settings: LayerSettings {
+                        keep: false,
+                        ..settings
+                    },
+                };
+                let out = mamba_layer::fused::forward::<Self>(&layer, stream);
+                (out.stream, out.h, out.window)
             }
 
             fn adamw_op(

@@ -9,6 +9,7 @@
 //! | [`norm`] | normalisation in pieces, for operations that fuse a whole layer |
 //! | [`cross_entropy`] | softmax cross-entropy, one loss a row |
 //! | [`linear`] | matrix products of reduced precision and their gradients |
+//! | [`mamba_layer`] | a residual Mamba layer, norm to addition, in one operation |
 //! | [`adamw`] | one AdamW update of one parameter |
 //! | [`pscan`] | first-order linear recurrence by a parallel (Blelloch) scan, in tensor operations |
 //!
@@ -43,6 +44,7 @@ mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 pub mod linear;
+pub mod mamba_layer;
 pub mod norm;
 pub mod pscan;
 pub mod selective_scan;

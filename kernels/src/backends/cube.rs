@@ -7,6 +7,7 @@ use crate::adamw::AdamwStep;
 use crate::add_norm::{NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::backend::MambaKernels;
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
+use crate::cube;
 use crate::linear::{Product, Target};
 use crate::norm::{NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
 use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs, ScanRequest};
@@ -98,6 +99,18 @@ impl MambaKernels for CubeBackend {
         target: Target<FloatTensor<Self>>,
     ) -> FloatTensor<Self> {
         linear::cube::product(a, b, how, target)
+    }
+
+    fn columns(tensor: &FloatTensor<Self>, from: usize, to: usize) -> FloatTensor<Self> {
+        cube::columns(tensor, from, to)
+    }
+
+    fn with_parts(like: &FloatTensor<Self>, parts: &[usize]) -> Option<FloatTensor<Self>> {
+        let whole = cube::empty_shape(like, like.meta.shape().clone(), like.dtype);
+        parts
+            .iter()
+            .all(|from| cube::shares_columns(&whole, *from))
+            .then_some(whole)
     }
 
     fn adamw_step(
