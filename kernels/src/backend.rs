@@ -222,6 +222,9 @@ pub trait MambaOps: Backend {
     /// Returns the loss of every row.
     fn cross_entropy_op(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self>;
 
+    /// The product of two matrices, without gradient.
+    fn product_op(a: FloatTensor<Self>, b: FloatTensor<Self>, how: Product) -> FloatTensor<Self>;
+
     /// See [`linear`](crate::linear::linear).
     fn linear_op(
         x: FloatTensor<Self>,
@@ -323,6 +326,14 @@ macro_rules! forward_to_kernels {
                 targets: IntTensor<Self>,
             ) -> FloatTensor<Self> {
                 <Self as MambaKernels>::cross_entropy(logits, targets).0
+            }
+
+            fn product_op(
+                a: FloatTensor<Self>,
+                b: FloatTensor<Self>,
+                how: Product,
+            ) -> FloatTensor<Self> {
+                <Self as MambaKernels>::product(a, b, how, Target::New)
             }
 
             fn linear_op(

@@ -8,7 +8,7 @@ use crate::adamw::AdamwStep;
 use crate::add_norm::{NormInputs, NormKind};
 use crate::backend::{MambaKernels, MambaOps, OptionalTensor, from_inner};
 use crate::causal_conv1d::ConvInputs;
-use crate::linear::Product;
+use crate::linear::{Product, Target};
 use crate::mamba_layer::{self, LayerSettings, LayerTensors};
 use crate::selective_scan::ScanInputs;
 use crate::{add_norm, causal_conv1d, cross_entropy, linear, selective_scan};
@@ -80,6 +80,16 @@ impl<B: MambaKernels, C: CheckpointStrategy> MambaOps for Autodiff<B, C> {
 
     fn cross_entropy_op(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
         cross_entropy::autodiff::cross_entropy::<B, C>(logits, targets)
+    }
+
+    /// Not differentiated: for measuring.
+    fn product_op(a: FloatTensor<Self>, b: FloatTensor<Self>, how: Product) -> FloatTensor<Self> {
+        from_inner::<B, C>(B::product(
+            a.into_primitive(),
+            b.into_primitive(),
+            how,
+            Target::New,
+        ))
     }
 
     fn linear_op(
