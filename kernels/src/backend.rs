@@ -7,7 +7,10 @@
 //! its backward.
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{AutodiffBackend, Backend, Dispatch, ExtensionType, backend_extension};
+use burn::backend::{
+    AutodiffBackend, Backend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchTensor,
+    DispatchTensorKind, ExtensionType, backend_extension,
+};
 use burn::tensor::Tensor;
 use burn_autodiff::Autodiff;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
@@ -108,6 +111,10 @@ pub trait MambaKernels: Backend {
         grad_scale: FloatTensor<Self>,
         step: AdamwStep,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+
+    /// See [`sum_squares`](crate::sum_squares::sum_squares): at least one tensor, of any shapes;
+    /// returns `[1]`, f32.
+    fn sum_squares(tensors: Vec<FloatTensor<Self>>) -> FloatTensor<Self>;
 }
 
 /// An optional tensor that Burn's dispatch macro can route (it does not take `Option` arguments).
@@ -126,6 +133,49 @@ impl<B: Backend> OptionalTensor<B> {
             Self::Present(tensor) => Some(tensor),
             Self::Absent => None,
         }
+    }
+}
+
+/// Any number of tensors that Burn's dispatch macro can route (it does not take `Vec` arguments).
+#[derive(Clone, Debug)]
+pub struct TensorList<B: Backend>(pub Vec<FloatTensor<B>>);
+
+impl<B: Backend> ExtensionType<B> for TensorList<B> {
+    type Target = TensorList<Dispatch>;
+
+    fn map_to_dispatch<F>(self, map_kind: F, autodiff: DispatchAutodiffContext) -> Self::Target
+    where
+        F: Fn(BackendTensor<B>) -> DispatchTensorKind,
+    {
+        let wrap = |tensor| DispatchTensor {
+            kind: map_kind(BackendTensor::Float(tensor)),
+            autodiff,
+        };
+        TensorList(self.0.into_iter().map(wrap).collect())
+    }
+
+    fn map_from_dispatch<F>(target: Self::Target, unwrap_kind: F) -> Self
+    where
+        F: Fn(DispatchTensor) -> BackendTensor<B>,
+    {
+        let unwrap = |tensor| unwrap_kind(tensor).float();
+        Self(target.0.into_iter().map(unwrap).collect())
+    }
+
+    fn routing_tensor(target: &Self::Target) -> Option<&DispatchTensor> {
+        target.0.first()
+    }
+
+    fn routing_float_tensor(target: &Self::Target) -> Option<&DispatchTensor> {
+        target.0.first()
+    }
+
+    fn autodiff_context(target: &Self::Target) -> DispatchAutodiffContext {
+        let contexts = target.0.iter().map(|tensor| tensor.autodiff);
+        contexts.fold(
+            DispatchAutodiffContext::Disabled,
+            DispatchAutodiffContext::merge,
+        )
     }
 }
 
@@ -192,6 +242,9 @@ pub trait MambaOps: Backend {
         grad_scale: FloatTensor<Self>,
         step: AdamwStep,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+
+    /// Returns the sum, `[1]`.
+    fn sum_squares_op(#[extension_type] tensors: TensorList<Self>) -> FloatTensor<Self>;
 }
 
 /// On a backend without autodiff an operation is its kernel's forward pass.
@@ -281,6 +334,10 @@ macro_rules! forward_to_kernels {
                 step: AdamwStep,
             ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
                 <Self as MambaKernels>::adamw_step(param, grad, moment1, moment2, grad_scale, step)
+            }
+
+            fn sum_squares_op(tensors: TensorList<Self>) -> FloatTensor<Self> {
+                <Self as MambaKernels>::sum_squares(tensors.0)
             }
         }
     };

@@ -9,6 +9,7 @@
 //! | [`norm`] | normalisation in pieces, for operations that fuse a whole layer |
 //! | [`cross_entropy`] | softmax cross-entropy, one loss a row |
 //! | [`adamw`] | one AdamW update of one parameter |
+//! | [`sum_squares`] | sum of the squares of many tensors, for the norm of a gradient |
 //! | [`pscan`] | first-order linear recurrence by a parallel (Blelloch) scan, in tensor operations |
 //!
 //! Every operation is one folder: `mod.rs` has the contract and the shape checks, `reference.rs`
@@ -44,6 +45,7 @@ mod flex;
 pub mod norm;
 pub mod pscan;
 pub mod selective_scan;
+pub mod sum_squares;
 
 pub use backend::MambaKernels;
 

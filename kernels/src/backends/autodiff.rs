@@ -6,7 +6,7 @@ use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 
 use crate::adamw::AdamwStep;
 use crate::add_norm::{NormInputs, NormKind};
-use crate::backend::{MambaKernels, MambaOps, OptionalTensor, from_inner};
+use crate::backend::{MambaKernels, MambaOps, OptionalTensor, TensorList, from_inner};
 use crate::causal_conv1d::ConvInputs;
 use crate::selective_scan::ScanInputs;
 use crate::{add_norm, causal_conv1d, cross_entropy, selective_scan};
@@ -102,5 +102,11 @@ impl<B: MambaKernels, C: CheckpointStrategy> MambaOps for Autodiff<B, C> {
             from_inner::<B, C>(moment1),
             from_inner::<B, C>(moment2),
         )
+    }
+
+    /// The sum is not differentiated either.
+    fn sum_squares_op(tensors: TensorList<Self>) -> FloatTensor<Self> {
+        let tensors = tensors.0.into_iter().map(|t| t.into_primitive()).collect();
+        from_inner::<B, C>(B::sum_squares(tensors))
     }
 }

@@ -9,7 +9,7 @@ use crate::backend::MambaKernels;
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
 use crate::norm::{NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
 use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs};
-use crate::{adamw, add_norm, causal_conv1d, cross_entropy, norm, selective_scan};
+use crate::{adamw, add_norm, causal_conv1d, cross_entropy, norm, selective_scan, sum_squares};
 
 impl MambaKernels for CubeBackend {
     fn selective_scan(inputs: ScanInputs<FloatTensor<Self>>) -> ScanOutputs<FloatTensor<Self>> {
@@ -98,5 +98,9 @@ impl MambaKernels for CubeBackend {
         step: AdamwStep,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         adamw::cube::step(param, grad, moment1, moment2, grad_scale, step)
+    }
+
+    fn sum_squares(tensors: Vec<FloatTensor<Self>>) -> FloatTensor<Self> {
+        sum_squares::cube::sum_squares(tensors)
     }
 }

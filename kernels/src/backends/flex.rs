@@ -10,6 +10,7 @@ use crate::causal_conv1d::{self, ConvGrads, ConvInputs, ConvOutputs};
 use crate::cross_entropy;
 use crate::norm::{self, NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
 use crate::selective_scan::{self, ScanGrads, ScanInputs, ScanOutputs};
+use crate::sum_squares;
 
 impl MambaKernels for Flex {
     fn selective_scan(inputs: ScanInputs<FloatTensor<Self>>) -> ScanOutputs<FloatTensor<Self>> {
@@ -98,5 +99,9 @@ impl MambaKernels for Flex {
         step: AdamwStep,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         adamw::flex::step(param, grad, moment1, moment2, grad_scale, step)
+    }
+
+    fn sum_squares(tensors: Vec<FloatTensor<Self>>) -> FloatTensor<Self> {
+        sum_squares::flex::sum_squares(tensors)
     }
 }
