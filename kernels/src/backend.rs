@@ -11,7 +11,7 @@ use burn::backend::{
     AutodiffBackend, Backend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchTensor,
     DispatchTensorKind, ExtensionType, backend_extension,
 };
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use burn_autodiff::Autodiff;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 
@@ -94,12 +94,13 @@ pub trait MambaKernels: Backend {
         targets: IntTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
-    /// Gradient of the logits, `[M, V]`, for per-row loss gradients `dloss` `[M]`.
+    /// Gradient of the logits, `[M, V]` in `dtype`, for per-row loss gradients `dloss` `[M]`.
     fn cross_entropy_backward(
         logits: FloatTensor<Self>,
         targets: IntTensor<Self>,
         log_sum_exp: FloatTensor<Self>,
         dloss: FloatTensor<Self>,
+        dtype: DType,
     ) -> FloatTensor<Self>;
 
     /// See [`adamw_step`](crate::adamw::adamw_step): returns the parameter and both moments, updated.

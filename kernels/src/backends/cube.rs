@@ -1,6 +1,7 @@
 //! The kernels of every CubeCL runtime: CUDA, and Vulkan, Metal or DX12 through wgpu.
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::tensor::DType;
 use burn_cubecl::CubeBackend;
 
 use crate::adamw::AdamwStep;
@@ -85,8 +86,9 @@ impl MambaKernels for CubeBackend {
         targets: IntTensor<Self>,
         log_sum_exp: FloatTensor<Self>,
         dloss: FloatTensor<Self>,
+        dtype: DType,
     ) -> FloatTensor<Self> {
-        cross_entropy::cube::backward(logits, targets, log_sum_exp, dloss)
+        cross_entropy::cube::backward(logits, targets, log_sum_exp, dloss, dtype)
     }
 
     fn adamw_step(

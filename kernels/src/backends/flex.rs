@@ -2,6 +2,7 @@
 
 use burn::backend::Flex;
 use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::tensor::DType;
 
 use crate::MambaKernels;
 use crate::adamw::{self, AdamwStep};
@@ -86,8 +87,9 @@ impl MambaKernels for Flex {
         targets: IntTensor<Self>,
         log_sum_exp: FloatTensor<Self>,
         dloss: FloatTensor<Self>,
+        dtype: DType,
     ) -> FloatTensor<Self> {
-        cross_entropy::flex::backward(logits, targets, log_sum_exp, dloss)
+        cross_entropy::flex::backward(logits, targets, log_sum_exp, dloss, dtype)
     }
 
     fn adamw_step(

@@ -64,8 +64,8 @@ pub(crate) fn backward(
     targets: FlexTensor,
     log_sum_exp: FlexTensor,
     dloss: FlexTensor,
+    dtype: DType,
 ) -> FlexTensor {
-    let dtype = logits.dtype();
     let [rows, vocabulary] = dims(&logits);
     let logits = contiguous(logits);
     let lse = contiguous(log_sum_exp);
