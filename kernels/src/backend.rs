@@ -88,6 +88,17 @@ pub trait MambaKernels: Backend {
         inputs: NormalizeBackward<FloatTensor<Self>>,
     ) -> NormalizeGrads<FloatTensor<Self>>;
 
+    /// Rows of `weight` `[V, D]` (f32) that `bytes` `[M]` name, `[M, D]`, f32.
+    fn byte_embedding(weight: FloatTensor<Self>, bytes: IntTensor<Self>) -> FloatTensor<Self>;
+
+    /// Gradient of the `rows` = V rows of [`byte_embedding`](Self::byte_embedding)'s weight, `[V, D]`, for
+    /// the gradient `dy`, `[M, D]` (f32), of its output.
+    fn byte_embedding_backward(
+        bytes: IntTensor<Self>,
+        dy: FloatTensor<Self>,
+        rows: usize,
+    ) -> FloatTensor<Self>;
+
     /// Per-row loss and log-sum-exp, both `[M]` f32, of `logits` `[M, V]` and `targets` `[M]`.
     fn cross_entropy(
         logits: FloatTensor<Self>,
@@ -231,6 +242,9 @@ pub trait MambaOps: Backend {
         kind: NormKind,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
+    /// Returns the rows of all bytes.
+    fn embedding_op(weight: FloatTensor<Self>, bytes: IntTensor<Self>) -> FloatTensor<Self>;
+
     /// Returns the loss of every row.
     fn cross_entropy_op(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self>;
 
@@ -317,6 +331,13 @@ macro_rules! forward_to_kernels {
                     kind,
                 });
                 (out.y, out.sum)
+            }
+
+            fn embedding_op(
+                weight: FloatTensor<Self>,
+                bytes: IntTensor<Self>,
+            ) -> FloatTensor<Self> {
+                <Self as MambaKernels>::byte_embedding(weight, bytes)
             }
 
             fn cross_entropy_op(

@@ -7,6 +7,7 @@
 //! | [`causal_conv1d`] | depthwise causal convolution, with bias and SiLU |
 //! | [`add_norm`] | residual addition followed by RMSNorm or LayerNorm |
 //! | [`norm`] | normalisation in pieces, for operations that fuse a whole layer |
+//! | [`embedding`] | one row of a table for every byte |
 //! | [`cross_entropy`] | softmax cross-entropy, one loss a row |
 //! | [`adamw`] | one AdamW update of one parameter |
 //! | [`sum_squares`] | sum of the squares of many tensors, for the norm of a gradient |
@@ -40,6 +41,7 @@ pub mod causal_conv1d;
 pub mod cross_entropy;
 #[cfg(feature = "cube")]
 mod cube;
+pub mod embedding;
 #[cfg(feature = "flex")]
 mod flex;
 pub mod norm;

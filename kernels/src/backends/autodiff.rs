@@ -9,7 +9,7 @@ use crate::add_norm::{NormInputs, NormKind};
 use crate::backend::{MambaKernels, MambaOps, OptionalTensor, TensorList, from_inner};
 use crate::causal_conv1d::ConvInputs;
 use crate::selective_scan::ScanInputs;
-use crate::{add_norm, causal_conv1d, cross_entropy, selective_scan};
+use crate::{add_norm, causal_conv1d, cross_entropy, embedding, selective_scan};
 
 impl<B: MambaKernels, C: CheckpointStrategy> MambaOps for Autodiff<B, C> {
     fn scan_op(
@@ -74,6 +74,10 @@ impl<B: MambaKernels, C: CheckpointStrategy> MambaOps for Autodiff<B, C> {
             eps,
             kind,
         })
+    }
+
+    fn embedding_op(weight: FloatTensor<Self>, bytes: IntTensor<Self>) -> FloatTensor<Self> {
+        embedding::autodiff::embedding::<B, C>(weight, bytes)
     }
 
     fn cross_entropy_op(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {

@@ -10,7 +10,9 @@ use crate::backend::MambaKernels;
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
 use crate::norm::{NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
 use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs};
-use crate::{adamw, add_norm, causal_conv1d, cross_entropy, norm, selective_scan, sum_squares};
+use crate::{
+    adamw, add_norm, causal_conv1d, cross_entropy, embedding, norm, selective_scan, sum_squares,
+};
 
 impl MambaKernels for CubeBackend {
     fn selective_scan(inputs: ScanInputs<FloatTensor<Self>>) -> ScanOutputs<FloatTensor<Self>> {
@@ -72,6 +74,18 @@ impl MambaKernels for CubeBackend {
         inputs: NormalizeBackward<FloatTensor<Self>>,
     ) -> NormalizeGrads<FloatTensor<Self>> {
         norm::cube::backward(inputs)
+    }
+
+    fn byte_embedding(weight: FloatTensor<Self>, bytes: IntTensor<Self>) -> FloatTensor<Self> {
+        embedding::cube::forward(weight, bytes)
+    }
+
+    fn byte_embedding_backward(
+        bytes: IntTensor<Self>,
+        dy: FloatTensor<Self>,
+        rows: usize,
+    ) -> FloatTensor<Self> {
+        embedding::cube::backward(bytes, dy, rows)
     }
 
     fn cross_entropy(

@@ -9,6 +9,7 @@ use crate::adamw::{self, AdamwStep};
 use crate::add_norm::{self, NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::causal_conv1d::{self, ConvGrads, ConvInputs, ConvOutputs};
 use crate::cross_entropy;
+use crate::embedding;
 use crate::norm::{self, NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
 use crate::selective_scan::{self, ScanGrads, ScanInputs, ScanOutputs};
 use crate::sum_squares;
@@ -73,6 +74,18 @@ impl MambaKernels for Flex {
         inputs: NormalizeBackward<FloatTensor<Self>>,
     ) -> NormalizeGrads<FloatTensor<Self>> {
         norm::flex::backward(inputs)
+    }
+
+    fn byte_embedding(weight: FloatTensor<Self>, bytes: IntTensor<Self>) -> FloatTensor<Self> {
+        embedding::flex::forward(weight, bytes)
+    }
+
+    fn byte_embedding_backward(
+        bytes: IntTensor<Self>,
+        dy: FloatTensor<Self>,
+        rows: usize,
+    ) -> FloatTensor<Self> {
+        embedding::flex::backward(bytes, dy, rows)
     }
 
     fn cross_entropy(

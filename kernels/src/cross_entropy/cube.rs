@@ -5,7 +5,6 @@
 //! second time from cache. Backward is one element-wise pass from the saved log-sum-exp.
 
 use burn::tensor::DType;
-use burn_cubecl::kernel::cast;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
@@ -14,7 +13,7 @@ use crate::cube::math::{LN2, LOG2E, exp2, log2};
 use crate::cube::reduce::{lane_max, lane_sum};
 use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, dims, elem, empty,
-    grid, vector_width,
+    grid, integers, vector_width,
 };
 
 /// Units of a cube.
@@ -91,14 +90,6 @@ pub(crate) fn backward(
         );
     }
     dlogits
-}
-
-/// Contiguous targets of a type that the kernels read.
-fn integers(targets: CubeTensor) -> CubeTensor {
-    contiguous(match targets.dtype {
-        DType::I32 | DType::I64 => targets,
-        _ => cast(targets, DType::I32),
-    })
 }
 
 /// Loss and log-sum-exp, one row a plane; `columns` is the number of vectors in a row.
