@@ -6,6 +6,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
 use mambabyte_kernels::adamw::{AdamwState, AdamwStep, adamw_step};
+use mambabyte_kernels::sum_squares::sum_squares;
 
 use super::parameters::{Named, Path, named};
 use crate::config::OptimizerConfig;
@@ -159,25 +160,26 @@ impl ModuleMapper for Updater<'_> {
 
 /// Euclidean norm of all gradients together, a tensor of one element.
 pub(super) fn global_norm<M: Module>(model: &M, grads: &GradientsParams) -> Tensor<1> {
-    struct Squares<'a> {
+    struct Flat<'a> {
         grads: &'a GradientsParams,
-        sums: Vec<Tensor<1>>,
+        gradients: Vec<Tensor<1>>,
     }
 
-    impl ModuleVisitor for Squares<'_> {
+    impl ModuleVisitor for Flat<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             if let Some(grad) = self.grads.get::<D>(param.id) {
-                self.sums.push(grad.square().sum());
+                let count = grad.shape().num_elements();
+                self.gradients.push(grad.reshape([count]));
             }
         }
     }
 
-    let mut squares = Squares {
+    let mut flat = Flat {
         grads,
-        sums: Vec::new(),
+        gradients: Vec::new(),
     };
-    model.visit(&mut squares);
-    Tensor::cat(squares.sums, 0).sum().sqrt()
+    model.visit(&mut flat);
+    sum_squares(flat.gradients).sqrt()
 }
 
 /// Factor that brings a gradient of norm `norm` down to `clip`; one below it, or without clipping.

@@ -6,10 +6,14 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::AdamwStep;
-use crate::cube::{address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, grid};
+use crate::cube::{
+    address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, grid, vector_width,
+};
 
 /// Units of a cube.
 const UNITS: usize = 256;
+/// Most numbers of a unit.
+const VECTOR: usize = 4;
 
 /// See [`MambaKernels::adamw_step`](crate::MambaKernels::adamw_step).
 pub(crate) fn step(
@@ -25,9 +29,8 @@ pub(crate) fn step(
     let moment2 = writable(moment2);
     let grad = contiguous(grad);
     let elements = param.meta.num_elements();
-    let whole =
-        elements.is_multiple_of(4) && [&param, &moment1, &moment2, &grad].iter().all(aligned);
-    let vector = if whole { 4 } else { 1 };
+    let rows = [&param, &moment1, &moment2, &grad].map(|tensor| (tensor, elements));
+    let vector = vector_width(VECTOR, elements, &rows);
     let vectors = elements / vector;
     // SAFETY: all four buffers are contiguous, of `elements` numbers, and the three that are
     // written belong to this call alone; units beyond the last vector write nothing.
@@ -55,11 +58,6 @@ pub(crate) fn step(
         );
     }
     (param, moment1, moment2)
-}
-
-/// Whether the tensor's buffer begins where vectors may: a view can begin anywhere in another's.
-fn aligned(tensor: &&CubeTensor) -> bool {
-    tensor.handle.offset_start.unwrap_or(0).is_multiple_of(16)
 }
 
 /// A contiguous f32 tensor whose buffer nothing else holds: the tensor itself or a copy.

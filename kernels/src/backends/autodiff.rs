@@ -6,12 +6,12 @@ use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 
 use crate::adamw::AdamwStep;
 use crate::add_norm::{NormInputs, NormKind};
-use crate::backend::{MambaKernels, MambaOps, OptionalTensor, from_inner};
+use crate::backend::{MambaKernels, MambaOps, OptionalTensor, TensorList, from_inner};
 use crate::causal_conv1d::ConvInputs;
 use crate::linear::{Product, Target};
 use crate::mamba_layer::{self, LayerSettings, LayerTensors};
 use crate::selective_scan::ScanInputs;
-use crate::{add_norm, causal_conv1d, cross_entropy, linear, selective_scan};
+use crate::{add_norm, causal_conv1d, cross_entropy, embedding, linear, selective_scan};
 
 impl<B: MambaKernels, C: CheckpointStrategy> MambaOps for Autodiff<B, C> {
     fn scan_op(
@@ -78,6 +78,10 @@ impl<B: MambaKernels, C: CheckpointStrategy> MambaOps for Autodiff<B, C> {
         })
     }
 
+    fn embedding_op(weight: FloatTensor<Self>, bytes: IntTensor<Self>) -> FloatTensor<Self> {
+        embedding::autodiff::embedding::<B, C>(weight, bytes)
+    }
+
     fn cross_entropy_op(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
         cross_entropy::autodiff::cross_entropy::<B, C>(logits, targets)
     }
@@ -130,5 +134,11 @@ impl<B: MambaKernels, C: CheckpointStrategy> MambaOps for Autodiff<B, C> {
             from_inner::<B, C>(moment1),
             from_inner::<B, C>(moment2),
         )
+    }
+
+    /// The sum is not differentiated either.
+    fn sum_squares_op(tensors: TensorList<Self>) -> FloatTensor<Self> {
+        let tensors = tensors.0.into_iter().map(|t| t.into_primitive()).collect();
+        from_inner::<B, C>(B::sum_squares(tensors))
     }
 }
