@@ -20,7 +20,9 @@ pub mod device;
 pub mod error;
 pub mod eval;
 pub mod generate;
+mod library;
 pub mod model;
+mod nvidia;
 pub mod train;
 
 pub use config::{Config, MambaConfig};
