@@ -1,6 +1,6 @@
 //! From a config's `[device]` to a Burn device, and the memory there.
 
-pub mod memory;
+pub mod budget;
 
 use std::panic;
 

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::{positive, print, print_json};
 use crate::config::{Config, Preset};
 use crate::error::{Result, print_warning};
-use crate::train::memory::{self, Estimate};
+use crate::memory::{self, Estimate};
 
 /// Arguments of `estimate`.
 #[derive(Clone, Debug, Args)]
@@ -90,8 +90,8 @@ struct Row {
     total: u64,
     /// Whether that is within the limit; none without one.
     fits: Option<bool>,
-    /// The fewest first layers to recompute so that it is.
-    fewest_recomputed_layers: Option<usize>,
+    /// What `train.recompute = "auto"` comes to; none without a limit, and where that is over it.
+    automatic_recompute: Option<usize>,
 }
 
 impl Summary {
@@ -170,7 +170,7 @@ impl Summary {
         let mut text = format!("\nwithin {} (`train.memory_limit`):\n", memory::size(limit));
         for row in &self.estimates {
             let batch = row.batch;
-            let _ = match (row.fits, row.fewest_recomputed_layers) {
+            let _ = match (row.fits, row.automatic_recompute) {
                 (Some(true), _) => writeln!(text, "batch {batch} fits"),
                 (_, Some(layers)) => writeln!(
                     text,
@@ -200,7 +200,11 @@ impl Summary {
 
 impl Row {
     fn new(mut config: Config, limit: Option<u64>) -> Self {
-        let fewest = limit.and_then(|limit| memory::fewest_recomputed(&config, limit));
+        let automatic = limit.and_then(|limit| {
+            let layers = memory::automatic(&config, limit);
+            let fits = memory::estimate_with(&config, layers).total() <= limit;
+            fits.then_some(layers)
+        });
         memory::settle(&mut config, limit);
         let peak = memory::estimate(&config);
         let total = peak.total();
@@ -210,7 +214,7 @@ impl Row {
             peak,
             total,
             fits: limit.map(|limit| total <= limit),
-            fewest_recomputed_layers: fewest,
+            automatic_recompute: automatic,
         }
     }
 }

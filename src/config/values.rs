@@ -226,7 +226,7 @@ impl Recompute {
     /// How many of the first layers of a model of `depth` layers are run again.
     ///
     /// [`Recompute::Auto`] counts as none: what it stands for depends on the device, and
-    /// [`settle`](crate::train::memory::settle) puts the number in its place when a run starts.
+    /// [`settle`](crate::memory::settle) puts the number in its place when a run starts.
     pub fn layers(self, depth: usize) -> usize {
         match self {
             Self::Auto | Self::None => 0,

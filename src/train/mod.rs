@@ -10,7 +10,6 @@
 pub mod checkpoint;
 mod interrupt;
 pub mod learner;
-pub mod memory;
 pub mod metrics;
 mod optimizer;
 mod parameters;

@@ -10,13 +10,12 @@ use mambabyte_datasets::{Batch, Loader, Sampler, SamplerConfig, SamplingMode, Sh
 use super::checkpoint::{Checkpoint, Progress};
 use super::interrupt;
 use super::learner::Learner;
-use super::memory;
 use super::metrics::{MetricRecord, MetricsWriter, bits};
 use super::progress::Display;
 use super::run_dir::RunDir;
 use super::schedule::learning_rate;
-use crate::config::{Config, Mode, Recompute};
-use crate::device::memory::Budget;
+use crate::config::{Config, Mode};
+use crate::device::budget::Budget;
 use crate::error::{Error, Result};
 use crate::eval::{self, EvalOptions};
 use crate::generate::{Generator, SampleOptions};
@@ -38,9 +37,7 @@ struct Run<'a> {
 
 /// Starts a new run in `path`; stops after `stop_after` steps as if it had been interrupted there.
 pub fn start(config: &Config, path: &Path, stop_after: Option<u64>) -> Result<()> {
-    let (device, budget) = Budget::open(config)?;
-    let config = fitted(config, &budget)?;
-    budget.set_page_size(&device, memory::page_bytes(&config));
+    let (device, budget, config) = Budget::open(config)?;
     // Data first: a run that cannot read any leaves no folder behind.
     let (sampler, validation) = open_data(&config)?;
     let dir = RunDir::create(path, &config)?;
@@ -69,10 +66,7 @@ pub fn start(config: &Config, path: &Path, stop_after: Option<u64>) -> Result<()
 /// Goes on with the run in `path` from its newest checkpoint that is whole.
 pub fn resume(path: &Path, stop_after: Option<u64>) -> Result<()> {
     let dir = RunDir::open(path)?;
-    let config = dir.config()?;
-    let (device, budget) = Budget::open(&config)?;
-    let config = fitted(&config, &budget)?;
-    budget.set_page_size(&device, memory::page_bytes(&config));
+    let (device, budget, config) = Budget::open(&dir.config()?)?;
     let (sampler, validation) = open_data(&config)?;
     budget.guard(&config, || {
         let mut learner = Learner::new(&config, &device);
@@ -100,31 +94,6 @@ pub fn resume(path: &Path, stop_after: Option<u64>) -> Result<()> {
         }
         .go(stop_after)
     })
-}
-
-/// The config with `train.recompute` settled for the memory there is.
-///
-/// # Errors
-///
-/// [`Error::OutOfMemory`] where by the estimate the run is far from fitting.
-fn fitted(config: &Config, budget: &Budget) -> Result<Config> {
-    let mut fitted = config.clone();
-    memory::settle(&mut fitted, budget.limit());
-    let Some(limit) = budget.limit() else {
-        return Ok(fitted);
-    };
-    if let Some(reason) = memory::excess(&fitted, limit) {
-        return Err(budget.out_of_memory(reason, &fitted));
-    }
-    if config.train.recompute == Recompute::Auto {
-        tracing::info!(
-            "`train.recompute` is {} for this run, which needs about {} of {}",
-            fitted.train.recompute,
-            memory::size(memory::estimate(&fitted).total()),
-            memory::size(limit)
-        );
-    }
-    Ok(fitted)
 }
 
 /// Puts the newest checkpoint that is whole into `learner`; a run stopped before its first one

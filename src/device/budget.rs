@@ -18,8 +18,8 @@ use burn::tensor::{Device, Tensor};
 
 use crate::config::{Config, DeviceKind, Recompute};
 use crate::error::{Error, Result};
+use crate::memory::{self, CUDA_CONTEXT, size};
 use crate::nvidia::{self, Gpu};
-use crate::train::memory::{CUDA_CONTEXT, size};
 
 /// Memory above the limit is taken in pieces of this size, in bytes.
 const PIECE: u64 = 4 << 30;
@@ -76,12 +76,22 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// Opens the config's device and enforces `train.memory_limit` on it as far as it can be.
+    /// Opens the config's device for a run, within `train.memory_limit`. Returns the config with
+    /// `train.recompute = "auto"` settled for the memory there is.
     ///
     /// # Errors
     ///
-    /// As [`open`](super::open).
-    pub fn open(config: &Config) -> Result<(Device, Self)> {
+    /// As [`open`](super::open), and [`Error::OutOfMemory`] where by the estimate the run is far
+    /// from fitting.
+    pub fn open(config: &Config) -> Result<(Device, Self, Config)> {
+        let (device, budget) = Self::limited(config)?;
+        let config = budget.settle(config)?;
+        set_page_size(&device, memory::page_bytes(&config));
+        Ok((device, budget, config))
+    }
+
+    /// The device with its limit, enforced as far as that is possible.
+    fn limited(config: &Config) -> Result<(Device, Self)> {
         let index = config.device.index;
         let before = cfg!(feature = "cuda")
             .then(|| nvidia::memory_before_use(index))
@@ -123,23 +133,25 @@ impl Budget {
         self.gpu = Some((Arc::new(gpu), total.saturating_sub(free + plan.own) + held));
     }
 
-    /// Bytes that this program may use, if that is known.
-    pub fn limit(&self) -> Option<u64> {
-        self.limit
-    }
-
-    /// Makes the device's allocator cut tensors from pages of `bytes` from now on.
-    ///
-    /// By itself it makes pages as large as the largest tensor so far, and how many others fit
-    /// beside that one is luck: up to a third of the memory is lost. It never makes pages smaller,
-    /// so one large allocation at the start decides.
-    pub fn set_page_size(&self, device: &Device, bytes: u64) {
-        /// What CubeCL adds to an allocation to get the size of its page.
-        const SLACK: u64 = 1 << 20;
-        if bytes > SLACK && device_memory(device).is_some() {
-            let elements = ((bytes - SLACK) / 4) as usize;
-            drop(Tensor::<1>::empty([elements], device));
+    /// The config with `"auto"` settled, if by the estimate it fits.
+    fn settle(&self, config: &Config) -> Result<Config> {
+        let mut settled = config.clone();
+        memory::settle(&mut settled, self.limit);
+        let Some(limit) = self.limit else {
+            return Ok(settled);
+        };
+        if let Some(reason) = memory::excess(&settled, limit) {
+            return Err(self.out_of_memory(reason, &settled));
         }
+        if config.train.recompute == Recompute::Auto {
+            tracing::info!(
+                "`train.recompute` is {} for this run, which needs about {} of {}",
+                settled.train.recompute,
+                size(memory::estimate(&settled).total()),
+                size(limit)
+            );
+        }
+        Ok(settled)
     }
 
     /// What this run uses on `device`; none on the CPU. On CUDA `reserved` is all of it, context and
@@ -230,6 +242,20 @@ impl Budget {
             reason += &format!(", and the limit is {}", size(limit));
         }
         reason
+    }
+}
+
+/// Makes the device's allocator cut tensors from pages of `bytes` from now on.
+///
+/// By itself it makes pages as large as the largest tensor so far, and how many others fit beside
+/// that one is luck: up to a third of the memory is lost. It never makes pages smaller, so one large
+/// allocation at the start decides.
+fn set_page_size(device: &Device, bytes: u64) {
+    /// What CubeCL adds to an allocation to get the size of its page.
+    const SLACK: u64 = 1 << 20;
+    if bytes > SLACK && device_memory(device).is_some() {
+        let elements = ((bytes - SLACK) / 4) as usize;
+        drop(Tensor::<1>::empty([elements], device));
     }
 }
 

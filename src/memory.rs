@@ -70,6 +70,10 @@ const LEAST_PAGE: u64 = 384 << 20;
 /// One part in so many of a page is lost between tensors.
 const PAGE_LOSS: u64 = 32;
 
+/// What `"auto"` leaves unused of a limit, in percent: an estimate that is a little short must not
+/// end a run.
+const SPARE_PERCENT: u64 = 4;
+
 /// How far an estimate may be above what there is before a run is refused, in percent: it is an
 /// estimate, and the allocator has the last word.
 const TOLERANCE_PERCENT: u64 = 10;
@@ -138,19 +142,21 @@ pub fn estimate(config: &Config) -> Estimate {
 
 /// The peak of training by `config` with the first `layers` layers recomputed.
 pub fn estimate_with(config: &Config, layers: usize) -> Estimate {
-    let sizes = Sizes::new(config);
-    let depth = config.model.depth;
-    (0..depth)
-        .map(|layer| sizes.in_layer(layer, layers))
-        .chain([sizes.at_head(layers), sizes.at_update()])
-        .max_by_key(Estimate::total)
-        .unwrap_or_else(|| sizes.at_update())
+    Sizes::new(config).peak(layers)
 }
 
-/// The fewest first layers to recompute so that training fits `limit` bytes; none where even all
-/// are too few.
+/// The fewest first layers to recompute so that training fits `limit` bytes; none where no number
+/// does.
 pub fn fewest_recomputed(config: &Config, limit: u64) -> Option<usize> {
-    (0..=config.model.depth).find(|&layers| estimate_with(config, layers).total() <= limit)
+    let sizes = Sizes::new(config);
+    (0..=config.model.depth).find(|&layers| sizes.peak(layers).total() <= limit)
+}
+
+/// The number that `train.recompute = "auto"` stands for where training may use `limit` bytes: the
+/// fewest layers that fit with some room to spare, all where none do.
+pub fn automatic(config: &Config, limit: u64) -> usize {
+    let roomy = limit - limit / 100 * SPARE_PERCENT;
+    fewest_recomputed(config, roomy).unwrap_or(config.model.depth)
 }
 
 /// The largest `train.batch` that fits `limit` bytes, with `train.recompute` as it is; where that is
@@ -177,14 +183,14 @@ pub fn largest_batch(config: &Config, limit: u64) -> Option<usize> {
     (good > 0).then_some(good)
 }
 
-/// Puts a number in the place of `train.recompute = "auto"`: the fewest layers that fit `limit`
-/// bytes, all where none do, and none where there is no limit. Any other setting stays.
+/// Puts the number in the place of `train.recompute = "auto"`: [`automatic`], and none where there
+/// is no limit. Any other setting stays.
 pub fn settle(config: &mut Config, limit: Option<u64>) {
     if config.train.recompute != Recompute::Auto {
         return;
     }
     let depth = config.model.depth;
-    let layers = limit.map_or(0, |limit| fewest_recomputed(config, limit).unwrap_or(depth));
+    let layers = limit.map_or(0, |limit| automatic(config, limit));
     config.train.recompute = match layers {
         0 => Recompute::None,
         all if all == depth => Recompute::All,
@@ -344,6 +350,20 @@ impl Sizes {
         }
     }
 
+    /// The greatest of all moments with the first `recomputed` layers recomputed.
+    fn peak(&self, recomputed: usize) -> Estimate {
+        // From one layer to the next the sum changes by the same amount, but for the step from
+        // recomputed layers to others: the ends are enough.
+        let last = self.depth as usize - 1;
+        [0, recomputed.saturating_sub(1), recomputed, last]
+            .into_iter()
+            .filter(|&layer| layer <= last)
+            .map(|layer| self.in_layer(layer, recomputed))
+            .chain([self.at_update(), self.at_head(recomputed)])
+            .max_by_key(Estimate::total)
+            .unwrap_or_else(|| self.at_update())
+    }
+
     /// What the first `count` layers keep, the first `recomputed` of all being recomputed.
     fn kept_by(&self, count: u64, recomputed: usize) -> u64 {
         count * self.kept + count.saturating_sub(recomputed as u64) * self.projected
@@ -394,7 +414,11 @@ impl Sizes {
 
 /// Parameters of one layer, and of what is behind the last layer.
 fn parameters_by_place(model: &MambaConfig) -> (u64, u64) {
-    let table = model.parameter_table();
+    let table = MambaConfig {
+        depth: 1,
+        ..model.clone()
+    }
+    .parameter_table();
     let sum = |prefix: &str| -> u64 {
         let of = table.iter().filter(|it| it.name.starts_with(prefix));
         of.map(|it| it.count).sum()
@@ -556,6 +580,26 @@ mod tests {
     }
 
     #[test]
+    fn the_ends_are_the_greatest_of_all_layers() {
+        for settings in [
+            &SMALL[..],
+            &LARGE[..],
+            // Gradients of a layer outweigh what it keeps.
+            &["model.preset=mambabyte_972m", "train.length=64"][..],
+        ] {
+            let sizes = Sizes::new(&config(&[settings]));
+            let depth = sizes.depth as usize;
+            for recomputed in [0, 1, depth / 2, depth - 1, depth] {
+                let all = (0..depth).map(|layer| sizes.in_layer(layer, recomputed).total());
+                let greatest = all
+                    .chain([sizes.at_update().total(), sizes.at_head(recomputed).total()])
+                    .max();
+                assert_eq!(Some(sizes.peak(recomputed).total()), greatest);
+            }
+        }
+    }
+
+    #[test]
     fn settling_puts_a_number_in_the_place_of_auto_only() {
         let settled = |limit: Option<u64>, recompute: &str| {
             let setting = format!("train.recompute={recompute}");
@@ -564,9 +608,11 @@ mod tests {
             config.train.recompute
         };
         assert_eq!(settled(None, "auto"), Recompute::None);
-        assert_eq!(settled(Some(742_784), "auto"), Recompute::None);
-        assert_eq!(settled(Some(742_783), "auto"), Recompute::First(1));
-        assert_eq!(settled(Some(742_784 - 32_769), "auto"), Recompute::All);
+        // With a twenty-fifth to spare: 742784 of 773800.
+        assert_eq!(settled(Some(773_800), "auto"), Recompute::None);
+        assert_eq!(settled(Some(773_600), "auto"), Recompute::First(1));
+        assert_eq!(settled(Some(739_600), "auto"), Recompute::First(1));
+        assert_eq!(settled(Some(739_400), "auto"), Recompute::All);
         assert_eq!(settled(Some(1000), "auto"), Recompute::All);
         assert_eq!(settled(Some(1000), "none"), Recompute::None);
         assert_eq!(settled(Some(1000), "1"), Recompute::First(1));
