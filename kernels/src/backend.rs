@@ -7,15 +7,20 @@
 //! its backward.
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{AutodiffBackend, Backend, Dispatch, ExtensionType, backend_extension};
-use burn::tensor::Tensor;
+use burn::backend::{
+    AutodiffBackend, Backend, Dispatch, ExtensionType, TensorMetadata, backend_extension,
+};
+use burn::tensor::{Slice, Tensor};
 use burn_autodiff::Autodiff;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 
 use crate::adamw::AdamwStep;
 use crate::add_norm::{NormGrads, NormInputs, NormKind, NormOutputs, NormSaved};
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
-use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs};
+use crate::linear::{self, Product, Target};
+use crate::mamba_layer::{self, LayerSettings, LayerTensors};
+use crate::norm::{NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
+use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs, ScanRequest};
 
 /// Forward and backward of every operation on one backend's raw tensors.
 ///
@@ -34,15 +39,20 @@ pub trait MambaKernels: Backend {
         inputs: ScanInputs<FloatTensor<Self>>,
         saved: FloatTensor<Self>,
         dy: FloatTensor<Self>,
+        request: ScanRequest<FloatTensor<Self>>,
     ) -> ScanGrads<FloatTensor<Self>>;
 
     /// See [`causal_conv1d`](crate::causal_conv1d::causal_conv1d).
     fn causal_conv1d(inputs: ConvInputs<FloatTensor<Self>>) -> ConvOutputs<FloatTensor<Self>>;
 
     /// Gradients of [`causal_conv1d`](Self::causal_conv1d) for the output gradient `dy`, `[B, L, E]`.
+    ///
+    /// `dx_into`, `[B, L, E]` in the data type of `x`, is where the gradient of `x` goes on backends
+    /// that write in place; others return a new tensor. It may be some columns of a wider tensor.
     fn causal_conv1d_backward(
         inputs: ConvInputs<FloatTensor<Self>>,
         dy: FloatTensor<Self>,
+        dx_into: Option<FloatTensor<Self>>,
     ) -> ConvGrads<FloatTensor<Self>>;
 
     /// See [`add_norm`](crate::add_norm::add_norm).
@@ -54,6 +64,31 @@ pub trait MambaKernels: Backend {
         saved: NormSaved<FloatTensor<Self>>,
         dy: FloatTensor<Self>,
     ) -> NormGrads<FloatTensor<Self>>;
+
+    /// Normalised rows without weight and bias; see [`norm`](crate::norm).
+    fn normalize(inputs: NormalizeInputs<FloatTensor<Self>>) -> Normalized<FloatTensor<Self>>;
+
+    /// `hat · weight + bias` over `[M, D]` rows, computed in f32, in the data type of `hat`; weight
+    /// and bias are `[D]`, f32.
+    fn affine(
+        hat: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: Option<FloatTensor<Self>>,
+    ) -> FloatTensor<Self>;
+
+    /// [`normalize`](Self::normalize) and [`affine`](Self::affine) in one pass, with the bits of
+    /// the two.
+    fn normalize_affine(
+        inputs: NormalizeInputs<FloatTensor<Self>>,
+        weight: FloatTensor<Self>,
+        bias: Option<FloatTensor<Self>>,
+    ) -> (Normalized<FloatTensor<Self>>, FloatTensor<Self>);
+
+    /// Gradients of [`normalize_affine`](Self::normalize_affine), with the gradient that bypasses
+    /// the normalisation added.
+    fn normalize_backward(
+        inputs: NormalizeBackward<FloatTensor<Self>>,
+    ) -> NormalizeGrads<FloatTensor<Self>>;
 
     /// Per-row loss and log-sum-exp, both `[M]` f32, of `logits` `[M, V]` and `targets` `[M]`.
     fn cross_entropy(
@@ -68,6 +103,40 @@ pub trait MambaKernels: Backend {
         log_sum_exp: FloatTensor<Self>,
         dloss: FloatTensor<Self>,
     ) -> FloatTensor<Self>;
+
+    /// The matrix product `op(a) · op(b)`, where every axis of an operand before its last counts as
+    /// rows. The rows of an `a` that is not transposed keep their axes in the result.
+    ///
+    /// Operands have one data type; sums are f32.
+    fn product(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        how: Product,
+        target: Target<FloatTensor<Self>>,
+    ) -> FloatTensor<Self>;
+
+    /// Columns `from..to` of the last axis: a view where the backend has views, else a copy.
+    fn columns(tensor: &FloatTensor<Self>, from: usize, to: usize) -> FloatTensor<Self> {
+        let shape = tensor.shape();
+        let last = shape.num_dims() - 1;
+        let slices: Vec<Slice> = (0..=last)
+            .map(|axis| {
+                if axis == last {
+                    Slice::from(from..to)
+                } else {
+                    Slice::from(0..shape[axis])
+                }
+            })
+            .collect();
+        Self::float_slice(tensor.clone(), &slices)
+    }
+
+    /// An uninitialised tensor like `like` whose parts that begin at the columns `parts` can be
+    /// written through [`columns`](Self::columns); `None` where the backend cannot.
+    fn with_parts(like: &FloatTensor<Self>, parts: &[usize]) -> Option<FloatTensor<Self>> {
+        let _ = (like, parts);
+        None
+    }
 
     /// See [`adamw_step`](crate::adamw::adamw_step): returns the parameter and both moments, updated.
     fn adamw_step(
@@ -152,6 +221,20 @@ pub trait MambaOps: Backend {
 
     /// Returns the loss of every row.
     fn cross_entropy_op(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self>;
+
+    /// See [`linear`](crate::linear::linear).
+    fn linear_op(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        how: Product,
+    ) -> FloatTensor<Self>;
+
+    /// See [`mamba_layer`](crate::mamba_layer::mamba_layer): returns `(stream, h, window)`.
+    fn layer_op(
+        stream: FloatTensor<Self>,
+        #[extension_type] tensors: LayerTensors<Self>,
+        settings: LayerSettings,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 
     /// Returns `(param, moment1, moment2)`.
     fn adamw_op(
@@ -240,6 +323,32 @@ macro_rules! forward_to_kernels {
                 targets: IntTensor<Self>,
             ) -> FloatTensor<Self> {
                 <Self as MambaKernels>::cross_entropy(logits, targets).0
+            }
+
+            fn linear_op(
+                x: FloatTensor<Self>,
+                weight: FloatTensor<Self>,
+                how: Product,
+            ) -> FloatTensor<Self> {
+                linear::autodiff::forward::<Self>(x, weight, how)
+            }
+
+            fn layer_op(
+                stream: FloatTensor<Self>,
+                tensors: LayerTensors<Self>,
+                settings: LayerSettings,
+            ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+                let (weights, memory) = tensors.split();
+                let layer = mamba_layer::fused::Layer {
+                    weights,
+                    memory,
+                    settings: LayerSettings {
+                        keep: false,
+                        ..settings
+                    },
+                };
+                let out = mamba_layer::fused::forward::<Self>(&layer, stream);
+                (out.stream, out.h, out.window)
             }
 
             fn adamw_op(

@@ -6,7 +6,10 @@
 //! | [`selective_scan`] | the state-space recurrence of Mamba (arXiv 2312.00752, Algorithm 2) |
 //! | [`causal_conv1d`] | depthwise causal convolution, with bias and SiLU |
 //! | [`add_norm`] | residual addition followed by RMSNorm or LayerNorm |
+//! | [`norm`] | normalisation in pieces, for operations that fuse a whole layer |
 //! | [`cross_entropy`] | softmax cross-entropy, one loss a row |
+//! | [`linear`] | matrix products of reduced precision and their gradients |
+//! | [`mamba_layer`] | a residual Mamba layer, norm to addition, in one operation |
 //! | [`adamw`] | one AdamW update of one parameter |
 //! | [`pscan`] | first-order linear recurrence by a parallel (Blelloch) scan, in tensor operations |
 //!
@@ -40,6 +43,9 @@ pub mod cross_entropy;
 mod cube;
 #[cfg(feature = "flex")]
 mod flex;
+pub mod linear;
+pub mod mamba_layer;
+pub mod norm;
 pub mod pscan;
 pub mod selective_scan;
 

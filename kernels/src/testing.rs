@@ -1,6 +1,12 @@
 //! What the operations' tests share: devices, reproducible data, comparison.
 
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{
+    BackendTensor, DispatchAutodiffContext, DispatchTensor, DispatchTensorKind, Flex,
+};
 use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::MambaKernels;
 
 /// Tolerances of mamba_ssm's own tests at fp32.
 pub(crate) const RTOL: f32 = 6e-4;
@@ -105,3 +111,86 @@ pub(crate) fn assert_same_bits(what: &str, a: &[f32], b: &[f32]) {
         assert_eq!(a.to_bits(), b.to_bits(), "{what}[{i}]: {a} and {b}");
     }
 }
+
+/// Tensors of the GPU backend itself, below Burn's user-facing type.
+#[cfg(feature = "cube")]
+pub(crate) mod raw {
+    use burn::backend::ops::FloatTensorOps;
+    use burn::tensor::TensorData;
+    use burn_cubecl::tensor::CubeTensor;
+    use burn_cubecl::{CubeBackend, CubeDevice};
+
+    /// Every GPU this build has kernels for.
+    pub(crate) fn cube_devices() -> Vec<CubeDevice> {
+        [
+            #[cfg(feature = "wgpu")]
+            CubeDevice::wgpu(cubecl::device::WgpuDeviceKind::DefaultDevice).expect("a GPU"),
+            #[cfg(feature = "cuda")]
+            CubeDevice::cuda(0).expect("a GPU"),
+        ]
+        .to_vec()
+    }
+
+    pub(crate) fn from_values<const D: usize>(
+        values: &[f32],
+        dims: [usize; D],
+        device: &CubeDevice,
+    ) -> CubeTensor {
+        CubeBackend::float_from_data(TensorData::new(values.to_vec(), dims), device)
+    }
+
+    pub(crate) fn values(tensor: CubeTensor) -> Vec<f32> {
+        let read = CubeBackend::float_into_data(tensor);
+        let data = cubecl::future::block_on(read).expect("readable");
+        data.iter::<f32>().collect()
+    }
+}
+
+/// A backend whose raw tensors tests can make from and turn into tensors of the user-facing API.
+pub(crate) trait Raw: MambaKernels {
+    /// The devices of the backend.
+    fn devices() -> Vec<Device>;
+    /// The raw tensor of a tensor on one of the backend's devices.
+    fn float<const D: usize>(tensor: Tensor<D>) -> FloatTensor<Self>;
+    /// The inverse of [`float`](Self::float).
+    fn tensor<const D: usize>(raw: FloatTensor<Self>) -> Tensor<D>;
+}
+
+/// Implements [`Raw`] for a backend that is a variant of Burn's dispatch.
+macro_rules! raw {
+    ($backend:ty, $variant:ident, $devices:expr) => {
+        impl Raw for $backend {
+            fn devices() -> Vec<Device> {
+                $devices
+            }
+
+            fn float<const D: usize>(tensor: Tensor<D>) -> FloatTensor<Self> {
+                match tensor.into_dispatch().kind {
+                    DispatchTensorKind::$variant(tensor) => tensor.float(),
+                    other => panic!("a tensor of another backend: {other:?}"),
+                }
+            }
+
+            fn tensor<const D: usize>(raw: FloatTensor<Self>) -> Tensor<D> {
+                Tensor::from_dispatch(DispatchTensor {
+                    kind: DispatchTensorKind::$variant(BackendTensor::Float(raw)),
+                    autodiff: DispatchAutodiffContext::Disabled,
+                })
+            }
+        }
+    };
+}
+
+raw!(Flex, Flex, vec![cpu()]);
+#[cfg(feature = "cube")]
+raw!(burn_cubecl::CubeBackend, Cube, devices().split_off(1));
+
+/// Calls a function that is generic over [`Raw`] for every backend of this build.
+macro_rules! for_every_backend {
+    ($function:ident) => {
+        $function::<burn::backend::Flex>();
+        #[cfg(feature = "cube")]
+        $function::<burn_cubecl::CubeBackend>();
+    };
+}
+pub(crate) use for_every_backend;

@@ -14,7 +14,7 @@ const TILE: usize = 64;
 
 /// Sum of `f(i)` over a row, always in the same order.
 #[inline(always)]
-fn row_sum(len: usize, f: impl Fn(usize) -> f32) -> f32 {
+pub(crate) fn row_sum(len: usize, f: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let whole = len / LANES * LANES;
     for i in (0..whole).step_by(LANES) {
@@ -113,7 +113,7 @@ fn forward_tile(
 
 /// Mean (zero for RMSNorm) and reciprocal deviation of one row.
 #[inline(always)]
-fn moments(row: &[f32], kind: NormKind, eps: f32) -> (f32, f32) {
+pub(crate) fn moments(row: &[f32], kind: NormKind, eps: f32) -> (f32, f32) {
     let width = row.len() as f32;
     let mean = match kind {
         NormKind::Rms => 0.0,

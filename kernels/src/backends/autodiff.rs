@@ -8,8 +8,10 @@ use crate::adamw::AdamwStep;
 use crate::add_norm::{NormInputs, NormKind};
 use crate::backend::{MambaKernels, MambaOps, OptionalTensor, from_inner};
 use crate::causal_conv1d::ConvInputs;
+use crate::linear::Product;
+use crate::mamba_layer::{self, LayerSettings, LayerTensors};
 use crate::selective_scan::ScanInputs;
-use crate::{add_norm, causal_conv1d, cross_entropy, selective_scan};
+use crate::{add_norm, causal_conv1d, cross_entropy, linear, selective_scan};
 
 impl<B: MambaKernels, C: CheckpointStrategy> MambaOps for Autodiff<B, C> {
     fn scan_op(
@@ -78,6 +80,22 @@ impl<B: MambaKernels, C: CheckpointStrategy> MambaOps for Autodiff<B, C> {
 
     fn cross_entropy_op(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
         cross_entropy::autodiff::cross_entropy::<B, C>(logits, targets)
+    }
+
+    fn linear_op(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        how: Product,
+    ) -> FloatTensor<Self> {
+        linear::autodiff::linear::<B, C>(x, weight, how)
+    }
+
+    fn layer_op(
+        stream: FloatTensor<Self>,
+        tensors: LayerTensors<Self>,
+        settings: LayerSettings,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        mamba_layer::autodiff::layer::<B, C>(stream, tensors, settings)
     }
 
     /// An update is not differentiated: it runs on the raw tensors.

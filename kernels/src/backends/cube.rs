@@ -7,8 +7,11 @@ use crate::adamw::AdamwStep;
 use crate::add_norm::{NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::backend::MambaKernels;
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
-use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs};
-use crate::{adamw, add_norm, causal_conv1d, cross_entropy, selective_scan};
+use crate::cube;
+use crate::linear::{Product, Target};
+use crate::norm::{NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
+use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs, ScanRequest};
+use crate::{adamw, add_norm, causal_conv1d, cross_entropy, linear, norm, selective_scan};
 
 impl MambaKernels for CubeBackend {
     fn selective_scan(inputs: ScanInputs<FloatTensor<Self>>) -> ScanOutputs<FloatTensor<Self>> {
@@ -19,8 +22,9 @@ impl MambaKernels for CubeBackend {
         inputs: ScanInputs<FloatTensor<Self>>,
         saved: FloatTensor<Self>,
         dy: FloatTensor<Self>,
+        request: ScanRequest<FloatTensor<Self>>,
     ) -> ScanGrads<FloatTensor<Self>> {
-        selective_scan::cube::backward(inputs, saved, dy)
+        selective_scan::cube::backward(inputs, saved, dy, request)
     }
 
     fn causal_conv1d(inputs: ConvInputs<FloatTensor<Self>>) -> ConvOutputs<FloatTensor<Self>> {
@@ -30,8 +34,9 @@ impl MambaKernels for CubeBackend {
     fn causal_conv1d_backward(
         inputs: ConvInputs<FloatTensor<Self>>,
         dy: FloatTensor<Self>,
+        dx_into: Option<FloatTensor<Self>>,
     ) -> ConvGrads<FloatTensor<Self>> {
-        causal_conv1d::cube::backward(inputs, dy)
+        causal_conv1d::cube::backward(inputs, dy, dx_into)
     }
 
     fn add_norm(inputs: NormInputs<FloatTensor<Self>>) -> NormOutputs<FloatTensor<Self>> {
@@ -43,6 +48,32 @@ impl MambaKernels for CubeBackend {
         dy: FloatTensor<Self>,
     ) -> NormGrads<FloatTensor<Self>> {
         add_norm::cube::backward(saved, dy)
+    }
+
+    fn normalize(inputs: NormalizeInputs<FloatTensor<Self>>) -> Normalized<FloatTensor<Self>> {
+        norm::cube::normalize(inputs)
+    }
+
+    fn affine(
+        hat: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: Option<FloatTensor<Self>>,
+    ) -> FloatTensor<Self> {
+        norm::cube::affine(hat, weight, bias)
+    }
+
+    fn normalize_affine(
+        inputs: NormalizeInputs<FloatTensor<Self>>,
+        weight: FloatTensor<Self>,
+        bias: Option<FloatTensor<Self>>,
+    ) -> (Normalized<FloatTensor<Self>>, FloatTensor<Self>) {
+        norm::cube::normalize_affine(inputs, weight, bias)
+    }
+
+    fn normalize_backward(
+        inputs: NormalizeBackward<FloatTensor<Self>>,
+    ) -> NormalizeGrads<FloatTensor<Self>> {
+        norm::cube::backward(inputs)
     }
 
     fn cross_entropy(
@@ -59,6 +90,27 @@ impl MambaKernels for CubeBackend {
         dloss: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         cross_entropy::cube::backward(logits, targets, log_sum_exp, dloss)
+    }
+
+    fn product(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        how: Product,
+        target: Target<FloatTensor<Self>>,
+    ) -> FloatTensor<Self> {
+        linear::cube::product(a, b, how, target)
+    }
+
+    fn columns(tensor: &FloatTensor<Self>, from: usize, to: usize) -> FloatTensor<Self> {
+        cube::columns(tensor, from, to)
+    }
+
+    fn with_parts(like: &FloatTensor<Self>, parts: &[usize]) -> Option<FloatTensor<Self>> {
+        let whole = cube::empty_shape(like, like.meta.shape().clone(), like.dtype);
+        parts
+            .iter()
+            .all(|from| cube::shares_columns(&whole, *from))
+            .then_some(whole)
     }
 
     fn adamw_step(

@@ -8,7 +8,9 @@ use crate::adamw::{self, AdamwStep};
 use crate::add_norm::{self, NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::causal_conv1d::{self, ConvGrads, ConvInputs, ConvOutputs};
 use crate::cross_entropy;
-use crate::selective_scan::{self, ScanGrads, ScanInputs, ScanOutputs};
+use crate::linear::{self, Product, Target};
+use crate::norm::{self, NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
+use crate::selective_scan::{self, ScanGrads, ScanInputs, ScanOutputs, ScanRequest};
 
 impl MambaKernels for Flex {
     fn selective_scan(inputs: ScanInputs<FloatTensor<Self>>) -> ScanOutputs<FloatTensor<Self>> {
@@ -19,8 +21,9 @@ impl MambaKernels for Flex {
         inputs: ScanInputs<FloatTensor<Self>>,
         saved: FloatTensor<Self>,
         dy: FloatTensor<Self>,
+        request: ScanRequest<FloatTensor<Self>>,
     ) -> ScanGrads<FloatTensor<Self>> {
-        selective_scan::flex::backward(inputs, saved, dy)
+        selective_scan::flex::backward(inputs, saved, dy, request)
     }
 
     fn causal_conv1d(inputs: ConvInputs<FloatTensor<Self>>) -> ConvOutputs<FloatTensor<Self>> {
@@ -30,6 +33,7 @@ impl MambaKernels for Flex {
     fn causal_conv1d_backward(
         inputs: ConvInputs<FloatTensor<Self>>,
         dy: FloatTensor<Self>,
+        _dx_into: Option<FloatTensor<Self>>,
     ) -> ConvGrads<FloatTensor<Self>> {
         causal_conv1d::flex::backward(inputs, dy)
     }
@@ -43,6 +47,32 @@ impl MambaKernels for Flex {
         dy: FloatTensor<Self>,
     ) -> NormGrads<FloatTensor<Self>> {
         add_norm::flex::backward(saved, dy)
+    }
+
+    fn normalize(inputs: NormalizeInputs<FloatTensor<Self>>) -> Normalized<FloatTensor<Self>> {
+        norm::flex::normalize(inputs)
+    }
+
+    fn affine(
+        hat: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: Option<FloatTensor<Self>>,
+    ) -> FloatTensor<Self> {
+        norm::flex::affine(hat, weight, bias)
+    }
+
+    fn normalize_affine(
+        inputs: NormalizeInputs<FloatTensor<Self>>,
+        weight: FloatTensor<Self>,
+        bias: Option<FloatTensor<Self>>,
+    ) -> (Normalized<FloatTensor<Self>>, FloatTensor<Self>) {
+        norm::flex::normalize_affine(inputs, weight, bias)
+    }
+
+    fn normalize_backward(
+        inputs: NormalizeBackward<FloatTensor<Self>>,
+    ) -> NormalizeGrads<FloatTensor<Self>> {
+        norm::flex::backward(inputs)
     }
 
     fn cross_entropy(
@@ -59,6 +89,15 @@ impl MambaKernels for Flex {
         dloss: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         cross_entropy::flex::backward(logits, targets, log_sum_exp, dloss)
+    }
+
+    fn product(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        how: Product,
+        target: Target<FloatTensor<Self>>,
+    ) -> FloatTensor<Self> {
+        linear::flex::product(a, b, how, target)
     }
 
     fn adamw_step(

@@ -24,7 +24,7 @@ impl<B: MambaKernels> Backward<B, 3> for ConvBackward {
         _checkpointer: &mut Checkpointer,
     ) {
         let dy = grads.consume::<B>(&ops.node);
-        let out = B::causal_conv1d_backward(ops.state, dy);
+        let out = B::causal_conv1d_backward(ops.state, dy, None);
         let by_parent = [Some(out.x), Some(out.weight), out.bias];
         for (parent, grad) in ops.parents.iter().zip(by_parent) {
             if let (Some(node), Some(grad)) = (parent, grad) {

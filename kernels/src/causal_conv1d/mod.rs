@@ -28,7 +28,7 @@ use crate::backend::{MambaOps, optional};
 /// Inputs of the convolution; `T` is a raw tensor of some backend.
 #[derive(Clone, Debug)]
 pub struct ConvInputs<T> {
-    /// `[B, L, E]`.
+    /// `[B, L, E]`; may be some columns of a wider tensor.
     pub x: T,
     /// `[E, K]`, f32; column K-1 meets the current position.
     pub weight: T,

@@ -137,6 +137,14 @@ fn every_width() {
     }
 }
 
+/// Widths that vectors of four, of two, and of one channel divide.
+#[test]
+fn every_vector_of_channels() {
+    for inner in [4, 6, 40, 517, 518, 520] {
+        Case::new([2, 21, inner, 4], inner as u64).check("");
+    }
+}
+
 #[test]
 fn every_combination_of_optional_inputs() {
     for bits in 0..16u32 {

@@ -1,8 +1,9 @@
 //! What the GPU forms of the operations share: elementary functions ([`math`]), sums over planes
-//! and cubes ([`reduce`]), and the launch side: contiguous buffers, grids, device limits.
+//! and cubes ([`reduce`]), and the launch side: buffers, grids, device limits.
 //!
-//! Kernels index flat contiguous buffers. Positions are `usize`, which compiles to 32 bits, or to
-//! 64 where a buffer of the launch has more than 2³² elements ([`address_type`]).
+//! Kernels index flat buffers, contiguous or of rows a stride apart ([`rows`]). Positions are
+//! `usize`, which compiles to 32 bits, or to 64 where a buffer of the launch has more than 2³²
+//! elements ([`address_type`]).
 
 // Integers have no `is_multiple_of` in the kernel language.
 #![allow(clippy::manual_is_multiple_of)]
@@ -75,6 +76,90 @@ pub(crate) fn contiguous(tensor: CubeTensor) -> CubeTensor {
     into_contiguous(tensor)
 }
 
+/// The tensor as rows of its last axis, a fixed number of elements apart, and that number. Views of
+/// some columns of a wider tensor stay where they are.
+pub(crate) fn rows(tensor: CubeTensor) -> (CubeTensor, usize) {
+    if let Some(stride) = row_stride(&tensor) {
+        return (tensor, stride);
+    }
+    let tensor = contiguous(tensor);
+    let width = *tensor.meta.shape().last().unwrap_or(&1);
+    (tensor, width)
+}
+
+/// Elements from one row to the next, if the last axis is contiguous and the others step evenly.
+pub(crate) fn row_stride(tensor: &CubeTensor) -> Option<usize> {
+    let (shape, strides) = (tensor.meta.shape(), tensor.meta.strides());
+    let (width, leading) = shape.split_last()?;
+    let (last, strides) = strides.split_last()?;
+    if tensor.meta.is_tiled() || (*last != 1 && *width != 1) {
+        return None;
+    }
+    // From the innermost axis outwards, axes of one element aside.
+    let mut steps = leading
+        .iter()
+        .zip(strides)
+        .rev()
+        .filter(|(size, _)| **size != 1);
+    let Some((size, stride)) = steps.next() else {
+        return Some(*width);
+    };
+    let mut expected = size * stride;
+    for (size, outer) in steps {
+        if *outer != expected {
+            return None;
+        }
+        expected *= size;
+    }
+    (stride >= width).then_some(*stride)
+}
+
+/// Columns `from..to` of the last axis: a view that shares the buffer where [`shares_columns`]
+/// says so, else a copy.
+pub(crate) fn columns(tensor: &CubeTensor, from: usize, to: usize) -> CubeTensor {
+    let shape = tensor.meta.shape();
+    let width = *shape.last().unwrap_or(&1);
+    assert!(from < to && to <= width, "columns {from}..{to} of {width}");
+    if !shares_columns(tensor, from) {
+        let leading = shape[..shape.len() - 1].iter().map(|size| 0..*size);
+        let ranges: Vec<_> = leading.chain([from..to]).collect();
+        return burn_cubecl::kernel::slice(tensor.clone(), &ranges);
+    }
+    let mut view = tensor.clone();
+    let size = tensor.dtype.size();
+    let last = shape.len() - 1;
+    view.handle = view.handle.offset_start((from * size) as u64);
+    view.handle = view.handle.offset_end(((width - to) * size) as u64);
+    view.meta.shape_mut()[last] = to - from;
+    view
+}
+
+/// Whether [`columns`] from number `from` on shares the buffer: some devices bind buffers at
+/// coarse offsets only.
+pub(crate) fn shares_columns(tensor: &CubeTensor, from: usize) -> bool {
+    let alignment = match tensor.device.runtime() {
+        RuntimeId::Cuda => 1,
+        _ => tensor.client.properties().memory.alignment as usize,
+    };
+    row_stride(tensor).is_some() && (from * tensor.dtype.size()).is_multiple_of(alignment)
+}
+
+/// The widest vectors, of at most `most` elements (a power of two), that read `width` columns of
+/// rows `(tensor, stride)` at aligned places.
+pub(crate) fn vector_width(most: usize, width: usize, rows: &[(&CubeTensor, usize)]) -> usize {
+    let fits = |vector: &usize| {
+        width.is_multiple_of(*vector)
+            && rows.iter().all(|(tensor, stride)| {
+                let start = tensor.handle.offset_start.unwrap_or(0);
+                stride.is_multiple_of(*vector)
+                    && start.is_multiple_of((vector * tensor.dtype.size()) as u64)
+            })
+    };
+    std::iter::successors(Some(most), |vector| (*vector > 1).then_some(vector / 2))
+        .find(fits)
+        .unwrap_or(1)
+}
+
 /// The tensor as contiguous f32.
 pub(crate) fn contiguous_f32(tensor: CubeTensor) -> CubeTensor {
     contiguous(burn_cubecl::kernel::cast(tensor, DType::F32))
@@ -90,9 +175,28 @@ pub(crate) fn empty<const N: usize>(
     empty_device_contiguous_dtype(like.client.clone(), device, Shape::new(shape), dtype)
 }
 
+/// As [`empty`], for a shape whose rank is known at run time only.
+pub(crate) fn empty_shape(like: &CubeTensor, shape: Shape, dtype: DType) -> CubeTensor {
+    empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape, dtype)
+}
+
 /// The tensor's buffer as a kernel argument.
 pub(crate) fn buffer(tensor: &CubeTensor) -> BufferArg {
-    tensor.clone().into_buffer_arg()
+    // SAFETY: the buffer reaches from the tensor's first element to its last.
+    unsafe { BufferArg::from_raw_parts(tensor.handle.clone(), extent(tensor)) }
+}
+
+/// Elements of the buffer from the tensor's first to its last; more than it has where it is a view
+/// of columns.
+fn extent(tensor: &CubeTensor) -> usize {
+    let (shape, strides) = (tensor.meta.shape(), tensor.meta.strides());
+    if shape.contains(&0) {
+        return 0;
+    }
+    let steps = shape.iter().zip(strides.iter());
+    1 + steps
+        .map(|(size, stride)| (size - 1) * stride)
+        .sum::<usize>()
 }
 
 /// An optional tensor's buffer as a kernel argument.
@@ -142,7 +246,7 @@ pub(crate) fn cube_dim(units: usize) -> CubeDim {
 pub(crate) fn address_type(tensors: &[&CubeTensor]) -> AddressType {
     tensors
         .iter()
-        .map(|tensor| AddressType::from_len(tensor.meta.num_elements()))
+        .map(|tensor| AddressType::from_len(extent(tensor)))
         .max()
         .unwrap_or_default()
 }
@@ -160,7 +264,8 @@ const FOLD_UNITS: usize = 128;
 
 /// Adds up groups of rows of a `[rows, width]` buffer until few are left: `[fewer rows, width]`.
 ///
-/// The last sum over the rows belongs to the operation, which knows the layout of its gradients.
+/// The last sum over the rows belongs to the operation, which knows the layout of its gradients
+/// ([`sum_columns`] where they are columns).
 pub(crate) fn fold_rows(mut sums: CubeTensor) -> CubeTensor {
     let [mut rows, width] = dims(&sums);
     while rows > 2 * FOLD {
@@ -184,4 +289,27 @@ pub(crate) fn fold_rows(mut sums: CubeTensor) -> CubeTensor {
         (sums, rows) = (folded, fewer);
     }
     sums
+}
+
+/// Columns `from .. from + width` of `[rows, …]`, added up over the rows: `[width]`.
+pub(crate) fn sum_columns(sums: &CubeTensor, from: usize, width: usize) -> CubeTensor {
+    let [rows, stride] = dims(sums);
+    let total = empty(sums, [width], DType::F32);
+    // SAFETY: every position is inside `sums`, which is contiguous and of the shape passed along;
+    // units beyond the last column write nothing.
+    unsafe {
+        reduce::sum_columns_kernel::launch_unchecked(
+            &sums.client,
+            grid(width.div_ceil(FOLD_UNITS)),
+            cube_dim(FOLD_UNITS),
+            address_type(&[sums]),
+            buffer(sums),
+            buffer(&total),
+            rows,
+            stride,
+            from,
+            width,
+        );
+    }
+    total
 }

@@ -15,6 +15,21 @@ pub(crate) fn lane_sum(value: f32, #[comptime] lanes: usize, #[comptime] stride:
     sum
 }
 
+/// Sum of `count` (a power of two) values, added in pairs as [`lane_sum`] adds over lanes: however
+/// numbers are spread over values and lanes, in order, the sum has the same bits.
+#[cube]
+pub(crate) fn tree_sum(values: &mut Array<f32>, #[comptime] count: usize) -> f32 {
+    let levels = comptime!(count.ilog2() as usize);
+    #[unroll]
+    for level in 0..levels {
+        #[unroll]
+        for i in 0..comptime!(count >> (level + 1)) {
+            values[i] = values[comptime!(2 * i)] + values[comptime!(2 * i + 1)];
+        }
+    }
+    values[0]
+}
+
 /// Sums `width` values at once over groups of lanes, as [`lane_sum`], and spreads the sums over
 /// the group: each lane ends with the sums of [`spread_width`] values, from [`spread_start`] on, in
 /// the first places of `values`. That takes about `width` shuffles, not `width · log(lanes)`.
@@ -123,6 +138,22 @@ pub(crate) fn fold_kernel(
     if row < rows {
         let count = min(comptime!(group).runtime(), rows - row);
         folded[unit] = sum_strided(sums, row * width + unit % width, count, width);
+    }
+}
+
+/// `total[i] = Σ sums[row · stride + from + i]` over the rows; one unit a number.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub(crate) fn sum_columns_kernel(
+    sums: &[f32],
+    total: &mut [f32],
+    rows: usize,
+    stride: usize,
+    from: usize,
+    width: usize,
+) {
+    let unit = CUBE_POS * CUBE_DIM as usize + UNIT_POS as usize;
+    if unit < width {
+        total[unit] = sum_strided(sums, from + unit, rows, stride);
     }
 }
 

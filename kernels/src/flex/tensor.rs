@@ -26,6 +26,16 @@ pub(crate) fn values(tensor: &FlexTensor) -> &[f32] {
         .expect("contiguous() returned a contiguous f32 tensor")
 }
 
+/// The values of a tensor that [`contiguous`] returned, for writing: a buffer that something else
+/// still holds is copied first.
+pub(crate) fn values_mut(tensor: &mut FlexTensor) -> &mut [f32] {
+    let (start, end) = tensor
+        .layout()
+        .contiguous_offsets()
+        .expect("contiguous() returned a contiguous f32 tensor");
+    &mut tensor.storage_mut()[start..end]
+}
+
 /// A new tensor of `values`, in `dtype`.
 pub(crate) fn tensor(values: Vec<f32>, shape: impl Into<Vec<usize>>, dtype: DType) -> FlexTensor {
     let shape: Vec<usize> = shape.into();

@@ -1,8 +1,8 @@
 //! The convolution on a GPU.
 //!
-//! A unit owns one channel of one tile of positions and walks it left to right, the last K inputs
-//! in registers: neighbouring units are neighbouring channels, so loads and stores are coalesced,
-//! and an input is read once a tile (the K - 1 before the tile twice).
+//! A unit owns a few neighbouring channels (one vector) of one tile of positions and walks it left to
+//! right, the last K inputs in registers: neighbouring units are neighbouring vectors, so loads and
+//! stores are coalesced, and an input is read once a tile (the K - 1 before the tile twice).
 //!
 //! Backward walks the same way and recomputes the pre-activation instead of saving it. It runs
 //! K - 1 positions past its tile, where the tile's last inputs still have a say. The gradients of
@@ -13,20 +13,24 @@
 #![allow(clippy::collapsible_if)]
 
 mod kernels;
+#[cfg(test)]
+mod tests;
 
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::{ConvGrads, ConvInputs, ConvOutputs};
 use crate::cube::{
-    DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, dims, elem, empty,
-    fold_rows, grid, optional,
+    DeviceTraits, address_type, buffer, contiguous_f32, cube_dim, dims, elem, empty, fold_rows,
+    grid, optional, row_stride, rows, vector_width,
 };
 
 /// Units of a cube.
 const UNITS: usize = 128;
 /// Positions whose loads are in flight together.
-const AHEAD: usize = 4;
+const AHEAD: usize = 8;
+/// Most channels of a unit, forward and backward: wide loads against registers.
+const CHANNELS: [usize; 2] = [4, 2];
 /// Bounds of the positions in a tile: short ones read much twice, long ones leave the device idle.
 const TILE: [usize; 2] = [16, 256];
 
@@ -37,6 +41,8 @@ struct ConvConfig {
     width: usize,
     /// Positions of a tile, a multiple of [`AHEAD`].
     tile: usize,
+    /// Channels of a unit.
+    channels: usize,
     silu: bool,
     /// Whether a bias (and its gradient) exists.
     bias: bool,
@@ -68,50 +74,58 @@ impl ConvShape {
         }
     }
 
-    fn config(&self, inputs: &ConvInputs<CubeTensor>) -> ConvConfig {
+    fn config(&self, inputs: &ConvInputs<CubeTensor>, channels: usize) -> ConvConfig {
         let device = DeviceTraits::of(&inputs.x);
         let [_, width] = dims(&inputs.weight);
         let elements = (self.batch * self.inner).saturating_mul(self.length);
         ConvConfig {
             width,
             tile: elements
-                .div_ceil(device.busy_units)
+                .div_ceil(device.busy_units * channels)
                 .next_power_of_two()
                 .clamp(TILE[0], TILE[1]),
+            channels,
             silu: inputs.silu,
             bias: inputs.bias.is_some(),
             ptx: device.ptx,
         }
     }
 
-    /// Cubes of a launch with one unit for each sequence, tile and channel.
+    /// Vectors of a row.
+    fn vectors(&self, config: &ConvConfig) -> usize {
+        self.inner / config.channels
+    }
+
+    /// Cubes of a launch with one unit for each sequence, tile and vector.
     fn blocks(&self, config: &ConvConfig) -> usize {
-        self.batch * self.length.div_ceil(config.tile) * self.inner.div_ceil(UNITS)
+        self.batch * self.length.div_ceil(config.tile) * self.vectors(config).div_ceil(UNITS)
     }
 }
 
 /// See [`MambaKernels::causal_conv1d`](crate::MambaKernels::causal_conv1d).
 pub(crate) fn forward(inputs: ConvInputs<CubeTensor>) -> ConvOutputs<CubeTensor> {
-    let inputs = prepare(inputs);
+    let (inputs, x_stride) = prepare(inputs);
     let shape = ConvShape::of(&inputs);
-    let config = shape.config(&inputs);
     let ConvShape {
         batch,
         length,
         inner,
     } = shape;
+    let channels = vector_width(CHANNELS[0], inner, &[(&inputs.x, x_stride)]);
+    let config = shape.config(&inputs, channels);
     let y = empty(&inputs.x, [batch, length, inner], inputs.x.dtype);
     let last_window = empty(&inputs.x, [batch, inner, config.width - 1], DType::F32);
     // An empty buffer cannot be bound; nothing is written to its stand-in.
     let window = if config.width > 1 { &last_window } else { &y };
-    // SAFETY: every position is derived from the shapes passed along, whose buffers are contiguous
-    // and of just these sizes; units beyond the last channel or tile do nothing.
+    // SAFETY: every position is derived from the shapes and strides passed along, which are those
+    // of the buffers; units beyond the last vector or tile do nothing.
     unsafe {
         kernels::conv_forward::launch_unchecked(
             &inputs.x.client,
             grid(shape.blocks(&config)),
             cube_dim(UNITS),
             address_type(&[&inputs.x, &inputs.weight]),
+            channels,
             buffer(&inputs.x),
             buffer(&inputs.weight),
             optional(&inputs.bias),
@@ -121,7 +135,8 @@ pub(crate) fn forward(inputs: ConvInputs<CubeTensor>) -> ConvOutputs<CubeTensor>
             buffer(window),
             batch,
             length,
-            inner,
+            shape.vectors(&config),
+            x_stride / channels,
             config,
             elem(inputs.x.dtype),
         );
@@ -130,29 +145,33 @@ pub(crate) fn forward(inputs: ConvInputs<CubeTensor>) -> ConvOutputs<CubeTensor>
 }
 
 /// See [`MambaKernels::causal_conv1d_backward`](crate::MambaKernels::causal_conv1d_backward).
-pub(crate) fn backward(inputs: ConvInputs<CubeTensor>, dy: CubeTensor) -> ConvGrads<CubeTensor> {
-    let inputs = prepare(inputs);
-    let dy = contiguous(dy);
+pub(crate) fn backward(
+    inputs: ConvInputs<CubeTensor>,
+    dy: CubeTensor,
+    dx_into: Option<CubeTensor>,
+) -> ConvGrads<CubeTensor> {
+    let (inputs, x_stride) = prepare(inputs);
+    let (dy, dy_stride) = rows(dy);
     let shape = ConvShape::of(&inputs);
-    let config = shape.config(&inputs);
     let ConvShape {
         batch,
         length,
         inner,
     } = shape;
-    let rows = batch * length.div_ceil(config.tile);
-    let dx = empty(&inputs.x, [batch, length, inner], inputs.x.dtype);
-    let sums = empty(&inputs.x, [rows, config.partials() * inner], DType::F32);
-    let weight = empty(&inputs.x, [inner, config.width], DType::F32);
-    let bias = empty(&inputs.x, [if config.bias { inner } else { 1 }], DType::F32);
-    let address = address_type(&[&inputs.x, &sums]);
+    let (dx, dx_stride) = gradient_rows(&inputs.x, dx_into);
+    let views = [(&inputs.x, x_stride), (&dy, dy_stride), (&dx, dx_stride)];
+    let channels = vector_width(CHANNELS[1], inner, &views);
+    let config = shape.config(&inputs, channels);
+    let tiles = batch * length.div_ceil(config.tile);
+    let sums = empty(&inputs.x, [tiles, config.partials() * inner], DType::F32);
     // SAFETY: as in `forward`.
     unsafe {
         kernels::conv_backward::launch_unchecked(
             &inputs.x.client,
             grid(shape.blocks(&config)),
             cube_dim(UNITS),
-            address,
+            address_type(&[&inputs.x, &dy, &dx, &sums]),
+            channels,
             buffer(&inputs.x),
             buffer(&inputs.weight),
             optional(&inputs.bias),
@@ -163,28 +182,15 @@ pub(crate) fn backward(inputs: ConvInputs<CubeTensor>, dy: CubeTensor) -> ConvGr
             buffer(&sums),
             batch,
             length,
-            inner,
+            shape.vectors(&config),
+            x_stride / channels,
+            dy_stride / channels,
+            dx_stride / channels,
             config,
             [elem(inputs.x.dtype), elem(dy.dtype)],
         );
     }
-    let sums = fold_rows(sums);
-    let [rows, _] = dims(&sums);
-    // SAFETY: as in `forward`; units beyond the last number write nothing.
-    unsafe {
-        kernels::sum_tiles::launch_unchecked(
-            &inputs.x.client,
-            grid((config.partials() * inner).div_ceil(UNITS)),
-            cube_dim(UNITS),
-            address,
-            buffer(&sums),
-            buffer(&weight),
-            buffer(&bias),
-            rows,
-            inner,
-            config,
-        );
-    }
+    let (weight, bias) = parameter_gradients(sums, inner, &config);
     ConvGrads {
         x: dx,
         weight,
@@ -192,11 +198,57 @@ pub(crate) fn backward(inputs: ConvInputs<CubeTensor>, dy: CubeTensor) -> ConvGr
     }
 }
 
-/// Contiguous inputs, parameters in f32; an empty window counts as absent.
-fn prepare(inputs: ConvInputs<CubeTensor>) -> ConvInputs<CubeTensor> {
+/// Where the gradient of `x` goes, and the stride of its rows.
+fn gradient_rows(x: &CubeTensor, into: Option<CubeTensor>) -> (CubeTensor, usize) {
+    let shape: [usize; 3] = dims(x);
+    let Some(into) = into else {
+        return (empty(x, shape, x.dtype), shape[2]);
+    };
+    assert_eq!(
+        (dims::<3>(&into), into.dtype),
+        (shape, x.dtype),
+        "causal_conv1d_backward: shape and data type of dx_into"
+    );
+    let stride = row_stride(&into)
+        .expect("causal_conv1d_backward: the rows of dx_into must be a uniform stride apart");
+    (into, stride)
+}
+
+/// dweight `[E, K]` and dbias `[E]` (a stand-in without bias) from the partials of the tiles.
+fn parameter_gradients(
+    sums: CubeTensor,
+    inner: usize,
+    config: &ConvConfig,
+) -> (CubeTensor, CubeTensor) {
+    let sums = fold_rows(sums);
+    let [rows, _] = dims(&sums);
+    let weight = empty(&sums, [inner, config.width], DType::F32);
+    let bias = empty(&sums, [if config.bias { inner } else { 1 }], DType::F32);
+    // SAFETY: every position is derived from the shapes passed along, which are those of the
+    // buffers; units beyond the last number write nothing.
+    unsafe {
+        kernels::sum_tiles::launch_unchecked(
+            &sums.client,
+            grid((config.partials() * inner).div_ceil(UNITS)),
+            cube_dim(UNITS),
+            address_type(&[&sums]),
+            buffer(&sums),
+            buffer(&weight),
+            buffer(&bias),
+            rows,
+            inner,
+            *config,
+        );
+    }
+    (weight, bias)
+}
+
+/// `x` as rows, with their stride; the rest contiguous, in f32. An empty window counts as absent.
+fn prepare(inputs: ConvInputs<CubeTensor>) -> (ConvInputs<CubeTensor>, usize) {
     let [_, width] = dims(&inputs.weight);
-    ConvInputs {
-        x: contiguous(inputs.x),
+    let (x, stride) = rows(inputs.x);
+    let inputs = ConvInputs {
+        x,
         weight: contiguous_f32(inputs.weight),
         bias: inputs.bias.map(contiguous_f32),
         initial_window: inputs
@@ -205,5 +257,6 @@ fn prepare(inputs: ConvInputs<CubeTensor>) -> ConvInputs<CubeTensor> {
             .map(contiguous_f32),
         resets: inputs.resets.map(contiguous_f32),
         silu: inputs.silu,
-    }
+    };
+    (inputs, stride)
 }
