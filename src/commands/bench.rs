@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::{ConfigArgs, print, print_json};
 use crate::config::DeviceConfig;
-use crate::device;
+use crate::device::{self, budget::Budget};
 use crate::error::{Error, Result};
 use crate::train::Learner;
 
@@ -319,7 +319,7 @@ fn relative_error(x: &Tensor<2>, w: &Tensor<2>) -> f64 {
 fn step(args: &StepArgs) -> Result<Vec<Line>> {
     let config = args.config.load()?;
     device::set_threads(config.train.threads);
-    let device = device::open(&config.device)?;
+    let (device, budget, config) = Budget::open(&config)?;
     let train = &config.train;
     let lanes = train.batch * train.accumulation;
     let count = lanes * train.length;
@@ -332,9 +332,11 @@ fn step(args: &StepArgs) -> Result<Vec<Line>> {
         targets: (1..=count).map(byte).collect(),
         resets: vec![false; count],
     };
-    let mut learner = Learner::new(&config, &device);
-    let milliseconds = measure(&device, args.common.repeat, || {
-        learner.step(&batch, 1, 1e-6).map(|_| ())
+    let milliseconds = budget.guard(&config, || {
+        let mut learner = Learner::new(&config, &device);
+        measure(&device, args.common.repeat, || {
+            learner.step(&batch, 1, 1e-6).map(|_| ())
+        })
     })?;
     Ok(vec![Line {
         name: format!("step of {count} bytes"),

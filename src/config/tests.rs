@@ -377,7 +377,8 @@ fn assignment() -> impl Strategy<Value = String> {
         (1..i64::MAX).prop_map(|it| format!("train.seed={it}")),
         (1..i64::MAX).prop_map(|it| format!("train.validate_bytes={it}")),
         (0..99usize).prop_map(|it| format!("train.recompute={it}")),
-        prop_oneof![Just("none"), Just("all")].prop_map(|it| format!("train.recompute={it}")),
+        prop_oneof![Just("auto"), Just("none"), Just("all")]
+            .prop_map(|it| format!("train.recompute={it}")),
         ((1u64 << 30)..(1 << 50)).prop_map(|it| format!("train.memory_limit={it}B")),
         "\\PC{0,20}".prop_map(|it| format!("train.sample_prompt={it}")),
         (1e-5..10.0f64).prop_map(|it| format!("optimizer.lr={it:e}")),
