@@ -2,6 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Int, Tensor};
+use mambabyte_kernels::embedding::embedding;
 use mambabyte_kernels::linear;
 
 use super::compute::Compute;
@@ -74,10 +75,6 @@ fn product(x: Tensor<3>, weight: Tensor<2>, transposed: bool, compute: Compute) 
 }
 
 /// One row of `weight` for every byte.
-///
-/// Computed as a product with the one-hot matrix of the bytes: its gradient is then a product too,
-/// where a gather's would be an atomic scatter whose sums change from run to run. With 256 rows
-/// that costs less than a tenth of one layer.
 #[derive(Module, Debug)]
 pub struct Embedding {
     /// `[V, D]`.
@@ -101,16 +98,7 @@ impl Embedding {
     /// - bytes: `[B, L]`
     /// - output: `[B, L, D]`
     pub fn forward(&self, bytes: Tensor<2, Int>) -> Tensor<3> {
-        let [batch, length] = bytes.dims();
-        let weight = self.weight.val();
-        let [rows, width] = weight.dims();
-        let all = Tensor::<1, Int>::arange(0..rows as i64, &bytes.device()).reshape([1, rows]);
-        let one_hot = bytes
-            .reshape([batch * length, 1])
-            .equal(all)
-            .float()
-            .cast(DType::F32);
-        one_hot.matmul(weight).reshape([batch, length, width])
+        embedding(self.weight.val(), bytes)
     }
 
     /// Logits of a head that shares this weight: `x · weightᵀ`.
