@@ -23,6 +23,9 @@ use crate::cube::{
 /// Units that the size of a cube aims at.
 const UNITS: usize = 256;
 
+/// Scales up to this one count as zero: their inverse may not be a number.
+const SMALLEST: f32 = 1e-37;
+
 /// Compile-time sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Config {
@@ -91,8 +94,8 @@ pub(crate) fn step(
             step.eps,
             1.0 - step.lr * step.weight_decay,
             step.lr,
-            step.correction1,
-            step.correction2,
+            1.0 / step.correction1,
+            1.0 / step.correction2.sqrt(),
             config,
             elem(grad.dtype),
         );
@@ -153,14 +156,19 @@ fn byte(word: u32, #[comptime] i: usize) -> f32 {
     f32::cast_from((word >> comptime!(8 * i as u32)) & 255u32)
 }
 
-/// The code of `x`, of which `scale` is the largest: the nearest of `steps` even steps of the root.
+/// 1 / `scale`; zero where that would not be a number.
 #[cube]
-fn code(x: f32, scale: f32, #[comptime] steps: f32) -> f32 {
-    let mut code = 0.0f32;
-    if scale > 0.0f32 {
-        code = min(((x / scale).sqrt() * steps + 0.5f32).floor(), steps);
-    }
-    code
+fn inverse(scale: f32) -> f32 {
+    select(scale > SMALLEST, 1.0f32 / max(scale, SMALLEST), 0.0f32)
+}
+
+/// The code of `x`, at most the scale: the nearest of `steps` even steps of the root.
+#[cube]
+fn code(x: f32, inverse_scale: f32, #[comptime] steps: f32) -> f32 {
+    min(
+        fma((x * inverse_scale).sqrt(), steps, 0.5f32).floor(),
+        steps,
+    )
 }
 
 /// The update; formulas and codes are in the [module's documentation](super).
@@ -180,8 +188,8 @@ fn update<G: Float, N: Size>(
     eps: f32,
     keep: f32,
     lr: f32,
-    correction1: f32,
-    correction2: f32,
+    mean_factor: f32,
+    root_factor: f32,
     #[comptime] config: Config,
     #[define(G)] _type: ElemType,
 ) {
@@ -215,8 +223,8 @@ fn update<G: Float, N: Size>(
             let before = c * c * second_unit;
             let v = beta2 * before * before + (1.0f32 - beta2) * g * g;
             let root = v.sqrt();
-            let divisor = (v / correction2).sqrt() + eps;
-            numbers[i] = numbers[i] * keep - m / correction1 / divisor * lr;
+            let update = m * mean_factor / fma(root, root_factor, eps);
+            numbers[i] = numbers[i] * keep - update * lr;
             means[comptime!(4 * w + i)] = m;
             roots[comptime!(4 * w + i)] = root;
             largest_mean = max(largest_mean, m.abs());
@@ -228,6 +236,8 @@ fn update<G: Float, N: Size>(
     }
     let largest_mean = lane_max(largest_mean, lanes);
     let largest_root = lane_max(largest_root, lanes);
+    let inverse_mean = inverse(largest_mean);
+    let inverse_root = inverse(largest_root);
     if own < blocks {
         #[unroll]
         for w in 0..held {
@@ -236,12 +246,12 @@ fn update<G: Float, N: Size>(
             #[unroll]
             for i in 0..4usize {
                 let m = means[comptime!(4 * w + i)];
-                let c = code(m.abs(), largest_mean, 127.0f32);
+                let c = code(m.abs(), inverse_mean, 127.0f32);
                 let negative = m < 0.0f32 && c > 0.0f32;
                 let unsigned = select(negative, 256.0f32 - c, c);
                 first_word |= u32::cast_from(unsigned) << comptime!(8 * i as u32);
                 let root = roots[comptime!(4 * w + i)];
-                let c = code(root, largest_root, 255.0f32);
+                let c = code(root, inverse_root, 255.0f32);
                 let c = select(root > 0.0f32, max(c, 1.0f32), 0.0f32);
                 second_word |= u32::cast_from(c) << comptime!(8 * i as u32);
             }
