@@ -9,7 +9,7 @@
 //! | [`norm`] | normalisation in pieces, for operations that fuse a whole layer |
 //! | [`embedding`] | one row of a table for every byte |
 //! | [`cross_entropy`] | softmax cross-entropy, one loss a row |
-//! | [`adamw`] | one AdamW update of one parameter |
+//! | [`adamw`] | one AdamW update of one parameter, its moments in f32 or in 8 bits |
 //! | [`sum_squares`] | sum of the squares of many tensors, for the norm of a gradient |
 //! | [`pscan`] | first-order linear recurrence by a parallel (Blelloch) scan, in tensor operations |
 //!

@@ -75,8 +75,12 @@ fn backward_rows<X: Float, Y: Float, N: Size>(
             }
             let mut own = ds;
             if comptime!(!inside) {
-                ds = select(row <= rows.last, ds, zero);
-                own = select(row < rows.end, ds, zero);
+                if row > rows.last {
+                    ds = zero;
+                }
+                if row >= rows.end {
+                    own = zero;
+                }
             }
             receive(
                 &*window,
