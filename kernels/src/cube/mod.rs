@@ -76,88 +76,74 @@ pub(crate) fn contiguous(tensor: CubeTensor) -> CubeTensor {
     into_contiguous(tensor)
 }
 
-/// The tensor as rows: its last axis contiguous, all before it rows a uniform stride apart.
-/// Returns it, copied if it is not of that form, with the stride in elements.
-///
-/// A view of some columns of a wider tensor ([`columns`]) is of that form.
+/// The tensor as rows of its last axis, a fixed number of elements apart, and that number. Views of
+/// some columns of a wider tensor stay where they are.
 pub(crate) fn rows(tensor: CubeTensor) -> (CubeTensor, usize) {
     if let Some(stride) = row_stride(&tensor) {
         return (tensor, stride);
     }
     let tensor = contiguous(tensor);
-    let stride = tensor.meta.shape().last().copied().unwrap_or(1);
-    (tensor, stride)
+    let width = *tensor.meta.shape().last().unwrap_or(&1);
+    (tensor, width)
 }
 
-/// The stride of the tensor's rows in elements, if it is of the form that [`rows`] returns.
+/// Elements from one row to the next, if the last axis is contiguous and the others step evenly.
 pub(crate) fn row_stride(tensor: &CubeTensor) -> Option<usize> {
-    if tensor.meta.is_tiled() {
-        return None;
-    }
     let (shape, strides) = (tensor.meta.shape(), tensor.meta.strides());
-    let last = shape.len().checked_sub(1)?;
-    if shape[last] > 1 && strides[last] != 1 {
+    let (width, leading) = shape.split_last()?;
+    let (last, strides) = strides.split_last()?;
+    if tensor.meta.is_tiled() || (*last != 1 && *width != 1) {
         return None;
     }
-    // Axes of one element say nothing about the layout.
-    let mut axes = (0..last).rev().filter(|axis| shape[*axis] != 1);
-    let Some(first) = axes.next() else {
-        return Some(shape[last]);
+    // From the innermost axis outwards, axes of one element aside.
+    let mut steps = leading
+        .iter()
+        .zip(strides)
+        .rev()
+        .filter(|(size, _)| **size != 1);
+    let Some((size, stride)) = steps.next() else {
+        return Some(*width);
     };
-    let mut next = strides[first] * shape[first];
-    for axis in axes {
-        if strides[axis] != next {
+    let mut expected = size * stride;
+    for (size, outer) in steps {
+        if *outer != expected {
             return None;
         }
-        next *= shape[axis];
+        expected *= size;
     }
-    (strides[first] >= shape[last]).then_some(strides[first])
+    (stride >= width).then_some(*stride)
 }
 
-/// Columns `from..to` of the last axis, as a view of the same buffer: writes to it are seen there.
-///
-/// # Panics
-///
-/// If a buffer of the device cannot begin at that column: on other devices than CUDA's its offset in
-/// bytes must be a multiple of the device's alignment.
-#[cfg_attr(not(test), allow(dead_code))]
+/// Columns `from..to` of the last axis: a view that shares the buffer where [`shares_columns`]
+/// says so, else a copy.
+#[allow(dead_code)] // For operations that keep several tensors in one.
 pub(crate) fn columns(tensor: &CubeTensor, from: usize, to: usize) -> CubeTensor {
-    let last = tensor.meta.shape().len() - 1;
-    let width = tensor.meta.shape()[last];
-    assert!(
-        from <= to && to <= width,
-        "columns {from}..{to} of a tensor that has {width}"
-    );
-    let offset = (from * tensor.meta.strides()[last] * tensor.dtype.size()) as u64;
-    let alignment = match tensor.device.runtime() {
-        RuntimeId::Cuda => 1,
-        _ => tensor.client.properties().memory.alignment,
-    };
-    assert!(
-        offset.is_multiple_of(alignment),
-        "columns from {from}: a view cannot begin {offset} bytes into a row, the device's alignment \
-         is {alignment}"
-    );
+    let shape = tensor.meta.shape();
+    let width = *shape.last().unwrap_or(&1);
+    assert!(from < to && to <= width, "columns {from}..{to} of {width}");
+    if !shares_columns(tensor, from) {
+        let leading = shape[..shape.len() - 1].iter().map(|size| 0..*size);
+        let ranges: Vec<_> = leading.chain([from..to]).collect();
+        return burn_cubecl::kernel::slice(tensor.clone(), &ranges);
+    }
     let mut view = tensor.clone();
-    view.handle = view.handle.offset_start(offset);
+    let size = tensor.dtype.size();
+    let last = shape.len() - 1;
+    view.handle = view.handle.offset_start((from * size) as u64);
+    view.handle = view.handle.offset_end(((width - to) * size) as u64);
     view.meta.shape_mut()[last] = to - from;
     view
 }
 
-/// The widest vectors, of at most `most` elements (a power of two), that read `width` columns of
-/// rows `(tensor, stride)` at aligned places.
-pub(crate) fn vector_width(most: usize, width: usize, rows: &[(&CubeTensor, usize)]) -> usize {
-    let fits = |vector: &usize| {
-        width.is_multiple_of(*vector)
-            && rows.iter().all(|(tensor, stride)| {
-                let start = tensor.handle.offset_start.unwrap_or(0);
-                stride.is_multiple_of(*vector)
-                    && start.is_multiple_of((vector * tensor.dtype.size()) as u64)
-            })
+/// Whether [`columns`] from number `from` on shares the buffer: some devices bind buffers at
+/// coarse offsets only.
+#[allow(dead_code)] // As `columns`.
+pub(crate) fn shares_columns(tensor: &CubeTensor, from: usize) -> bool {
+    let alignment = match tensor.device.runtime() {
+        RuntimeId::Cuda => 1,
+        _ => tensor.client.properties().memory.alignment as usize,
     };
-    std::iter::successors(Some(most), |vector| (*vector > 1).then_some(vector / 2))
-        .find(fits)
-        .unwrap_or(1)
+    row_stride(tensor).is_some() && (from * tensor.dtype.size()).is_multiple_of(alignment)
 }
 
 /// The tensor as contiguous f32.
@@ -183,21 +169,18 @@ pub(crate) fn empty<const N: usize>(
     empty_device_contiguous_dtype(like.client.clone(), device, Shape::new(shape), dtype)
 }
 
-/// The tensor's buffer as a kernel argument, up to its last element.
+/// The tensor's buffer as a kernel argument.
 pub(crate) fn buffer(tensor: &CubeTensor) -> BufferArg {
-    // SAFETY: the tensor's buffer holds all elements that its shape and strides reach.
+    // SAFETY: the buffer reaches from the tensor's first element to its last.
     unsafe { BufferArg::from_raw_parts(tensor.handle.clone(), extent(tensor)) }
 }
 
-/// Elements from the tensor's first to its last, with those between its rows.
+/// Elements of the buffer from the tensor's first to its last; more than it has where it is a view
+/// of columns.
 fn extent(tensor: &CubeTensor) -> usize {
-    let (shape, strides) = (tensor.meta.shape(), tensor.meta.strides());
-    if shape.contains(&0) {
-        return 0;
-    }
-    let steps = shape.iter().zip(strides.iter());
+    let steps = tensor.meta.shape().iter().zip(tensor.meta.strides().iter());
     1 + steps
-        .map(|(size, stride)| (size - 1) * stride)
+        .map(|(size, stride)| size.saturating_sub(1) * stride)
         .sum::<usize>()
 }
 
@@ -251,6 +234,22 @@ pub(crate) fn address_type(tensors: &[&CubeTensor]) -> AddressType {
         .map(|tensor| AddressType::from_len(extent(tensor)))
         .max()
         .unwrap_or_default()
+}
+
+/// The widest vectors, of at most `most` elements (a power of two), that read `width` columns of
+/// rows `(tensor, stride)` at aligned places.
+pub(crate) fn vector_width(most: usize, width: usize, rows: &[(&CubeTensor, usize)]) -> usize {
+    let fits = |vector: &usize| {
+        width.is_multiple_of(*vector)
+            && rows.iter().all(|(tensor, stride)| {
+                let start = tensor.handle.offset_start.unwrap_or(0);
+                stride.is_multiple_of(*vector)
+                    && start.is_multiple_of((vector * tensor.dtype.size()) as u64)
+            })
+    };
+    std::iter::successors(Some(most), |vector| (*vector > 1).then_some(vector / 2))
+        .find(fits)
+        .unwrap_or(1)
 }
 
 /// The largest power of two that is at most `x` (1 for 0).
