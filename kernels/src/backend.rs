@@ -16,6 +16,7 @@ use burn_autodiff::Autodiff;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 
 use crate::adamw::AdamwStep;
+use crate::adamw::int8::RawMoments;
 use crate::add_norm::{NormGrads, NormInputs, NormKind, NormOutputs, NormSaved};
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
 use crate::linear::{self, Product, Target};
@@ -160,6 +161,16 @@ pub trait MambaKernels: Backend {
         grad_scale: FloatTensor<Self>,
         step: AdamwStep,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+
+    /// See [`adamw_int8_step`](crate::adamw::int8::adamw_int8_step): returns the parameter and its
+    /// moments, updated.
+    fn adamw_int8_step(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        moments: RawMoments<Self>,
+        grad_scale: FloatTensor<Self>,
+        step: AdamwStep,
+    ) -> (FloatTensor<Self>, RawMoments<Self>);
 
     /// See [`sum_squares`](crate::sum_squares::sum_squares): at least one tensor, of any shapes;
     /// returns `[1]`, f32.
@@ -312,6 +323,15 @@ pub trait MambaOps: Backend {
         step: AdamwStep,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 
+    /// Returns the parameter and its moments.
+    fn adamw_int8_op(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        #[extension_type] moments: RawMoments<Self>,
+        grad_scale: FloatTensor<Self>,
+        step: AdamwStep,
+    ) -> (FloatTensor<Self>, RawMoments<Self>);
+
     /// Returns the sum, `[1]`.
     fn sum_squares_op(#[extension_type] tensors: TensorList<Self>) -> FloatTensor<Self>;
 }
@@ -444,6 +464,16 @@ macro_rules! forward_to_kernels {
                 step: AdamwStep,
             ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
                 <Self as MambaKernels>::adamw_step(param, grad, moment1, moment2, grad_scale, step)
+            }
+
+            fn adamw_int8_op(
+                param: FloatTensor<Self>,
+                grad: FloatTensor<Self>,
+                moments: RawMoments<Self>,
+                grad_scale: FloatTensor<Self>,
+                step: AdamwStep,
+            ) -> (FloatTensor<Self>, RawMoments<Self>) {
+                <Self as MambaKernels>::adamw_int8_step(param, grad, moments, grad_scale, step)
             }
 
             fn sum_squares_op(tensors: TensorList<Self>) -> FloatTensor<Self> {

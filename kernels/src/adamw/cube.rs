@@ -24,9 +24,9 @@ pub(crate) fn step(
     grad_scale: CubeTensor,
     step: AdamwStep,
 ) -> (CubeTensor, CubeTensor, CubeTensor) {
-    let param = writable(param);
-    let moment1 = writable(moment1);
-    let moment2 = writable(moment2);
+    let param = writable(contiguous_f32(param));
+    let moment1 = writable(contiguous_f32(moment1));
+    let moment2 = writable(contiguous_f32(moment2));
     let grad = contiguous(grad);
     let elements = param.meta.num_elements();
     let rows = [&param, &moment1, &moment2, &grad].map(|tensor| (tensor, elements));
@@ -60,9 +60,8 @@ pub(crate) fn step(
     (param, moment1, moment2)
 }
 
-/// A contiguous f32 tensor whose buffer nothing else holds: the tensor itself or a copy.
-fn writable(tensor: CubeTensor) -> CubeTensor {
-    let tensor = contiguous_f32(tensor);
+/// A tensor whose buffer nothing else holds: the tensor itself or a copy.
+pub(super) fn writable(tensor: CubeTensor) -> CubeTensor {
     if tensor.can_mut() {
         tensor
     } else {

@@ -14,6 +14,7 @@
 pub(crate) mod cube;
 #[cfg(feature = "flex")]
 pub(crate) mod flex;
+pub mod int8;
 pub mod reference;
 #[cfg(test)]
 mod tests;

@@ -5,6 +5,7 @@ use burn_autodiff::Autodiff;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 
 use crate::adamw::AdamwStep;
+use crate::adamw::int8::RawMoments;
 use crate::add_norm::{NormInputs, NormKind};
 use crate::backend::{MambaKernels, MambaOps, OptionalTensor, TensorList, from_inner};
 use crate::causal_conv1d::ConvInputs;
@@ -134,6 +135,35 @@ impl<B: MambaKernels, C: CheckpointStrategy> MambaOps for Autodiff<B, C> {
             from_inner::<B, C>(moment1),
             from_inner::<B, C>(moment2),
         )
+    }
+
+    fn adamw_int8_op(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        moments: RawMoments<Self>,
+        grad_scale: FloatTensor<Self>,
+        step: AdamwStep,
+    ) -> (FloatTensor<Self>, RawMoments<Self>) {
+        let inner = RawMoments {
+            first: moments.first,
+            first_scale: moments.first_scale.into_primitive(),
+            second: moments.second,
+            second_scale: moments.second_scale.into_primitive(),
+        };
+        let (param, inner) = B::adamw_int8_step(
+            param.into_primitive(),
+            grad.into_primitive(),
+            inner,
+            grad_scale.into_primitive(),
+            step,
+        );
+        let moments = RawMoments {
+            first: inner.first,
+            first_scale: from_inner::<B, C>(inner.first_scale),
+            second: inner.second,
+            second_scale: from_inner::<B, C>(inner.second_scale),
+        };
+        (from_inner::<B, C>(param), moments)
     }
 
     /// The sum is not differentiated either.

@@ -5,6 +5,7 @@ use burn::tensor::DType;
 use burn_cubecl::CubeBackend;
 
 use crate::adamw::AdamwStep;
+use crate::adamw::int8::RawMoments;
 use crate::add_norm::{NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::backend::MambaKernels;
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
@@ -139,6 +140,16 @@ impl MambaKernels for CubeBackend {
         step: AdamwStep,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         adamw::cube::step(param, grad, moment1, moment2, grad_scale, step)
+    }
+
+    fn adamw_int8_step(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        moments: RawMoments<Self>,
+        grad_scale: FloatTensor<Self>,
+        step: AdamwStep,
+    ) -> (FloatTensor<Self>, RawMoments<Self>) {
+        adamw::int8::cube::step(param, grad, moments, grad_scale, step)
     }
 
     fn sum_squares(tensors: Vec<FloatTensor<Self>>) -> FloatTensor<Self> {

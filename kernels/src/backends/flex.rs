@@ -5,6 +5,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::DType;
 
 use crate::MambaKernels;
+use crate::adamw::int8::RawMoments;
 use crate::adamw::{self, AdamwStep};
 use crate::add_norm::{self, NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::causal_conv1d::{self, ConvGrads, ConvInputs, ConvOutputs};
@@ -125,6 +126,16 @@ impl MambaKernels for Flex {
         step: AdamwStep,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         adamw::flex::step(param, grad, moment1, moment2, grad_scale, step)
+    }
+
+    fn adamw_int8_step(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        moments: RawMoments<Self>,
+        grad_scale: FloatTensor<Self>,
+        step: AdamwStep,
+    ) -> (FloatTensor<Self>, RawMoments<Self>) {
+        adamw::int8::flex::step(param, grad, moments, grad_scale, step)
     }
 
     fn sum_squares(tensors: Vec<FloatTensor<Self>>) -> FloatTensor<Self> {
