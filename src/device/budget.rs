@@ -90,6 +90,11 @@ impl Budget {
         Ok((device, budget, config))
     }
 
+    /// Whether the run is on a GPU.
+    pub fn on_gpu(&self) -> bool {
+        !self.device.starts_with(DeviceKind::Cpu.name())
+    }
+
     /// The device with its limit, enforced as far as that is possible.
     fn limited(config: &Config) -> Result<(Device, Self)> {
         let index = config.device.index;

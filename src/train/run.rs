@@ -181,7 +181,8 @@ impl Run<'_> {
         let first = self.progress.step;
         let last = stop_after.map_or(total, |n| total.min(first + n));
         let mut loader = Loader::spawn(Arc::clone(&self.sampler), first, QUEUE)?;
-        let mut display = Display::new(total, first);
+        let compiles = self.budget.on_gpu();
+        let mut display = Display::new(total, first, compiles);
         for step in first + 1..=last {
             let started = Instant::now();
             let batch = loader.next()?;
