@@ -1,4 +1,6 @@
-//! From a config's `[device]` to a Burn device.
+//! From a config's `[device]` to a Burn device, and the memory there.
+
+pub mod budget;
 
 use std::panic;
 
@@ -23,23 +25,28 @@ pub fn set_threads(threads: usize) {
 ///
 /// [`Error::Device`] if this build has no such backend or the machine no such device.
 pub fn open(config: &DeviceConfig) -> Result<Device> {
+    open_any(config).map(|(device, _)| device)
+}
+
+/// The device and what kind it is, `auto` resolved.
+fn open_any(config: &DeviceConfig) -> Result<(Device, DeviceKind)> {
     match config.kind {
         DeviceKind::Auto => auto(config.index),
-        kind => open_kind(kind, config.index),
+        kind => Ok((open_kind(kind, config.index)?, kind)),
     }
 }
 
 /// The best device there is: CUDA, then any GPU, then the CPU, as far as this build knows them.
-fn auto(index: usize) -> Result<Device> {
+fn auto(index: usize) -> Result<(Device, DeviceKind)> {
     #[cfg(feature = "cuda")]
     if let Ok(device) = open_kind(DeviceKind::Cuda, index) {
-        return Ok(device);
+        return Ok((device, DeviceKind::Cuda));
     }
     let kind = match cfg!(feature = "flex") {
         true => DeviceKind::Cpu,
         false => DeviceKind::Wgpu,
     };
-    open_kind(kind, index)
+    Ok((open_kind(kind, index)?, kind))
 }
 
 fn open_kind(kind: DeviceKind, index: usize) -> Result<Device> {

@@ -225,7 +225,10 @@ fn memory_hint(batch: usize, length: usize, recompute: &str) -> String {
         0 | 1 => "`train.batch` is already 1".to_owned(),
         now => format!("lower `train.batch` (now {now}), raise `train.accumulation` to match"),
     };
-    format!("{recompute}; {batch}; shorten `train.length` (now {length})")
+    format!(
+        "{recompute}; {batch}; shorten `train.length` (now {length}); `mambabyte estimate` shows \
+         what fits"
+    )
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 //! | --- | --- |
 //! | [`config`] | the TOML schema, presets, all errors of a file at once |
 //! | [`model`] | the block, the stack, the language model, the carried state |
+//! | [`memory`] | how much device memory training takes |
 //! | [`train`] | one step, the loop around it, checkpoints, metrics |
 //! | [`eval`] | bits per byte |
 //! | [`generate`] | prefill, step, sampling |
@@ -20,7 +21,10 @@ pub mod device;
 pub mod error;
 pub mod eval;
 pub mod generate;
+mod library;
+pub mod memory;
 pub mod model;
+mod nvidia;
 pub mod train;
 
 pub use config::{Config, MambaConfig};

@@ -9,9 +9,9 @@
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{
     AutodiffBackend, Backend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchTensor,
-    DispatchTensorKind, ExtensionType, backend_extension,
+    DispatchTensorKind, ExtensionType, TensorMetadata, backend_extension,
 };
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Slice, Tensor};
 use burn_autodiff::Autodiff;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 
@@ -19,8 +19,10 @@ use crate::adamw::AdamwStep;
 use crate::adamw::int8::RawMoments;
 use crate::add_norm::{NormGrads, NormInputs, NormKind, NormOutputs, NormSaved};
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
+use crate::linear::{self, Product, Target};
+use crate::mamba_layer::{self, LayerSettings, LayerTensors};
 use crate::norm::{NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
-use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs};
+use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs, ScanRequest};
 
 /// Forward and backward of every operation on one backend's raw tensors.
 ///
@@ -39,6 +41,7 @@ pub trait MambaKernels: Backend {
         inputs: ScanInputs<FloatTensor<Self>>,
         saved: FloatTensor<Self>,
         dy: FloatTensor<Self>,
+        request: ScanRequest<FloatTensor<Self>>,
     ) -> ScanGrads<FloatTensor<Self>>;
 
     /// See [`causal_conv1d`](crate::causal_conv1d::causal_conv1d).
@@ -114,6 +117,40 @@ pub trait MambaKernels: Backend {
         dloss: FloatTensor<Self>,
         dtype: DType,
     ) -> FloatTensor<Self>;
+
+    /// The matrix product `op(a) · op(b)`, where every axis of an operand before its last counts as
+    /// rows. The rows of an `a` that is not transposed keep their axes in the result.
+    ///
+    /// Operands have one data type; sums are f32.
+    fn product(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        how: Product,
+        target: Target<FloatTensor<Self>>,
+    ) -> FloatTensor<Self>;
+
+    /// Columns `from..to` of the last axis: a view where the backend has views, else a copy.
+    fn columns(tensor: &FloatTensor<Self>, from: usize, to: usize) -> FloatTensor<Self> {
+        let shape = tensor.shape();
+        let last = shape.num_dims() - 1;
+        let slices: Vec<Slice> = (0..=last)
+            .map(|axis| {
+                if axis == last {
+                    Slice::from(from..to)
+                } else {
+                    Slice::from(0..shape[axis])
+                }
+            })
+            .collect();
+        Self::float_slice(tensor.clone(), &slices)
+    }
+
+    /// An uninitialised tensor like `like` whose parts that begin at the columns `parts` can be
+    /// written through [`columns`](Self::columns); `None` where the backend cannot.
+    fn with_parts(like: &FloatTensor<Self>, parts: &[usize]) -> Option<FloatTensor<Self>> {
+        let _ = (like, parts);
+        None
+    }
 
     /// See [`adamw_step`](crate::adamw::adamw_step): returns the parameter and both moments, updated.
     fn adamw_step(
@@ -259,6 +296,23 @@ pub trait MambaOps: Backend {
     /// Returns the loss of every row.
     fn cross_entropy_op(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self>;
 
+    /// The product of two matrices, without gradient.
+    fn product_op(a: FloatTensor<Self>, b: FloatTensor<Self>, how: Product) -> FloatTensor<Self>;
+
+    /// See [`linear`](crate::linear::linear).
+    fn linear_op(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        how: Product,
+    ) -> FloatTensor<Self>;
+
+    /// See [`mamba_layer`](crate::mamba_layer::mamba_layer): returns `(stream, h, window)`.
+    fn layer_op(
+        stream: FloatTensor<Self>,
+        #[extension_type] tensors: LayerTensors<Self>,
+        settings: LayerSettings,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+
     /// Returns `(param, moment1, moment2)`.
     fn adamw_op(
         param: FloatTensor<Self>,
@@ -365,6 +419,40 @@ macro_rules! forward_to_kernels {
                 targets: IntTensor<Self>,
             ) -> FloatTensor<Self> {
                 <Self as MambaKernels>::cross_entropy(logits, targets).0
+            }
+
+            fn product_op(
+                a: FloatTensor<Self>,
+                b: FloatTensor<Self>,
+                how: Product,
+            ) -> FloatTensor<Self> {
+                <Self as MambaKernels>::product(a, b, how, Target::New)
+            }
+
+            fn linear_op(
+                x: FloatTensor<Self>,
+                weight: FloatTensor<Self>,
+                how: Product,
+            ) -> FloatTensor<Self> {
+                linear::autodiff::forward::<Self>(x, weight, how)
+            }
+
+            fn layer_op(
+                stream: FloatTensor<Self>,
+                tensors: LayerTensors<Self>,
+                settings: LayerSettings,
+            ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+                let (weights, memory) = tensors.split();
+                let layer = mamba_layer::fused::Layer {
+                    weights,
+                    memory,
+                    settings: LayerSettings {
+                        keep: false,
+                        ..settings
+                    },
+                };
+                let out = mamba_layer::fused::forward::<Self>(&layer, stream);
+                (out.stream, out.h, out.window)
             }
 
             fn adamw_op(

@@ -9,6 +9,8 @@
 //! | [`norm`] | normalisation in pieces, for operations that fuse a whole layer |
 //! | [`embedding`] | one row of a table for every byte |
 //! | [`cross_entropy`] | softmax cross-entropy, one loss a row |
+//! | [`linear`] | matrix products of reduced precision and their gradients |
+//! | [`mamba_layer`] | a residual Mamba layer, norm to addition, in one operation |
 //! | [`adamw`] | one AdamW update of one parameter, its moments in f32 or in 8 bits |
 //! | [`sum_squares`] | sum of the squares of many tensors, for the norm of a gradient |
 //! | [`pscan`] | first-order linear recurrence by a parallel (Blelloch) scan, in tensor operations |
@@ -44,6 +46,8 @@ mod cube;
 pub mod embedding;
 #[cfg(feature = "flex")]
 mod flex;
+pub mod linear;
+pub mod mamba_layer;
 pub mod norm;
 pub mod pscan;
 pub mod selective_scan;

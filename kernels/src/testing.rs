@@ -112,6 +112,40 @@ pub(crate) fn assert_same_bits(what: &str, a: &[f32], b: &[f32]) {
     }
 }
 
+/// Tensors of the GPU backend itself, below Burn's user-facing type.
+#[cfg(feature = "cube")]
+pub(crate) mod raw {
+    use burn::backend::ops::FloatTensorOps;
+    use burn::tensor::TensorData;
+    use burn_cubecl::tensor::CubeTensor;
+    use burn_cubecl::{CubeBackend, CubeDevice};
+
+    /// Every GPU this build has kernels for.
+    pub(crate) fn cube_devices() -> Vec<CubeDevice> {
+        [
+            #[cfg(feature = "wgpu")]
+            CubeDevice::wgpu(cubecl::device::WgpuDeviceKind::DefaultDevice).expect("a GPU"),
+            #[cfg(feature = "cuda")]
+            CubeDevice::cuda(0).expect("a GPU"),
+        ]
+        .to_vec()
+    }
+
+    pub(crate) fn from_values<const D: usize>(
+        values: &[f32],
+        dims: [usize; D],
+        device: &CubeDevice,
+    ) -> CubeTensor {
+        CubeBackend::float_from_data(TensorData::new(values.to_vec(), dims), device)
+    }
+
+    pub(crate) fn values(tensor: CubeTensor) -> Vec<f32> {
+        let read = CubeBackend::float_into_data(tensor);
+        let data = cubecl::future::block_on(read).expect("readable");
+        data.iter::<f32>().collect()
+    }
+}
+
 /// A backend whose raw tensors tests can make from and turn into tensors of the user-facing API.
 pub(crate) trait Raw: MambaKernels {
     /// The devices of the backend.

@@ -5,7 +5,6 @@
 
 mod cuda;
 mod host;
-mod library;
 mod vulkan;
 
 use std::fmt::Write as _;

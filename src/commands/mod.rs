@@ -5,6 +5,7 @@
 pub mod bench;
 pub mod data;
 pub mod doctor;
+pub mod estimate;
 pub mod eval;
 pub mod generate;
 pub mod params;
@@ -56,6 +57,8 @@ pub enum Command {
     Data(data::DataCommand),
     /// Show the parameters, memory and arithmetic of a config's model
     Params(ParamsArgs),
+    /// Show how much device memory training by a config takes, and what fits
+    Estimate(estimate::EstimateArgs),
     /// Check what this machine has and what is missing
     Doctor(doctor::DoctorArgs),
     /// Measure how fast operations and steps are here
@@ -183,6 +186,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Eval(args) => eval::run(args),
         Command::Data(command) => data::run(command),
         Command::Params(args) => params::run(args),
+        Command::Estimate(args) => estimate::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Bench(command) => bench::run(command),
     }
@@ -293,7 +297,7 @@ pub(crate) fn split(text: &str) -> Result<Split, String> {
         .map_err(|_| "expected train, validation or test".to_owned())
 }
 
-fn positive(text: &str) -> Result<usize, String> {
+pub(crate) fn positive(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) | Err(_) => Err("expected an integer of at least 1".to_owned()),
         Ok(number) => Ok(number),
@@ -378,6 +382,8 @@ mod tests {
             "mambabyte generate --checkpoint c --temperature nan",
             "mambabyte generate --checkpoint c --max-new-bytes 0",
             "mambabyte eval --checkpoint c --data d --split dev",
+            "mambabyte estimate",
+            "mambabyte estimate --config c --batch 0",
             "mambabyte doctor --device tpu",
             "mambabyte doctor --device cuda:x",
         ] {

@@ -241,11 +241,12 @@ impl<'a> Section<'a> {
         })
     }
 
-    /// A number of layers, or `"none"`, or `"all"`.
+    /// A number of layers, or `"auto"`, `"none"`, or `"all"`.
     pub(super) fn recompute(&mut self, key: &'static str, default: Recompute) -> Recompute {
-        let expected = "\"none\", \"all\" or an integer from 0 to 4096";
+        let expected = "\"auto\", \"none\", \"all\" or an integer from 0 to 4096";
         self.value(key, Some(default), default, expected, "", |entry| {
             match (entry.value.as_str(), whole_number(&entry.value)) {
+                (Some("auto"), _) => Ok(Recompute::Auto),
                 (Some("none"), _) => Ok(Recompute::None),
                 (Some("all"), _) => Ok(Recompute::All),
                 (_, Ok(layers @ 0..=4096)) => Ok(Recompute::First(layers as usize)),

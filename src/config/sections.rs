@@ -38,11 +38,13 @@ pub struct TrainConfig {
     pub sample_prompt: String,
     /// Steps between lines of metrics. From 1, default 1.
     pub log_every: u64,
-    /// Layers run again in the backward pass: `"none"`, `"all"`, or how many of the first.
+    /// Layers run again in the backward pass: `"auto"` (the default, as few as fit the memory),
+    /// `"none"`, `"all"`, or how many of the first.
     pub recompute: Recompute,
     /// Number format of the computation; `"fp32"` only.
     pub precision: Precision,
-    /// Device memory that may be used, for instance `"24GiB"`, or `"none"` for all there is.
+    /// Device memory that training may use, for instance `"24GiB"`, with the driver's context and
+    /// libraries; `"none"` for all there is.
     pub memory_limit: MemoryLimit,
     /// CPU threads; 0 (the default) is one for each core.
     pub threads: usize,
@@ -98,11 +100,11 @@ impl TrainConfig {
             ),
             sample_prompt: section.string("sample_prompt", "The "),
             log_every: section.integer("log_every", 1, MOST_STEPS, Some(1), ""),
-            recompute: section.recompute("recompute", Recompute::None),
+            recompute: section.recompute("recompute", Recompute::Auto),
             precision: section.choice(
                 "precision",
                 Some(Precision::Fp32),
-                "this version computes in fp32 only",
+                "bf16 is for NVIDIA GPUs; the CPU is fastest in fp32",
             ),
             memory_limit: section.memory("memory_limit", MemoryLimit::None),
             threads: section.size("threads", 0, 4096, Some(0), "0 means one for each core"),

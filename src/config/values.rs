@@ -150,6 +150,11 @@ choice! {
     pub enum Precision {
         /// 32-bit floating point throughout.
         Fp32 = "fp32",
+        /// The same, with matrix products rounded to 19 bits where the device has them (TF32).
+        Tf32 = "tf32",
+        /// Activations and matrix products in bfloat16; parameters, the residual stream, the
+        /// recurrence and all sums in fp32.
+        Bf16 = "bf16",
     }
 }
 
@@ -212,6 +217,8 @@ impl From<DtRank> for IntegerOrWord {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "IntegerOrWord", into = "IntegerOrWord")]
 pub enum Recompute {
+    /// As few of the first layers as fit the memory there is; none where that is not known.
+    Auto,
     /// No layer: fastest, most memory.
     None,
     /// Every layer: least memory, about a third more time.
@@ -222,9 +229,12 @@ pub enum Recompute {
 
 impl Recompute {
     /// How many of the first layers of a model of `depth` layers are run again.
+    ///
+    /// [`Recompute::Auto`] counts as none: what it stands for depends on the device, and
+    /// [`settle`](crate::memory::settle) puts the number in its place when a run starts.
     pub fn layers(self, depth: usize) -> usize {
         match self {
-            Self::None => 0,
+            Self::Auto | Self::None => 0,
             Self::All => depth,
             Self::First(layers) => layers.min(depth),
         }
@@ -238,10 +248,11 @@ impl TryFrom<IntegerOrWord> for Recompute {
         match value {
             IntegerOrWord::Integer(layers) => Ok(Self::First(layers)),
             IntegerOrWord::Word(word) => match word.as_str() {
+                "auto" => Ok(Self::Auto),
                 "none" => Ok(Self::None),
                 "all" => Ok(Self::All),
                 _ => Err(format!(
-                    "`{word}` is neither \"none\", \"all\" nor an integer"
+                    "`{word}` is neither \"auto\", \"none\", \"all\" nor an integer"
                 )),
             },
         }
@@ -251,6 +262,7 @@ impl TryFrom<IntegerOrWord> for Recompute {
 impl From<Recompute> for IntegerOrWord {
     fn from(recompute: Recompute) -> Self {
         match recompute {
+            Recompute::Auto => Self::Word("auto".to_owned()),
             Recompute::None => Self::Word("none".to_owned()),
             Recompute::All => Self::Word("all".to_owned()),
             Recompute::First(layers) => Self::Integer(layers),
@@ -261,6 +273,7 @@ impl From<Recompute> for IntegerOrWord {
 impl fmt::Display for Recompute {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Auto => f.write_str("auto"),
             Self::None => f.write_str("none"),
             Self::All => f.write_str("all"),
             Self::First(layers) => write!(f, "{layers}"),
@@ -433,5 +446,6 @@ mod tests {
         assert_eq!(Recompute::All.layers(4), 4);
         assert_eq!(Recompute::First(3).layers(4), 3);
         assert_eq!(Recompute::First(9).layers(4), 4);
+        assert_eq!(Recompute::Auto.layers(4), 0);
     }
 }

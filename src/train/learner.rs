@@ -6,7 +6,6 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use mambabyte_datasets::Batch;
 
 use super::optimizer::{AdamW, clip_factor, global_norm};
-use super::recompute;
 use crate::config::{Config, Mode};
 use crate::error::{Error, Result};
 use crate::model::{MambaLm, State};
@@ -72,7 +71,13 @@ impl Learner {
         let device = device.clone().autodiff();
         Self {
             config: config.clone(),
-            model: Some(config.model.init_lm(config.train.seed, &device)),
+            model: Some(
+                config
+                    .model
+                    .init_lm(config.train.seed, &device)
+                    .with_compute(config.train.precision.into())
+                    .with_recompute(config.train.recompute.layers(config.model.depth)),
+            ),
             optimizer: AdamW::new(&config.optimizer),
             carried: vec![None; config.train.accumulation],
             device,
@@ -161,10 +166,6 @@ impl Learner {
         state: Option<State>,
         share: f64,
     ) -> (Tensor<1>, GradientsParams, State) {
-        let layers = self.config.train.recompute.layers(self.config.model.depth);
-        if layers > 0 {
-            return recompute::gradients(self.weights(), layers, inputs, state, share);
-        }
         let Inputs {
             bytes,
             targets,

@@ -30,6 +30,13 @@ pub enum MetricRecord {
         bytes_seen: u64,
         /// Time of the step.
         seconds: f64,
+        /// Device memory that the run holds, in GiB: about the peak so far. On CUDA with the
+        /// driver's context and libraries. Absent on the CPU.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        memory_gib: Option<f64>,
+        /// Of that, in tensors between this step and the next, in GiB.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        memory_in_use_gib: Option<f64>,
     },
     /// A measurement on held-out bytes.
     Valid {
@@ -130,7 +137,7 @@ mod tests {
 
     #[test]
     fn lines_have_the_documented_keys() {
-        let record = MetricRecord::Train {
+        let mut record = MetricRecord::Train {
             step: 3,
             loss_nats: 1.5,
             bpb: 2.164,
@@ -139,13 +146,26 @@ mod tests {
             bytes_per_second: 1000.0,
             bytes_seen: 4096,
             seconds: 0.5,
+            memory_gib: None,
+            memory_in_use_gib: None,
         };
         let line = serde_json::to_string(&record).expect("serialisable");
-        assert_eq!(
-            line,
-            "{\"kind\":\"train\",\"step\":3,\"loss_nats\":1.5,\"bpb\":2.164,\"lr\":0.0001,\
-             \"grad_norm\":0.25,\"bytes_per_second\":1000.0,\"bytes_seen\":4096,\"seconds\":0.5}"
-        );
+        let always = "{\"kind\":\"train\",\"step\":3,\"loss_nats\":1.5,\"bpb\":2.164,\"lr\":0.0001,\
+                      \"grad_norm\":0.25,\"bytes_per_second\":1000.0,\"bytes_seen\":4096,\
+                      \"seconds\":0.5";
+        assert_eq!(line, format!("{always}}}"));
+        let MetricRecord::Train {
+            memory_gib,
+            memory_in_use_gib,
+            ..
+        } = &mut record
+        else {
+            unreachable!("made above");
+        };
+        (*memory_gib, *memory_in_use_gib) = (Some(9.25), Some(4.0));
+        let line = serde_json::to_string(&record).expect("serialisable");
+        let expected = format!("{always},\"memory_gib\":9.25,\"memory_in_use_gib\":4.0}}");
+        assert_eq!(line, expected);
     }
 
     #[test]

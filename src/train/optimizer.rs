@@ -88,11 +88,17 @@ impl AdamW {
         device: &Device,
     ) {
         let moments = Moments {
-            first: Tensor::from_data(first, device),
-            second: Tensor::from_data(second, device),
+            first: lasting(device, |device| Tensor::from_data(first.clone(), device)),
+            second: lasting(device, |device| Tensor::from_data(second.clone(), device)),
         };
         self.moments.insert(name.to_owned(), moments);
     }
+}
+
+/// Makes a tensor that lives as long as the run where it takes no room between those that come and
+/// go with every step.
+fn lasting(device: &Device, make: impl Fn(&Device) -> Tensor<1> + Send + Sync) -> Tensor<1> {
+    device.memory_persistent_allocations((), |()| make(device))
 }
 
 /// Whether weight decay applies: to matrices, but not to the rates of the recurrence. Norms, biases
@@ -128,7 +134,8 @@ impl ModuleMapper for Updater<'_> {
         let count: usize = dims.iter().product();
         let param: Tensor<1> = tensor.inner().reshape([count]);
         let moments = self.optimizer.moments.remove(&name).unwrap_or_else(|| {
-            let zeros = || Tensor::zeros([count], &param.device());
+            let device = param.device();
+            let zeros = || lasting(&device, |device| Tensor::zeros([count], device));
             Moments {
                 first: zeros(),
                 second: zeros(),

@@ -15,7 +15,7 @@ use super::progress::Display;
 use super::run_dir::RunDir;
 use super::schedule::learning_rate;
 use crate::config::{Config, Mode};
-use crate::device;
+use crate::device::budget::Budget;
 use crate::error::{Error, Result};
 use crate::eval::{self, EvalOptions};
 use crate::generate::{Generator, SampleOptions};
@@ -24,10 +24,11 @@ use crate::generate::{Generator, SampleOptions};
 const QUEUE: usize = 4;
 
 /// A run at work.
-struct Run {
+struct Run<'a> {
     config: Config,
     dir: RunDir,
     learner: Learner,
+    budget: &'a Budget,
     metrics: MetricsWriter,
     sampler: Arc<Sampler>,
     validation: Option<Shards>,
@@ -36,72 +37,85 @@ struct Run {
 
 /// Starts a new run in `path`; stops after `stop_after` steps as if it had been interrupted there.
 pub fn start(config: &Config, path: &Path, stop_after: Option<u64>) -> Result<()> {
-    let device = device::open(&config.device)?;
+    let (device, budget, config) = Budget::open(config)?;
     // Data first: a run that cannot read any leaves no folder behind.
-    let (sampler, validation) = open_data(config)?;
-    let dir = RunDir::create(path, config)?;
+    let (sampler, validation) = open_data(&config)?;
+    let dir = RunDir::create(path, &config)?;
     let progress = Progress {
         step: 0,
         bytes_seen: 0,
         data: Some(sampler.shards().identity().to_owned()),
         valid_bpb: None,
     };
-    let learner = Learner::new(config, &device);
-    Run {
-        config: config.clone(),
-        metrics: MetricsWriter::append(&dir.metrics())?,
-        dir,
-        learner,
-        sampler,
-        validation,
-        progress,
-    }
-    .go(stop_after)
+    budget.guard(&config, || {
+        let learner = Learner::new(&config, &device);
+        Run {
+            config: config.clone(),
+            metrics: MetricsWriter::append(&dir.metrics())?,
+            dir,
+            learner,
+            budget: &budget,
+            sampler,
+            validation,
+            progress,
+        }
+        .go(stop_after)
+    })
 }
 
 /// Goes on with the run in `path` from its newest checkpoint that is whole.
 pub fn resume(path: &Path, stop_after: Option<u64>) -> Result<()> {
     let dir = RunDir::open(path)?;
-    let config = dir.config()?;
-    let device = device::open(&config.device)?;
+    let (device, budget, config) = Budget::open(&dir.config()?)?;
     let (sampler, validation) = open_data(&config)?;
-    let mut learner = Learner::new(&config, &device);
-    let progress = match newest_whole(&dir)? {
-        Some(checkpoint) => {
-            let progress = checkpoint.progress();
-            check_data(&progress, sampler.shards(), &config)?;
-            checkpoint.restore(&mut learner)?;
-            progress
+    budget.guard(&config, || {
+        let mut learner = Learner::new(&config, &device);
+        let progress = restore(&dir, &mut learner, &sampler, &config)?;
+        if progress.step >= config.train.steps {
+            eprintln!(
+                "the run is finished: all {} steps of `train.steps` are done",
+                config.train.steps
+            );
+            return Ok(());
         }
-        // Stopped before its first checkpoint: the run starts again.
-        None => Progress {
+        let mut metrics = MetricsWriter::append(&dir.metrics())?;
+        metrics.write(&MetricRecord::Resume {
+            step: progress.step,
+        })?;
+        Run {
+            config: config.clone(),
+            dir,
+            learner,
+            budget: &budget,
+            metrics,
+            sampler,
+            validation,
+            progress,
+        }
+        .go(stop_after)
+    })
+}
+
+/// Puts the newest checkpoint that is whole into `learner`; a run stopped before its first one
+/// starts again.
+fn restore(
+    dir: &RunDir,
+    learner: &mut Learner,
+    sampler: &Sampler,
+    config: &Config,
+) -> Result<Progress> {
+    let Some(checkpoint) = newest_whole(dir)? else {
+        return Ok(Progress {
             step: 0,
             bytes_seen: 0,
             data: Some(sampler.shards().identity().to_owned()),
             valid_bpb: None,
-        },
+        });
     };
-    if progress.step >= config.train.steps {
-        eprintln!(
-            "the run is finished: all {} steps of `train.steps` are done",
-            config.train.steps
-        );
-        return Ok(());
-    }
-    let mut metrics = MetricsWriter::append(&dir.metrics())?;
-    metrics.write(&MetricRecord::Resume {
-        step: progress.step,
-    })?;
-    Run {
-        config,
-        dir,
-        learner,
-        metrics,
-        sampler,
-        validation,
-        progress,
-    }
-    .go(stop_after)
+    let progress = checkpoint.progress();
+    check_data(&progress, sampler.shards(), config)?;
+    checkpoint.restore(learner)?;
+    Ok(progress)
 }
 
 /// Batches of the training split, and the validation split where it is used.
@@ -159,7 +173,7 @@ fn check_data(progress: &Progress, train: &Shards, config: &Config) -> Result<()
     }
 }
 
-impl Run {
+impl Run<'_> {
     /// Steps until the end of the run, `stop_after` more steps, or a signal.
     fn go(mut self, stop_after: Option<u64>) -> Result<()> {
         interrupt::watch();
@@ -208,6 +222,8 @@ impl Run {
         self.progress.bytes_seen += bytes;
         let bpb = bits(report.loss_nats.into()) as f32;
         if step.is_multiple_of(self.config.train.log_every) {
+            let memory = self.budget.used(&self.learner.inner_device());
+            self.budget.check(memory, &self.config)?;
             self.metrics.write(&MetricRecord::Train {
                 step,
                 loss_nats: report.loss_nats,
@@ -217,6 +233,8 @@ impl Run {
                 bytes_per_second,
                 bytes_seen: self.progress.bytes_seen,
                 seconds,
+                memory_gib: memory.map(|it| gib(it.reserved)),
+                memory_in_use_gib: memory.map(|it| gib(it.in_use)),
             })?;
         }
         display.step(step, bpb, lr, bytes_per_second);
@@ -300,4 +318,8 @@ impl Run {
         self.dir.prune(&self.config.checkpoint)?;
         Ok(folder)
     }
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
 }

@@ -9,8 +9,10 @@ use crate::adamw::int8::RawMoments;
 use crate::add_norm::{NormInputs, NormKind};
 use crate::backend::{MambaKernels, MambaOps, OptionalTensor, TensorList, from_inner};
 use crate::causal_conv1d::ConvInputs;
+use crate::linear::{Product, Target};
+use crate::mamba_layer::{self, LayerSettings, LayerTensors};
 use crate::selective_scan::ScanInputs;
-use crate::{add_norm, causal_conv1d, cross_entropy, embedding, selective_scan};
+use crate::{add_norm, causal_conv1d, cross_entropy, embedding, linear, selective_scan};
 
 impl<B: MambaKernels, C: CheckpointStrategy> MambaOps for Autodiff<B, C> {
     fn scan_op(
@@ -83,6 +85,32 @@ impl<B: MambaKernels, C: CheckpointStrategy> MambaOps for Autodiff<B, C> {
 
     fn cross_entropy_op(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
         cross_entropy::autodiff::cross_entropy::<B, C>(logits, targets)
+    }
+
+    /// Not differentiated: for measuring.
+    fn product_op(a: FloatTensor<Self>, b: FloatTensor<Self>, how: Product) -> FloatTensor<Self> {
+        from_inner::<B, C>(B::product(
+            a.into_primitive(),
+            b.into_primitive(),
+            how,
+            Target::New,
+        ))
+    }
+
+    fn linear_op(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        how: Product,
+    ) -> FloatTensor<Self> {
+        linear::autodiff::linear::<B, C>(x, weight, how)
+    }
+
+    fn layer_op(
+        stream: FloatTensor<Self>,
+        tensors: LayerTensors<Self>,
+        settings: LayerSettings,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        mamba_layer::autodiff::layer::<B, C>(stream, tensors, settings)
     }
 
     /// An update is not differentiated: it runs on the raw tensors.

@@ -9,10 +9,13 @@ use crate::adamw::int8::RawMoments;
 use crate::add_norm::{NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::backend::MambaKernels;
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
+use crate::cube;
+use crate::linear::{Product, Target};
 use crate::norm::{NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
-use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs};
+use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs, ScanRequest};
 use crate::{
-    adamw, add_norm, causal_conv1d, cross_entropy, embedding, norm, selective_scan, sum_squares,
+    adamw, add_norm, causal_conv1d, cross_entropy, embedding, linear, norm, selective_scan,
+    sum_squares,
 };
 
 impl MambaKernels for CubeBackend {
@@ -24,8 +27,9 @@ impl MambaKernels for CubeBackend {
         inputs: ScanInputs<FloatTensor<Self>>,
         saved: FloatTensor<Self>,
         dy: FloatTensor<Self>,
+        request: ScanRequest<FloatTensor<Self>>,
     ) -> ScanGrads<FloatTensor<Self>> {
-        selective_scan::cube::backward(inputs, saved, dy)
+        selective_scan::cube::backward(inputs, saved, dy, request)
     }
 
     fn causal_conv1d(inputs: ConvInputs<FloatTensor<Self>>) -> ConvOutputs<FloatTensor<Self>> {
@@ -104,6 +108,27 @@ impl MambaKernels for CubeBackend {
         dtype: DType,
     ) -> FloatTensor<Self> {
         cross_entropy::cube::backward(logits, targets, log_sum_exp, dloss, dtype)
+    }
+
+    fn product(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        how: Product,
+        target: Target<FloatTensor<Self>>,
+    ) -> FloatTensor<Self> {
+        linear::cube::product(a, b, how, target)
+    }
+
+    fn columns(tensor: &FloatTensor<Self>, from: usize, to: usize) -> FloatTensor<Self> {
+        cube::columns(tensor, from, to)
+    }
+
+    fn with_parts(like: &FloatTensor<Self>, parts: &[usize]) -> Option<FloatTensor<Self>> {
+        let whole = cube::empty_shape(like, like.meta.shape().clone(), like.dtype);
+        parts
+            .iter()
+            .all(|from| cube::shares_columns(&whole, *from))
+            .then_some(whole)
     }
 
     fn adamw_step(

@@ -11,8 +11,9 @@ use crate::add_norm::{self, NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::causal_conv1d::{self, ConvGrads, ConvInputs, ConvOutputs};
 use crate::cross_entropy;
 use crate::embedding;
+use crate::linear::{self, Product, Target};
 use crate::norm::{self, NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
-use crate::selective_scan::{self, ScanGrads, ScanInputs, ScanOutputs};
+use crate::selective_scan::{self, ScanGrads, ScanInputs, ScanOutputs, ScanRequest};
 use crate::sum_squares;
 
 impl MambaKernels for Flex {
@@ -24,8 +25,9 @@ impl MambaKernels for Flex {
         inputs: ScanInputs<FloatTensor<Self>>,
         saved: FloatTensor<Self>,
         dy: FloatTensor<Self>,
+        request: ScanRequest<FloatTensor<Self>>,
     ) -> ScanGrads<FloatTensor<Self>> {
-        selective_scan::flex::backward(inputs, saved, dy)
+        selective_scan::flex::backward(inputs, saved, dy, request)
     }
 
     fn causal_conv1d(inputs: ConvInputs<FloatTensor<Self>>) -> ConvOutputs<FloatTensor<Self>> {
@@ -104,6 +106,15 @@ impl MambaKernels for Flex {
         dtype: DType,
     ) -> FloatTensor<Self> {
         cross_entropy::flex::backward(logits, targets, log_sum_exp, dloss, dtype)
+    }
+
+    fn product(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        how: Product,
+        target: Target<FloatTensor<Self>>,
+    ) -> FloatTensor<Self> {
+        linear::flex::product(a, b, how, target)
     }
 
     fn adamw_step(

@@ -116,7 +116,6 @@ pub(crate) fn row_stride(tensor: &CubeTensor) -> Option<usize> {
 
 /// Columns `from..to` of the last axis: a view that shares the buffer where [`shares_columns`]
 /// says so, else a copy.
-#[allow(dead_code)] // For operations that keep several tensors in one.
 pub(crate) fn columns(tensor: &CubeTensor, from: usize, to: usize) -> CubeTensor {
     let shape = tensor.meta.shape();
     let width = *shape.last().unwrap_or(&1);
@@ -137,13 +136,28 @@ pub(crate) fn columns(tensor: &CubeTensor, from: usize, to: usize) -> CubeTensor
 
 /// Whether [`columns`] from number `from` on shares the buffer: some devices bind buffers at
 /// coarse offsets only.
-#[allow(dead_code)] // As `columns`.
 pub(crate) fn shares_columns(tensor: &CubeTensor, from: usize) -> bool {
     let alignment = match tensor.device.runtime() {
         RuntimeId::Cuda => 1,
         _ => tensor.client.properties().memory.alignment as usize,
     };
     row_stride(tensor).is_some() && (from * tensor.dtype.size()).is_multiple_of(alignment)
+}
+
+/// The widest vectors, of at most `most` elements (a power of two), that read `width` columns of
+/// rows `(tensor, stride)` at aligned places.
+pub(crate) fn vector_width(most: usize, width: usize, rows: &[(&CubeTensor, usize)]) -> usize {
+    let fits = |vector: &usize| {
+        width.is_multiple_of(*vector)
+            && rows.iter().all(|(tensor, stride)| {
+                let start = tensor.handle.offset_start.unwrap_or(0);
+                stride.is_multiple_of(*vector)
+                    && start.is_multiple_of((vector * tensor.dtype.size()) as u64)
+            })
+    };
+    std::iter::successors(Some(most), |vector| (*vector > 1).then_some(vector / 2))
+        .find(fits)
+        .unwrap_or(1)
 }
 
 /// The tensor as contiguous f32.
@@ -169,6 +183,11 @@ pub(crate) fn empty<const N: usize>(
     empty_device_contiguous_dtype(like.client.clone(), device, Shape::new(shape), dtype)
 }
 
+/// As [`empty`], for a shape whose rank is known at run time only.
+pub(crate) fn empty_shape(like: &CubeTensor, shape: Shape, dtype: DType) -> CubeTensor {
+    empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape, dtype)
+}
+
 /// The tensor's buffer as a kernel argument.
 pub(crate) fn buffer(tensor: &CubeTensor) -> BufferArg {
     // SAFETY: the buffer reaches from the tensor's first element to its last.
@@ -178,9 +197,13 @@ pub(crate) fn buffer(tensor: &CubeTensor) -> BufferArg {
 /// Elements of the buffer from the tensor's first to its last; more than it has where it is a view
 /// of columns.
 fn extent(tensor: &CubeTensor) -> usize {
-    let steps = tensor.meta.shape().iter().zip(tensor.meta.strides().iter());
+    let (shape, strides) = (tensor.meta.shape(), tensor.meta.strides());
+    if shape.contains(&0) {
+        return 0;
+    }
+    let steps = shape.iter().zip(strides.iter());
     1 + steps
-        .map(|(size, stride)| size.saturating_sub(1) * stride)
+        .map(|(size, stride)| (size - 1) * stride)
         .sum::<usize>()
 }
 
@@ -234,22 +257,6 @@ pub(crate) fn address_type(tensors: &[&CubeTensor]) -> AddressType {
         .map(|tensor| AddressType::from_len(extent(tensor)))
         .max()
         .unwrap_or_default()
-}
-
-/// The widest vectors, of at most `most` elements (a power of two), that read `width` columns of
-/// rows `(tensor, stride)` at aligned places.
-pub(crate) fn vector_width(most: usize, width: usize, rows: &[(&CubeTensor, usize)]) -> usize {
-    let fits = |vector: &usize| {
-        width.is_multiple_of(*vector)
-            && rows.iter().all(|(tensor, stride)| {
-                let start = tensor.handle.offset_start.unwrap_or(0);
-                stride.is_multiple_of(*vector)
-                    && start.is_multiple_of((vector * tensor.dtype.size()) as u64)
-            })
-    };
-    std::iter::successors(Some(most), |vector| (*vector > 1).then_some(vector / 2))
-        .find(fits)
-        .unwrap_or(1)
 }
 
 /// The largest power of two that is at most `x` (1 for 0).

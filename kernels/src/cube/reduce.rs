@@ -15,6 +15,21 @@ pub(crate) fn lane_sum(value: f32, #[comptime] lanes: usize, #[comptime] stride:
     sum
 }
 
+/// Sum of `count` (a power of two) values, added in pairs as [`lane_sum`] adds over lanes: however
+/// numbers are spread over values and lanes, in order, the sum has the same bits.
+#[cube]
+pub(crate) fn tree_sum(values: &mut Array<f32>, #[comptime] count: usize) -> f32 {
+    let levels = comptime!(count.ilog2() as usize);
+    #[unroll]
+    for level in 0..levels {
+        #[unroll]
+        for i in 0..comptime!(count >> (level + 1)) {
+            values[i] = values[comptime!(2 * i)] + values[comptime!(2 * i + 1)];
+        }
+    }
+    values[0]
+}
+
 /// Sums `width` values at once over groups of lanes, as [`lane_sum`], and spreads the sums over
 /// the group: each lane ends with the sums of [`spread_width`] values, from [`spread_start`] on, in
 /// the first places of `values`. That takes about `width` shuffles, not `width · log(lanes)`.

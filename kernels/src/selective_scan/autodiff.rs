@@ -7,7 +7,7 @@ use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn_autodiff::grads::Gradients;
 use burn_autodiff::ops::{Backward, Ops, OpsKind};
 
-use super::{ScanGrads, ScanInputs};
+use super::{ScanGrads, ScanInputs, ScanRequest};
 use crate::MambaKernels;
 use crate::backend::{Pair, from_inner};
 
@@ -45,7 +45,8 @@ impl<B: MambaKernels> Backward<B, 8> for ScanBackward {
             d,
             z,
             delta_bias,
-        } = B::selective_scan_backward(inputs, saved, dy);
+            y: _,
+        } = B::selective_scan_backward(inputs, saved, dy, ScanRequest::none());
         let mut by_parent = [const { None }; 8];
         by_parent[U] = Some(u);
         by_parent[DELTA] = Some(delta);

@@ -89,6 +89,34 @@ pub struct ScanGrads<T> {
     pub z: Option<T>,
     /// `[E]`, f32.
     pub delta_bias: Option<T>,
+    /// The forward pass's output, `[B, L, E]`, if it was asked for: the same bits.
+    pub y: Option<T>,
+}
+
+/// What the backward pass is asked for beyond the gradients.
+#[derive(Clone, Debug)]
+pub struct ScanRequest<T> {
+    /// View to write the gradient of `z` into, where the backend can write in place; others return
+    /// a new tensor.
+    pub z: Option<T>,
+    /// The same for `b`.
+    pub b: Option<T>,
+    /// The same for `c`.
+    pub c: Option<T>,
+    /// Whether to return the forward pass's output too.
+    pub y: bool,
+}
+
+impl<T> ScanRequest<T> {
+    /// New tensors, and no output.
+    pub fn none() -> Self {
+        Self {
+            z: None,
+            b: None,
+            c: None,
+            y: false,
+        }
+    }
 }
 
 /// Arguments of [`selective_scan`]. The optional ones default to absent:

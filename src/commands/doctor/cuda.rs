@@ -1,12 +1,13 @@
 //! What CubeCL's CUDA backend needs: NVIDIA's driver, NVRTC, and the toolkit's headers.
 
 use std::env;
-use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::ffi::{c_char, c_int, c_uint};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::library::{Shared, pointer, text};
 use super::{Check, Device};
+use crate::library::{Shared, pointer, text};
+use crate::nvidia::{self, Nvml};
 
 /// Headers that the generated code includes.
 const HEADERS: [&str; 3] = ["cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"];
@@ -174,12 +175,8 @@ fn version_from(number: c_int) -> Version {
 
 /// Starts the driver and asks which CUDA it supports.
 fn driver() -> Result<(Version, Shared), String> {
-    let names = if cfg!(windows) {
-        ["nvcuda.dll", "nvcuda64.dll"]
-    } else {
-        ["libcuda.so.1", "libcuda.so"]
-    };
-    let library = Shared::open(&names).ok_or_else(|| format!("{} was not found", names[0]))?;
+    let library = Shared::open(&nvidia::DRIVER)
+        .ok_or_else(|| format!("{} was not found", nvidia::DRIVER[0]))?;
     // SAFETY: these are the functions' types in cuda.h, and `version` outlives the call.
     let (status, version) = unsafe {
         let get =
@@ -254,58 +251,6 @@ fn gpus(library: &Shared, nvml: Option<&Nvml>) -> Vec<Gpu> {
                 }
             })
             .collect()
-    }
-}
-
-/// NVIDIA's management library, which knows free memory without taking any.
-struct Nvml(Shared);
-
-/// `nvmlMemory_t`.
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-struct NvmlMemory {
-    total: u64,
-    free: u64,
-    used: u64,
-}
-
-impl Nvml {
-    fn start() -> Option<Self> {
-        let library = Shared::open(&["libnvidia-ml.so.1", "nvml.dll"])?;
-        // SAFETY: this is the function's type in nvml.h.
-        let started = unsafe {
-            let start = library.function::<unsafe extern "C" fn() -> c_int>("nvmlInit_v2")?;
-            start() == 0
-        };
-        started.then_some(Self(library))
-    }
-
-    fn driver_version(&self) -> Option<String> {
-        type Get = unsafe extern "C" fn(*mut c_char, c_uint) -> c_int;
-        let mut buffer = [0u8; 96];
-        // SAFETY: this is the function's type in nvml.h; the buffer has the length given.
-        unsafe {
-            let get = self.0.function::<Get>("nvmlSystemGetDriverVersion")?;
-            (get(pointer(&mut buffer), 96) == 0).then(|| text(&buffer))
-        }
-    }
-
-    /// Memory of the GPU at a bus address, which ends with a zero.
-    fn memory(&self, address: &mut [u8]) -> Option<NvmlMemory> {
-        type Find = unsafe extern "C" fn(*const c_char, *mut *mut c_void) -> c_int;
-        type Get = unsafe extern "C" fn(*mut c_void, *mut NvmlMemory) -> c_int;
-        let mut handle = std::ptr::null_mut();
-        let mut memory = NvmlMemory::default();
-        // SAFETY: these are the functions' types in nvml.h; `handle` is used only after the library
-        // has filled it in.
-        let good = unsafe {
-            let find = self
-                .0
-                .function::<Find>("nvmlDeviceGetHandleByPciBusId_v2")?;
-            let get = self.0.function::<Get>("nvmlDeviceGetMemoryInfo")?;
-            find(pointer(address), &mut handle) == 0 && get(handle, &mut memory) == 0
-        };
-        good.then_some(memory)
     }
 }
 

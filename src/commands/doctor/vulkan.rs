@@ -3,8 +3,8 @@
 use std::ffi::{c_char, c_void};
 use std::ptr;
 
-use super::library::{Shared, text};
 use super::{Check, Device};
+use crate::library::{Shared, text};
 
 /// A physical device of Vulkan.
 struct Gpu {

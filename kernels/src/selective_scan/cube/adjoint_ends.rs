@@ -36,6 +36,9 @@ pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float>(
     length: usize,
     inner: usize,
     state: usize,
+    b_stride: usize,
+    c_stride: usize,
+    z_stride: usize,
     chunk0: usize,
     segment: usize,
     #[comptime] config: SweepConfig,
@@ -93,8 +96,8 @@ pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float>(
         let t0 = tile * comptime!(config.tile);
         let rows = min(comptime!(config.tile).runtime(), count - t0);
         sync_cube();
-        load_tile::<P>(b, &mut b_tile, first + t0, rows, state, config);
-        load_tile::<P>(c, &mut c_tile, first + t0, rows, state, config);
+        load_tile::<P>(b, &mut b_tile, first + t0, rows, b_stride, state, config);
+        load_tile::<P>(c, &mut c_tile, first + t0, rows, c_stride, state, config);
         sync_cube();
         for group in 0..rows.div_ceil(SUB) {
             let sub = sub_row + t0 / SUB + group;
@@ -106,11 +109,12 @@ pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float>(
             let mut gates = Array::<f32>::new(SUB);
             #[unroll]
             for i in 0..SUB {
-                let at = base + min(t0 + group * SUB + i, count - 1) * inner;
+                let t = min(t0 + group * SUB + i, count - 1);
+                let at = base + t * inner;
                 us[i] = f32::cast_from(u[at]);
                 deltas[i] = f32::cast_from(delta[at]);
                 dys[i] = f32::cast_from(dy[at]);
-                gates[i] = gate_at(z, at);
+                gates[i] = gate_at(z, (first + t) * z_stride + place.channel);
             }
             #[unroll]
             for i in 0..SUB {

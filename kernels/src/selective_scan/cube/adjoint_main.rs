@@ -30,6 +30,8 @@ pub(super) struct Wanted {
     pub z: bool,
     /// The bias's.
     pub bias: bool,
+    /// The outputs, computed once more.
+    pub y: bool,
 }
 
 /// Gradients of one segment of chunks.
@@ -54,12 +56,17 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float>(
     du: &mut [U],
     ddelta: &mut [D],
     dz: &mut [Z],
+    y: &mut [U],
     sums_bc: &mut [f32],
     sums_e: &mut [f32],
     batch: usize,
     length: usize,
     inner: usize,
     state: usize,
+    b_stride: usize,
+    c_stride: usize,
+    z_stride: usize,
+    dz_stride: usize,
     chunk0: usize,
     segment: usize,
     #[comptime] wanted: Wanted,
@@ -139,12 +146,13 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float>(
     let mut next_z = Array::<Z>::new(passes);
     #[unroll]
     for p in 0..passes {
-        let at = base + min((subs - 1) * SUB + turn + comptime!(p * stride), count - 1) * inner;
+        let t = min((subs - 1) * SUB + turn + comptime!(p * stride), count - 1);
+        let at = base + t * inner;
         next_u[p] = u[at];
         next_delta[p] = delta[at];
         next_dy[p] = dy[at];
         if wanted.z {
-            next_z[p] = z[at];
+            next_z[p] = z[(first + t) * z_stride + own];
         }
     }
 
@@ -154,8 +162,8 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float>(
         if turned == 0 || (t0 + SUB) % comptime!(config.tile) == 0 {
             let tile0 = t0 / comptime!(config.tile) * comptime!(config.tile);
             let rows = min(comptime!(config.tile).runtime(), count - tile0);
-            load_tile::<P>(b, &mut b_tile, first + tile0, rows, state, config);
-            load_tile::<P>(c, &mut c_tile, first + tile0, rows, state, config);
+            load_tile::<P>(b, &mut b_tile, first + tile0, rows, b_stride, state, config);
+            load_tile::<P>(c, &mut c_tile, first + tile0, rows, c_stride, state, config);
         }
 
         // What backward of the element-wise parts needs again at the end of the sub-chunk.
@@ -203,12 +211,13 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float>(
         let ahead0 = max(t0, SUB.runtime()) - SUB;
         #[unroll]
         for p in 0..passes {
-            let at = base + min(ahead0 + turn + comptime!(p * stride), count - 1) * inner;
+            let t = min(ahead0 + turn + comptime!(p * stride), count - 1);
+            let at = base + t * inner;
             next_u[p] = u[at];
             next_delta[p] = delta[at];
             next_dy[p] = dy[at];
             if wanted.z {
-                next_z[p] = z[at];
+                next_z[p] = z[(first + t) * z_stride + own];
             }
         }
 
@@ -304,10 +313,17 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float>(
                 let draw = fma(dx, us[p], sum.extract(1usize) * LN2) * slopes[p];
                 du[at] = U::cast_from(fma(dx, entry.extract(0usize), skip * w));
                 ddelta[at] = D::cast_from(draw);
-                if wanted.z {
-                    let y = fma(skip, us[p], sum.extract(2usize));
-                    let slope = gates[p] * fma(zs[p], 1.0f32 - gates[p], 1.0f32);
-                    dz[at] = Z::cast_from(dys[p] * y * slope);
+                if comptime!(wanted.z || wanted.y) {
+                    let mut value = fma(skip, us[p], sum.extract(2usize));
+                    if wanted.z {
+                        let slope = gates[p] * fma(zs[p], 1.0f32 - gates[p], 1.0f32);
+                        dz[(first + t0 + t) * dz_stride + own] =
+                            Z::cast_from(dys[p] * value * slope);
+                        value = value * zs[p] * gates[p];
+                    }
+                    if wanted.y {
+                        y[at] = U::cast_from(value);
+                    }
                 }
                 if wanted.d {
                     acc_d = fma(w, us[p], acc_d);

@@ -6,7 +6,7 @@ use cubecl::prelude::*;
 use super::common::V4;
 use super::plan::{SUB, SweepConfig};
 use crate::cube::math::exp2;
-use crate::cube::reduce::{spread_start, spread_sum, spread_width, spread_writer};
+use crate::cube::reduce::{spread_start, spread_sum, spread_width, spread_writer, tree_sum};
 
 /// Where a unit works in the main kernel.
 #[derive(CubeType)]
@@ -117,9 +117,10 @@ pub(super) fn adjoint_position(
     let w = entry.extract(2usize);
     let mut dx = 0.0f32;
     let mut ddecay = 0.0f32;
-    let mut y = 0.0f32;
+    let mut parts = Array::<f32>::new(comptime!(per_lane / 4));
     #[unroll]
     for q in 0..comptime!(per_lane / 4) {
+        let mut y = 0.0f32;
         let bs = b_tile[row0 + comptime!(t * config.states() / 4 + q)];
         let cs = c_tile[row0 + comptime!(t * config.states() / 4 + q)];
         #[unroll]
@@ -144,11 +145,12 @@ pub(super) fn adjoint_position(
             da[n] = fma(through, dt, da[n]);
             g[n] = before;
         }
+        parts[q] = y;
     }
     let mut sums = V4::new(0.0f32);
     sums.insert(0usize, dx);
     sums.insert(1usize, ddecay);
-    sums.insert(2usize, y);
+    sums.insert(2usize, tree_sum(&mut parts, comptime!(per_lane / 4)));
     sums
 }
 

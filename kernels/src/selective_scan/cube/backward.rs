@@ -7,12 +7,12 @@ use cubecl::prelude::AddressType;
 
 use super::adjoint_main::Wanted;
 use super::plan::{Chunks, SUB, ScanShape, SweepConfig, adjoint, segment_chunks, sweep};
-use super::{CARRY_UNITS, adjoint_ends, adjoint_main, carry, prepare, sums};
+use super::{CARRY_UNITS, RowStrides, address, adjoint_ends, adjoint_main, carry, prepare, sums};
 use crate::cube::{
-    DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, empty, grid,
-    optional,
+    DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, dims, elem, empty,
+    grid, optional, row_stride,
 };
-use crate::selective_scan::{ScanGrads, ScanInputs};
+use crate::selective_scan::{ScanGrads, ScanInputs, ScanRequest};
 
 /// Most units of a cube in the sweep of adjoint ends: it keeps four numbers a state.
 const ENDS_UNITS: usize = 128;
@@ -24,9 +24,9 @@ pub(crate) fn backward(
     inputs: ScanInputs<CubeTensor>,
     saved: CubeTensor,
     dy: CubeTensor,
+    request: ScanRequest<CubeTensor>,
 ) -> ScanGrads<CubeTensor> {
-    let dtypes = [inputs.b.dtype, inputs.c.dtype];
-    let pass = Pass::new(prepare(inputs), saved, contiguous(dy));
+    let pass = Pass::new(inputs, saved, contiguous(dy), request);
     let mut right_edge = None;
     let mut end = pass.chunks.count;
     while end > 0 {
@@ -35,23 +35,36 @@ pub(crate) fn backward(
         end = begin;
     }
     pass.sum_parameters();
-    let Pass {
-        grads, inputs: own, ..
-    } = pass;
+    let (grads, own) = (pass.grads, pass.inputs);
     ScanGrads {
-        b: cast(grads.b, dtypes[0]),
-        c: cast(grads.c, dtypes[1]),
+        b: grads.b,
+        c: grads.c,
         d: own.d.map(|_| grads.d),
         delta_bias: own.delta_bias.map(|_| grads.delta_bias),
         z: own.z.map(|_| grads.z),
+        y: pass.wanted.y.then_some(grads.y),
         u: grads.u,
         delta: grads.delta,
         a: grads.a,
     }
 }
 
-fn cast(tensor: CubeTensor, dtype: DType) -> CubeTensor {
-    burn_cubecl::kernel::cast(tensor, dtype)
+/// The view to write a gradient into: the one asked for, or a new tensor.
+fn target(
+    name: &str,
+    view: Option<CubeTensor>,
+    shape: [usize; 3],
+    new: impl FnOnce() -> CubeTensor,
+) -> (CubeTensor, usize) {
+    let view = view.unwrap_or_else(new);
+    assert_eq!(
+        dims::<3>(&view),
+        shape,
+        "selective_scan: view for the gradient of {name}"
+    );
+    let stride = row_stride(&view);
+    let stride = stride.expect("selective_scan: views to write into are rows of columns");
+    (view, stride)
 }
 
 /// Gradients while they are filled; those of absent inputs hold a one-element or borrowed buffer
@@ -65,11 +78,15 @@ struct Grads {
     d: CubeTensor,
     z: CubeTensor,
     delta_bias: CubeTensor,
+    y: CubeTensor,
+    /// Rows of `b`, `c` and `z`.
+    strides: RowStrides,
 }
 
 /// One run of backward.
 struct Pass {
     inputs: ScanInputs<CubeTensor>,
+    strides: RowStrides,
     saved: CubeTensor,
     dy: CubeTensor,
     shape: ScanShape,
@@ -88,7 +105,14 @@ struct Pass {
 }
 
 impl Pass {
-    fn new(inputs: ScanInputs<CubeTensor>, saved: CubeTensor, dy: CubeTensor) -> Self {
+    fn new(
+        inputs: ScanInputs<CubeTensor>,
+        saved: CubeTensor,
+        dy: CubeTensor,
+        request: ScanRequest<CubeTensor>,
+    ) -> Self {
+        let bc_types = [inputs.b.dtype, inputs.c.dtype];
+        let (inputs, strides) = prepare(inputs);
         let saved = contiguous_f32(saved);
         let shape = ScanShape::of(&inputs);
         let device = DeviceTraits::of(&inputs.u);
@@ -106,22 +130,42 @@ impl Pass {
 
         let like = &inputs.u;
         let wide = |dtype| empty(like, [batch, length, inner], dtype);
-        let narrow = |dtype| empty(like, [batch, length, state], dtype);
+        let narrow = |name, view, dtype| {
+            let shape = [batch, length, state];
+            target(name, view, shape, || empty(like, shape, dtype))
+        };
         let row = |present: bool| empty(like, [if present { inner } else { 1 }], DType::F32);
         let wanted = Wanted {
             d: inputs.d.is_some(),
             z: inputs.z.is_some(),
             bias: inputs.delta_bias.is_some(),
+            y: request.y,
         };
         let du = wide(inputs.u.dtype);
+        let (db, b_stride) = narrow("b", request.b, bc_types[0]);
+        let (dc, c_stride) = narrow("c", request.c, bc_types[1]);
+        let (dz, z_stride) = match &inputs.z {
+            Some(z) => target("z", request.z, [batch, length, inner], || wide(z.dtype)),
+            None => (du.clone(), 0),
+        };
         let grads = Grads {
             delta: wide(inputs.delta.dtype),
             a: empty(like, [inner, state], DType::F32),
-            b: narrow(inputs.b.dtype),
-            c: narrow(inputs.c.dtype),
+            b: db,
+            c: dc,
             d: row(wanted.d),
-            z: inputs.z.as_ref().map_or(du.clone(), |z| wide(z.dtype)),
+            z: dz,
             delta_bias: row(wanted.bias),
+            y: if wanted.y {
+                wide(inputs.u.dtype)
+            } else {
+                du.clone()
+            },
+            strides: RowStrides {
+                b: b_stride,
+                c: c_stride,
+                z: z_stride,
+            },
             u: du,
         };
         let sums_e = empty(like, [batch, chunks.count, state + 2, inner], DType::F32);
@@ -131,7 +175,8 @@ impl Pass {
             elem(inputs.b.dtype),
             elem(inputs.z.as_ref().unwrap_or(&inputs.u).dtype),
         ];
-        let address = address_type(&[&inputs.u, &inputs.b, &saved, &sums_e]);
+        let views = [&saved, &sums_e, &grads.b, &grads.c, &grads.z];
+        let address = address(&inputs, &views);
         Self {
             address,
             wanted,
@@ -143,6 +188,7 @@ impl Pass {
             sums_e,
             ptx: device.ptx,
             inputs,
+            strides,
             saved,
             dy,
             shape,
@@ -219,6 +265,9 @@ impl Pass {
                 shape.length,
                 shape.inner,
                 shape.state,
+                self.strides.b,
+                self.strides.c,
+                self.strides.z,
                 begin,
                 count,
                 self.ends,
@@ -271,8 +320,8 @@ impl Pass {
     ) {
         let (inputs, shape, grads) = (&self.inputs, &self.shape, &self.grads);
         let blocks = self.main.cubes(shape.inner) * count * shape.batch;
-        // SAFETY: as in `launch_ends`. Without a gate `z` and `dz` borrow the buffers of `u` and
-        // `du`, and the kernel has no code for them.
+        // SAFETY: as in `launch_ends`. What is absent or not wanted borrows the buffers of `u`
+        // and `du`, and the kernel has no code for it.
         unsafe {
             adjoint_main::adjoint_main::launch_unchecked(
                 &inputs.u.client,
@@ -294,12 +343,17 @@ impl Pass {
                 buffer(&grads.u),
                 buffer(&grads.delta),
                 buffer(&grads.z),
+                buffer(&grads.y),
                 buffer(sums_bc),
                 buffer(&self.sums_e),
                 shape.batch,
                 shape.length,
                 shape.inner,
                 shape.state,
+                self.strides.b,
+                self.strides.c,
+                self.strides.z,
+                grads.strides.z,
                 begin,
                 count,
                 self.wanted,
@@ -332,11 +386,13 @@ impl Pass {
                 shape.batch,
                 shape.length,
                 shape.state,
+                self.grads.strides.b,
+                self.grads.strides.c,
                 begin * self.chunks.size,
                 positions,
                 self.main.cubes(shape.inner),
                 self.main.states(),
-                self.types[2],
+                [elem(self.grads.b.dtype), elem(self.grads.c.dtype)],
             );
         }
     }

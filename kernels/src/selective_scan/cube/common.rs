@@ -155,7 +155,7 @@ pub(super) fn store_last(
     }
 }
 
-/// Positions `first..first + rows` of B or C (rows of `state` numbers) into shared memory as f32;
+/// Positions `first..first + rows` of B or C (rows of `state` numbers, `stride` apart) into shared memory as f32;
 /// zero beyond the last state and for the tile's other positions.
 #[cube]
 pub(super) fn load_tile<P: Float>(
@@ -163,6 +163,7 @@ pub(super) fn load_tile<P: Float>(
     tile: &mut Shared<[V4]>,
     first: usize,
     rows: usize,
+    stride: usize,
     state: usize,
     #[comptime] config: SweepConfig,
 ) {
@@ -179,7 +180,7 @@ pub(super) fn load_tile<P: Float>(
                 for k in 0..4usize {
                     let n = n0 + k;
                     if n < state {
-                        value.insert(k, f32::cast_from(source[(first + row) * state + n]));
+                        value.insert(k, f32::cast_from(source[(first + row) * stride + n]));
                     }
                 }
             }

@@ -10,7 +10,7 @@ use super::common::{
 use super::plan::SweepConfig;
 use crate::cube::OptionalInput;
 use crate::cube::math::{exp2, sigmoid, step_size};
-use crate::cube::reduce::lane_sum;
+use crate::cube::reduce::{lane_sum, tree_sum};
 
 /// First pass: every chunk from a zero state to its end state, `[B, chunks, N, E]`, and the sum of
 /// its steps, `[B, chunks, E]` ([`CLEARED`] if it holds a reset).
@@ -28,6 +28,7 @@ pub(super) fn chunk_ends<U: Float, D: Float, P: Float>(
     length: usize,
     inner: usize,
     state: usize,
+    b_stride: usize,
     #[comptime] config: SweepConfig,
     #[define(U, D, P)] _types: [ElemType; 3],
 ) {
@@ -76,7 +77,7 @@ pub(super) fn chunk_ends<U: Float, D: Float, P: Float>(
         let t0 = tile * comptime!(config.tile);
         let rows = min(comptime!(config.tile).runtime(), count - t0);
         sync_cube();
-        load_tile::<P>(b, &mut b_tile, first + t0, rows, state, config);
+        load_tile::<P>(b, &mut b_tile, first + t0, rows, b_stride, state, config);
         sync_cube();
         for group in 0..rows.div_ceil(ahead) {
             let mut us = Array::<f32>::new(ahead);
@@ -148,6 +149,9 @@ pub(super) fn outputs<U: Float, D: Float, P: Float, Z: Float>(
     length: usize,
     inner: usize,
     state: usize,
+    b_stride: usize,
+    c_stride: usize,
+    z_stride: usize,
     #[comptime] walk: bool,
     #[comptime] config: SweepConfig,
     #[define(U, D, P, Z)] _types: [ElemType; 4],
@@ -207,8 +211,8 @@ pub(super) fn outputs<U: Float, D: Float, P: Float, Z: Float>(
         let t0 = tile * comptime!(config.tile);
         let rows = min(comptime!(config.tile).runtime(), count - t0);
         sync_cube();
-        load_tile::<P>(b, &mut b_tile, first + t0, rows, state, config);
-        load_tile::<P>(c, &mut c_tile, first + t0, rows, state, config);
+        load_tile::<P>(b, &mut b_tile, first + t0, rows, b_stride, state, config);
+        load_tile::<P>(c, &mut c_tile, first + t0, rows, c_stride, state, config);
         sync_cube();
         if walk {
             if t0 % comptime!(config.chunk) == 0 {
@@ -224,7 +228,8 @@ pub(super) fn outputs<U: Float, D: Float, P: Float, Z: Float>(
             for i in 0..ahead {
                 us[i] = f32::cast_from(next_u[i]);
                 deltas[i] = f32::cast_from(next_delta[i]);
-                gates[i] = gate_at(z, base + min(t0 + group * ahead + i, count - 1) * inner);
+                let own = first + min(t0 + group * ahead + i, count - 1);
+                gates[i] = gate_at(z, own * z_stride + place.channel);
                 let t = t0 + (group + 1) * ahead + i;
                 let at = base + min(t, count - 1) * inner;
                 next_u[i] = u[at];
@@ -244,12 +249,12 @@ pub(super) fn outputs<U: Float, D: Float, P: Float, Z: Float>(
                         }
                     }
                     let row = (t * comptime!(config.lanes) + place.lane) * comptime!(per_lane / 4);
-                    let mut sum = 0.0f32;
+                    // A sum of its own for every vector: shorter chains of additions.
+                    let mut parts = Array::<f32>::new(comptime!(per_lane / 4));
                     #[unroll]
                     for q in 0..comptime!(per_lane / 4) {
                         let bs = b_tile[row + q];
                         let cs = c_tile[row + q];
-                        // A sum of its own for every vector: shorter chains of additions.
                         let mut part = 0.0f32;
                         #[unroll]
                         for k in 0..4usize {
@@ -257,8 +262,9 @@ pub(super) fn outputs<U: Float, D: Float, P: Float, Z: Float>(
                             h[n] = fma(exp2(dt * rates[n], config.ptx), h[n], x * bs.extract(k));
                             part = fma(h[n], cs.extract(k), part);
                         }
-                        sum += part;
+                        parts[q] = part;
                     }
+                    let sum = tree_sum(&mut parts, comptime!(per_lane / 4));
                     let mut value = fma(skip, us[i], lane_sum(sum, config.lanes, 1usize));
                     if comptime!(z.is_some()) {
                         value = value * gates[i] * sigmoid(gates[i], config.ptx);

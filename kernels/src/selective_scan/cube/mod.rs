@@ -44,12 +44,13 @@ mod tests;
 
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
+use cubecl::prelude::AddressType;
 
 use self::plan::{Chunks, ScanShape, sweep};
 use super::{ScanInputs, ScanOutputs};
 use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, empty, grid,
-    optional,
+    optional, rows,
 };
 
 pub(crate) use self::backward::backward;
@@ -63,7 +64,7 @@ const CARRY_UNITS: usize = 128;
 
 /// See [`MambaKernels::selective_scan`](crate::MambaKernels::selective_scan).
 pub(crate) fn forward(inputs: ScanInputs<CubeTensor>) -> ScanOutputs<CubeTensor> {
-    let inputs = prepare(inputs);
+    let (inputs, strides) = prepare(inputs);
     let shape = ScanShape::of(&inputs);
     let device = DeviceTraits::of(&inputs.u);
     let chunks = Chunks::new(&shape, &device);
@@ -78,9 +79,26 @@ pub(crate) fn forward(inputs: ScanInputs<CubeTensor>) -> ScanOutputs<CubeTensor>
     let last_state = empty(&inputs.u, [batch, inner, state], DType::F32);
     let y = empty(&inputs.u, [batch, length, inner], inputs.u.dtype);
     if !chunks.walk {
-        launch_chunk_ends(&inputs, &shape, &chunks, &device, &saved, &last_state);
+        launch_chunk_ends(
+            &inputs,
+            &strides,
+            &shape,
+            &chunks,
+            &device,
+            &saved,
+            &last_state,
+        );
     }
-    launch_outputs(&inputs, &shape, &chunks, &device, &saved, &last_state, &y);
+    launch_outputs(
+        &inputs,
+        &strides,
+        &shape,
+        &chunks,
+        &device,
+        &saved,
+        &last_state,
+        &y,
+    );
     ScanOutputs {
         y,
         last_state,
@@ -88,30 +106,54 @@ pub(crate) fn forward(inputs: ScanInputs<CubeTensor>) -> ScanOutputs<CubeTensor>
     }
 }
 
-/// Contiguous inputs; B and C of one data type, parameters in f32.
-fn prepare(inputs: ScanInputs<CubeTensor>) -> ScanInputs<CubeTensor> {
+/// Elements from one position to the next of the inputs that may be columns of wider tensors.
+#[derive(Clone, Copy, Debug)]
+struct RowStrides {
+    b: usize,
+    c: usize,
+    z: usize,
+}
+
+/// Contiguous inputs, but for columns of wider tensors; B and C of one data type, parameters in
+/// f32.
+fn prepare(inputs: ScanInputs<CubeTensor>) -> (ScanInputs<CubeTensor>, RowStrides) {
     let (mut b, mut c) = (inputs.b, inputs.c);
     if b.dtype != c.dtype {
         (b, c) = (contiguous_f32(b), contiguous_f32(c));
     }
-    ScanInputs {
+    let ((b, b_stride), (c, c_stride)) = (rows(b), rows(c));
+    let (z, z_stride) = inputs.z.map(rows).unzip();
+    let strides = RowStrides {
+        b: b_stride,
+        c: c_stride,
+        z: z_stride.unwrap_or(0),
+    };
+    let inputs = ScanInputs {
         u: contiguous(inputs.u),
         delta: contiguous(inputs.delta),
         a: contiguous_f32(inputs.a),
-        b: contiguous(b),
-        c: contiguous(c),
+        b,
+        c,
         d: inputs.d.map(contiguous_f32),
-        z: inputs.z.map(contiguous),
+        z,
         delta_bias: inputs.delta_bias.map(contiguous_f32),
         initial_state: inputs.initial_state.map(contiguous_f32),
         resets: inputs.resets.map(contiguous_f32),
         delta_softplus: inputs.delta_softplus,
-    }
+    };
+    (inputs, strides)
+}
+
+/// The width of positions that reaches all of the inputs and `others`.
+fn address(inputs: &ScanInputs<CubeTensor>, others: &[&CubeTensor]) -> AddressType {
+    let z = inputs.z.as_ref().unwrap_or(&inputs.u);
+    address_type(&[&inputs.u, &inputs.b, &inputs.c, z]).max(address_type(others))
 }
 
 /// Fills `saved` with the state entering every chunk, and `last_state`.
 fn launch_chunk_ends(
     inputs: &ScanInputs<CubeTensor>,
+    strides: &RowStrides,
     shape: &ScanShape,
     chunks: &Chunks,
     device: &DeviceTraits,
@@ -133,9 +175,9 @@ fn launch_chunk_ends(
         DType::F32,
     );
     let blocks = config.cubes(shape.inner) * chunks.count * shape.batch;
-    let address = address_type(&[&inputs.u, &inputs.b, saved]);
-    // SAFETY: every position is derived from the shapes passed along, whose buffers are contiguous
-    // and of just these sizes; units beyond the last channel or cube write nothing.
+    let address = address(inputs, &[saved]);
+    // SAFETY: every position is derived from the shapes passed along, whose buffers are of just
+    // these sizes and strides; units beyond the last channel or cube write nothing.
     unsafe {
         forward::chunk_ends::launch_unchecked(
             client,
@@ -154,6 +196,7 @@ fn launch_chunk_ends(
             shape.length,
             shape.inner,
             shape.state,
+            strides.b,
             config,
             [
                 elem(inputs.u.dtype),
@@ -188,6 +231,7 @@ fn launch_chunk_ends(
 /// Fills `y`; in a walk, `saved` and `last_state` too.
 fn launch_outputs(
     inputs: &ScanInputs<CubeTensor>,
+    strides: &RowStrides,
     shape: &ScanShape,
     chunks: &Chunks,
     device: &DeviceTraits,
@@ -206,14 +250,14 @@ fn launch_outputs(
     let rows = if chunks.walk { 1 } else { chunks.count };
     let blocks = config.cubes(shape.inner) * rows * shape.batch;
     let z_dtype = inputs.z.as_ref().map_or(inputs.u.dtype, |z| z.dtype);
-    // SAFETY: every position is derived from the shapes passed along, whose buffers are contiguous
-    // and of just these sizes; units beyond the last channel or cube write nothing.
+    // SAFETY: every position is derived from the shapes passed along, whose buffers are of just
+    // these sizes and strides; units beyond the last channel or cube write nothing.
     unsafe {
         forward::outputs::launch_unchecked(
             &inputs.u.client,
             grid(blocks),
             cube_dim(config.units),
-            address_type(&[&inputs.u, &inputs.b, saved]),
+            address(inputs, &[saved]),
             buffer(&inputs.u),
             buffer(&inputs.delta),
             buffer(&inputs.b),
@@ -231,6 +275,9 @@ fn launch_outputs(
             shape.length,
             shape.inner,
             shape.state,
+            strides.b,
+            strides.c,
+            strides.z,
             chunks.walk,
             config,
             [

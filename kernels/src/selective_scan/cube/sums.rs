@@ -10,18 +10,20 @@ use crate::cube::reduce::sum_strided;
 ///
 /// One unit for each sequence, position and one of the 2 · states numbers.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(super) fn sum_cubes<P: Float>(
+pub(super) fn sum_cubes<P: Float, Q: Float>(
     sums: &[f32],
     db: &mut [P],
-    dc: &mut [P],
+    dc: &mut [Q],
     batch: usize,
     length: usize,
     state: usize,
+    db_stride: usize,
+    dc_stride: usize,
     position0: usize,
     positions: usize,
     cubes: usize,
     #[comptime] states: usize,
-    #[define(P)] _type: ElemType,
+    #[define(P, Q)] _types: [ElemType; 2],
 ) {
     let width = comptime!(2 * states);
     let unit = CUBE_POS * CUBE_DIM as usize + UNIT_POS as usize;
@@ -32,11 +34,11 @@ pub(super) fn sum_cubes<P: Float>(
     if sequence < batch && position < length && n < state {
         let first = sequence * cubes * positions * width + at;
         let sum = sum_strided(sums, first, cubes, positions * width);
-        let out = (sequence * length + position) * state + n;
+        let row = sequence * length + position;
         if at % width < states {
-            db[out] = P::cast_from(sum);
+            db[row * db_stride + n] = P::cast_from(sum);
         } else {
-            dc[out] = P::cast_from(sum);
+            dc[row * dc_stride + n] = Q::cast_from(sum);
         }
     }
 }

@@ -1,9 +1,14 @@
-use burn::tensor::{Device, Tensor};
+use burn::backend::ops::FloatTensorOps;
+use burn::tensor::{Device, Tensor, TensorData};
+use burn_cubecl::ops::into_data_sync;
+use burn_cubecl::tensor::CubeTensor;
+use burn_cubecl::{CubeBackend, CubeDevice};
 
 use super::plan::{Chunks, SUB, ScanShape, adjoint, adjoint_shared_bytes, segment_chunks, sweep};
-use crate::cube::{DeviceTraits, SHARED_BYTES};
-use crate::selective_scan::{Scan, reference, selective_scan};
-use crate::testing::{ATOL, RTOL, Rng, assert_close, cpu, devices, read, tensor};
+use crate::MambaKernels;
+use crate::cube::{DeviceTraits, SHARED_BYTES, columns, contiguous, shares_columns};
+use crate::selective_scan::{Scan, ScanGrads, ScanInputs, ScanRequest, reference, selective_scan};
+use crate::testing::{ATOL, RTOL, Rng, assert_close, assert_same_bits, cpu, devices, read, tensor};
 
 /// Devices that differ in what plans depend on.
 fn kinds_of_device() -> impl Iterator<Item = DeviceTraits> {
@@ -131,6 +136,135 @@ fn a_pass_without_cutting_time_equals_reference() {
         let got = run(scan_inputs(dims, &device), selective_scan);
         for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
             assert_close(&format!("{device:?} result {i}"), got, expected, RTOL, ATOL);
+        }
+    }
+}
+
+/// The runtimes this build has.
+fn cube_devices() -> Vec<CubeDevice> {
+    [
+        #[cfg(feature = "wgpu")]
+        CubeDevice::wgpu(Default::default()),
+        #[cfg(feature = "cuda")]
+        CubeDevice::cuda(0),
+    ]
+    .into_iter()
+    .map(|device| device.expect("a device"))
+    .collect()
+}
+
+fn raw<const D: usize>(rng: &mut Rng, dims: [usize; D], device: &CubeDevice) -> CubeTensor {
+    let values = rng.normals(dims.iter().product(), 1.0);
+    CubeBackend::float_from_data(TensorData::new(values, dims), device)
+}
+
+fn values(tensor: &CubeTensor) -> Vec<f32> {
+    into_data_sync(contiguous(tensor.clone()))
+        .iter::<f32>()
+        .collect()
+}
+
+type Inputs = ScanInputs<CubeTensor>;
+
+/// Inputs whose z, B and C are columns of wider tensors.
+fn inputs_with_columns([batch, length, inner, state]: [usize; 4], device: &CubeDevice) -> Inputs {
+    let rng = &mut Rng::new(3);
+    let rank = 64;
+    let xz = raw(rng, [batch, length, 2 * inner], device);
+    let dbc = raw(rng, [batch, length, rank + 2 * state], device);
+    let rates = vec![-1.0f32; inner * state];
+    ScanInputs {
+        u: raw(rng, [batch, length, inner], device),
+        delta: raw(rng, [batch, length, inner], device),
+        a: CubeBackend::float_from_data(TensorData::new(rates, [inner, state]), device),
+        b: columns(&dbc, rank, rank + state),
+        c: columns(&dbc, rank + state, rank + 2 * state),
+        d: Some(raw(rng, [inner], device)),
+        z: Some(columns(&xz, inner, 2 * inner)),
+        delta_bias: Some(raw(rng, [inner], device)),
+        initial_state: Some(raw(rng, [batch, inner, state], device)),
+        resets: None,
+        delta_softplus: true,
+    }
+}
+
+fn all_values(grads: &ScanGrads<CubeTensor>) -> Vec<Vec<f32>> {
+    let ScanGrads {
+        u,
+        delta,
+        a,
+        b,
+        c,
+        d,
+        z,
+        delta_bias,
+        y,
+    } = grads;
+    let optional = [d, z, delta_bias, y].into_iter().flatten();
+    [u, delta, a, b, c]
+        .into_iter()
+        .chain(optional)
+        .map(values)
+        .collect()
+}
+
+/// Views in and views to write into give the bits of tensors of their own, touch nothing beside
+/// them, and backward's outputs are forward's.
+#[test]
+fn columns_of_wider_tensors_equal_tensors_of_their_own() {
+    for (device, dims) in cube_devices()
+        .into_iter()
+        .flat_map(|device| [[2, 70, 64, 16], [1, 300, 64, 5]].map(|dims| (device.clone(), dims)))
+    {
+        let [batch, length, inner, state] = dims;
+        let views = inputs_with_columns(dims, &device);
+        let mut own = views.clone();
+        own.b = contiguous(own.b);
+        own.c = contiguous(own.c);
+        own.z = own.z.map(contiguous);
+        let forward = CubeBackend::selective_scan(views.clone());
+        let expected = CubeBackend::selective_scan(own.clone());
+        assert_same_bits("y", &values(&forward.y), &values(&expected.y));
+
+        let dy = raw(&mut Rng::new(9), [batch, length, inner], &device);
+        let all = |y| ScanRequest {
+            y,
+            ..ScanRequest::none()
+        };
+        let expected =
+            CubeBackend::selective_scan_backward(own, expected.saved, dy.clone(), all(true));
+        let recomputed = expected.y.as_ref().expect("asked for");
+        assert_same_bits("y again", &values(recomputed), &values(&forward.y));
+
+        let dxz = raw(&mut Rng::new(4), [batch, length, 2 * inner], &device);
+        let dbc = raw(&mut Rng::new(5), [batch, length, 64 + 2 * state], &device);
+        let view =
+            |of: &CubeTensor, from, to| shares_columns(of, from).then(|| columns(of, from, to));
+        let rest = columns(&dxz, 0, inner);
+        let before = values(&rest);
+        let got = CubeBackend::selective_scan_backward(
+            views,
+            forward.saved,
+            dy,
+            ScanRequest {
+                z: view(&dxz, inner, 2 * inner),
+                b: view(&dbc, 64, 64 + state),
+                c: view(&dbc, 64 + state, 64 + 2 * state),
+                y: true,
+            },
+        );
+        for (i, (got, expected)) in all_values(&got)
+            .iter()
+            .zip(all_values(&expected))
+            .enumerate()
+        {
+            assert_same_bits(&format!("gradient {i}"), got, &expected);
+        }
+        assert_same_bits("beside the view", &values(&rest), &before);
+        if shares_columns(&dxz, inner) {
+            let written = values(&columns(&dxz, inner, 2 * inner));
+            let expected = values(expected.z.as_ref().expect("there is a gate"));
+            assert_same_bits("the view", &written, &expected);
         }
     }
 }

@@ -9,7 +9,7 @@ use super::{CHUNK, Sizes, Slices, all_contiguous, load_opt, transposed};
 use crate::flex::math::{exp, sigmoid};
 use crate::flex::tensor::{contiguous, tensor, values};
 use crate::flex::{LANES, Lanes, SharedOut, add, fma, load, map, mul, sum};
-use crate::selective_scan::{ScanGrads, ScanInputs};
+use crate::selective_scan::{ScanGrads, ScanInputs, ScanRequest};
 
 /// Sums over positions that one task keeps for each of its blocks.
 struct BlockSums {
@@ -32,13 +32,16 @@ struct BackwardOuts {
     d: SharedOut,
     /// `[B, E]`
     bias: SharedOut,
+    y: Option<SharedOut>,
 }
 
-/// Backward pass from the states that [`forward`] saved.
+/// Backward pass from the states that [`forward`] saved. The views of `request` are left alone:
+/// nothing is written in place here.
 pub(crate) fn backward(
     inputs: ScanInputs<FlexTensor>,
     saved: FlexTensor,
     dy: FlexTensor,
+    request: ScanRequest<FlexTensor>,
 ) -> ScanGrads<FlexTensor> {
     let dtype = inputs.u.dtype();
     let bc_dtype = [inputs.b.dtype(), inputs.c.dtype()];
@@ -62,6 +65,7 @@ pub(crate) fn backward(
     let mut da = vec![0.0; batch * state * inner];
     let mut dd = vec![0.0; batch * inner];
     let mut dbias = vec![0.0; batch * inner];
+    let mut y = request.y.then(|| vec![0.0; full]);
     // One row of dB and one of dC a position and group, summed over the groups afterwards.
     let mut partial = vec![0.0; batch * groups * length * 2 * state];
     let outs = BackwardOuts {
@@ -71,6 +75,7 @@ pub(crate) fn backward(
         a: SharedOut::new(&mut da),
         d: SharedOut::new(&mut dd),
         bias: SharedOut::new(&mut dbias),
+        y: y.as_mut().map(|y| SharedOut::new(y)),
     };
     partial
         .par_chunks_mut(length * 2 * state)
@@ -98,6 +103,7 @@ pub(crate) fn backward(
         delta_bias: inputs
             .delta_bias
             .map(|_| tensor(sum_batch(&dbias, batch), [inner], DType::F32)),
+        y: y.map(|y| tensor(y, [batch, length, inner], dtype)),
     }
 }
 
@@ -337,6 +343,13 @@ fn adjoint_chunk(
                 // silu'(z) = σ(z) · (1 + z · (1 - σ(z)))
                 let slope = mul(gate, fma(z, map(gate, |s| 1.0 - s), [1.0; LANES]));
                 dz.store(at, count, mul(dout, mul(y, slope)));
+            }
+            if let Some(out) = outs.y {
+                let gated = match s.z {
+                    Some(_) => mul(y, mul(z, gate)),
+                    None => y,
+                };
+                out.store(at, count, gated);
             }
         }
     }

@@ -6,15 +6,15 @@ use libloading::{Library, Symbol};
 
 /// A shared library that stays open until the program ends: drivers start threads of their own,
 /// which must not lose their code.
-pub(super) struct Shared {
+pub(crate) struct Shared {
     library: &'static Library,
     /// The name it was found under.
-    pub(super) name: String,
+    pub(crate) name: String,
 }
 
 impl Shared {
     /// The first of these libraries that can be opened.
-    pub(super) fn open<S: AsRef<str>>(names: &[S]) -> Option<Self> {
+    pub(crate) fn open<S: AsRef<str>>(names: &[S]) -> Option<Self> {
         names.iter().map(AsRef::as_ref).find_map(|name| {
             // SAFETY: opening a library runs its initialisation code. The names are those of
             // system libraries (NVIDIA's driver and toolkit, the Vulkan loader), which are made
@@ -32,21 +32,21 @@ impl Shared {
     /// # Safety
     ///
     /// `F` has to be the function's type.
-    pub(super) unsafe fn function<F>(&self, name: &str) -> Option<Symbol<'static, F>> {
+    pub(crate) unsafe fn function<F>(&self, name: &str) -> Option<Symbol<'static, F>> {
         // SAFETY: the caller vouches for the type.
         unsafe { self.library.get(name.as_bytes()) }.ok()
     }
 }
 
 /// The text in a buffer that a library has filled, up to its zero.
-pub(super) fn text(buffer: &[u8]) -> String {
+pub(crate) fn text(buffer: &[u8]) -> String {
     CStr::from_bytes_until_nul(buffer)
         .map(|text| text.to_string_lossy().into_owned())
         .unwrap_or_default()
 }
 
 /// A buffer as C's functions want it.
-pub(super) fn pointer(buffer: &mut [u8]) -> *mut c_char {
+pub(crate) fn pointer(buffer: &mut [u8]) -> *mut c_char {
     buffer.as_mut_ptr().cast()
 }
 

@@ -1,0 +1,337 @@
+//! Products by cuBLASLt, loaded at run time, beside CubeCL's kernels on the same device.
+//!
+//! CubeCL's CUDA stream is private to it, so products run on a stream of ours, ordered by events of
+//! the whole context: one recorded before the product and waited for by our stream, one recorded
+//! after it and waited for by every stream. That costs 2 µs.
+//!
+//! cuBLASLt's heuristic picks the algorithm in microseconds, once for every shape: nothing is tuned
+//! or compiled at run time.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::OnceLock;
+
+use burn::tensor::DType;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::RuntimeId;
+use cubecl::cuda::CudaRuntime;
+use cubecl::server::Handle;
+use cudarc::cublaslt::{result as lt, sys as lts};
+use cudarc::driver::{result as driver, sys as cu};
+
+use super::Product;
+use super::cube::Matrix;
+
+type Server = <CudaRuntime as cubecl_runtime::runtime::Runtime>::Server;
+
+/// Memory that algorithms may use, in bytes: what NVIDIA recommends for Hopper.
+pub const WORKSPACE_BYTES: usize = 32 << 20;
+
+/// The driver that has events of a whole context: CUDA 12.5.
+const DRIVER: i32 = 12_050;
+
+/// Whether cuBLASLt and a driver that can order it against CubeCL are there.
+pub fn available() -> bool {
+    static AVAILABLE: OnceLock<bool> = OnceLock::new();
+    *AVAILABLE.get_or_init(|| {
+        preload();
+        let mut version = 0;
+        // SAFETY: both calls load libraries by name; the driver's writes the version through a
+        // pointer that outlives it.
+        unsafe {
+            lts::is_culib_present()
+                && cu::is_culib_present()
+                && cu::cuDriverGetVersion(&mut version).result().is_ok()
+                && version >= DRIVER
+        }
+    })
+}
+
+/// Loads the library from the toolkit's folder, where the loader does not search by itself.
+fn preload() {
+    let root = std::env::var_os("CUDA_PATH").unwrap_or_else(|| "/usr/local/cuda".into());
+    let path = std::path::Path::new(&root).join("lib64/libcublasLt.so");
+    // SAFETY: loading NVIDIA's library runs its initialisers and nothing else.
+    if let Ok(library) = unsafe { libloading::Library::new(path) } {
+        // It stays loaded, so that loading it by name finds it.
+        std::mem::forget(library);
+    }
+}
+
+/// Why a product was not done.
+enum Refusal {
+    /// The library has no algorithm for the shape, or could not be set up.
+    Unsupported,
+    /// An operand's buffer is not to be had: an allocation failed earlier.
+    Memory(String),
+}
+
+/// `out = op(a) · op(b) (+ add)`; false, with nothing done, where cuBLASLt cannot.
+///
+/// # Panics
+///
+/// If an operand's memory was never allocated, with the runtime's words for it.
+pub(super) fn product(
+    a: &Matrix,
+    b: &Matrix,
+    how: Product,
+    add: Option<&CubeTensor>,
+    out: &CubeTensor,
+) -> bool {
+    let client = &a.tensor.client;
+    // Events of the context cannot be part of a captured graph.
+    if a.tensor.device.runtime() != RuntimeId::Cuda || !available() || client.is_capturing() {
+        return false;
+    }
+    let Some(types) = [a.tensor.dtype, b.tensor.dtype, out.dtype]
+        .map(data_type)
+        .into_iter()
+        .collect::<Option<Vec<_>>>()
+    else {
+        return false;
+    };
+    if add.is_some_and(|add| add.dtype != out.dtype) || a.tensor.dtype != b.tensor.dtype {
+        return false;
+    }
+    let (out_tensor, out_stride) = crate::cube::rows(out.clone());
+    let shape = Shape {
+        a: [a.rows, a.columns, a.stride],
+        b: [b.rows, b.columns, b.stride],
+        out_stride,
+        types: [types[0], types[1], types[2]],
+        how,
+        adds: add.is_some(),
+        alignments: [0; 4],
+    };
+    let handles = Handles {
+        a: a.tensor.handle.clone(),
+        b: b.tensor.handle.clone(),
+        add: add.map_or_else(|| out_tensor.handle.clone(), |add| add.handle.clone()),
+        out: out_tensor.handle.clone(),
+    };
+    // All CUDA calls are made on the device's own thread, where its context is current and the
+    // buffers' addresses are to be had without another hop.
+    let done = client.exclusive(move || {
+        let address = |handle: Handle| {
+            client
+                .get_resource::<Server>(handle)
+                .map(|resource| resource.resource().ptr)
+                .map_err(|error| Refusal::Memory(format!("{error}")))
+        };
+        let pointers = [
+            address(handles.a)?,
+            address(handles.b)?,
+            address(handles.add)?,
+            address(handles.out)?,
+        ];
+        LIBRARIES.with_borrow_mut(|libraries| {
+            let context = driver::ctx::get_current()
+                .ok()
+                .flatten()
+                .ok_or(Refusal::Unsupported)?;
+            let library = match libraries.entry(context as usize) {
+                std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
+                std::collections::hash_map::Entry::Vacant(entry) => {
+                    entry.insert(Library::new(context).ok_or(Refusal::Unsupported)?)
+                }
+            };
+            library.run(shape, pointers).ok_or(Refusal::Unsupported)
+        })
+    });
+    match done {
+        Ok(Ok(())) => true,
+        // The portable kernels have an algorithm for every shape.
+        Ok(Err(Refusal::Unsupported)) => false,
+        Ok(Err(Refusal::Memory(reason))) => panic!("product: {reason}"),
+        Err(error) => panic!("product: the device's thread is gone: {error:?}"),
+    }
+}
+
+struct Handles {
+    a: Handle,
+    b: Handle,
+    add: Handle,
+    out: Handle,
+}
+
+fn data_type(dtype: DType) -> Option<lts::cudaDataType> {
+    match dtype {
+        DType::F32 | DType::Flex32 => Some(lts::cudaDataType::CUDA_R_32F),
+        DType::F16 => Some(lts::cudaDataType::CUDA_R_16F),
+        DType::BF16 => Some(lts::cudaDataType::CUDA_R_16BF),
+        _ => None,
+    }
+}
+
+/// Everything that decides the algorithm.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Shape {
+    /// Rows, columns and row stride, as stored.
+    a: [usize; 3],
+    b: [usize; 3],
+    out_stride: usize,
+    types: [lts::cudaDataType; 3],
+    how: Product,
+    adds: bool,
+    /// Of a, b, add and out, in bytes.
+    alignments: [u32; 4],
+}
+
+/// Descriptors and algorithm of one shape. They live as long as the process: a program has a few
+/// dozen shapes.
+struct Plan {
+    description: lts::cublasLtMatmulDesc_t,
+    a: lts::cublasLtMatrixLayout_t,
+    b: lts::cublasLtMatrixLayout_t,
+    out: lts::cublasLtMatrixLayout_t,
+    algorithm: lts::cublasLtMatmulAlgo_t,
+}
+
+/// cuBLASLt in one context.
+struct Library {
+    context: cu::CUcontext,
+    handle: lts::cublasLtHandle_t,
+    stream: cu::CUstream,
+    before: cu::CUevent,
+    after: cu::CUevent,
+    workspace: cu::CUdeviceptr,
+    /// `None` for a shape that the library has no algorithm for.
+    plans: HashMap<Shape, Option<Plan>>,
+}
+
+thread_local! {
+    /// By context. Only the device's own thread has any.
+    static LIBRARIES: RefCell<HashMap<usize, Library>> = RefCell::new(HashMap::new());
+}
+
+impl Library {
+    fn new(context: cu::CUcontext) -> Option<Self> {
+        let event = || driver::event::create(cu::CUevent_flags::CU_EVENT_DISABLE_TIMING).ok();
+        let stream = driver::stream::create(driver::stream::StreamKind::NonBlocking);
+        // SAFETY: the context is current on this thread; the memory is never freed, and lives as
+        // long as the context.
+        let workspace = unsafe { driver::malloc_sync(WORKSPACE_BYTES) };
+        Some(Self {
+            context,
+            handle: lt::create_handle().ok()?,
+            stream: stream.ok()?,
+            before: event()?,
+            after: event()?,
+            workspace: workspace.ok()?,
+            plans: HashMap::new(),
+        })
+    }
+
+    /// Issues the product of the buffers `[a, b, add, out]`.
+    fn run(&mut self, mut shape: Shape, pointers: [u64; 4]) -> Option<()> {
+        shape.alignments = pointers.map(|pointer| 1 << pointer.trailing_zeros().min(8));
+        let plan = match self.plans.entry(shape) {
+            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
+            std::collections::hash_map::Entry::Vacant(entry) => {
+                entry.insert(plan(self.handle, &shape).ok())
+            }
+        };
+        let plan = plan.as_ref()?;
+        let (one, zero) = (1.0f32, 0.0f32);
+        let beta = if shape.adds { &one } else { &zero };
+        let [a, b, add, out] = pointers;
+        // SAFETY: descriptors, streams and events are alive; the addresses are those of buffers that
+        // the caller holds until the call is issued, and that CubeCL reuses only for work that
+        // waits for `after`. Row-major operands are transposed column-major ones, so `b` comes first.
+        unsafe {
+            cu::cuCtxRecordEvent(self.context, self.before)
+                .result()
+                .ok()?;
+            driver::stream::wait_event(
+                self.stream,
+                self.before,
+                cu::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT,
+            )
+            .ok()?;
+            lt::matmul(
+                self.handle,
+                plan.description,
+                (&raw const one).cast(),
+                std::ptr::from_ref(beta).cast(),
+                b as *const c_void,
+                plan.b,
+                a as *const c_void,
+                plan.a,
+                add as *const c_void,
+                plan.out,
+                out as *mut c_void,
+                plan.out,
+                &raw const plan.algorithm,
+                self.workspace as *mut c_void,
+                WORKSPACE_BYTES,
+                self.stream.cast(),
+            )
+            .ok()?;
+            driver::event::record(self.after, self.stream).ok()?;
+            cu::cuCtxWaitEvent(self.context, self.after).result().ok()?;
+        }
+        Some(())
+    }
+}
+
+/// Asks the heuristic for an algorithm.
+fn plan(handle: lts::cublasLtHandle_t, shape: &Shape) -> Result<Plan, lt::CublasError> {
+    use lts::cublasLtMatmulDescAttributes_t as Desc;
+    use lts::cublasLtMatmulPreferenceAttributes_t as Pref;
+    let tf32 = shape.how.tf32 && shape.types[0] == lts::cudaDataType::CUDA_R_32F;
+    let compute = if tf32 {
+        lts::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32
+    } else {
+        lts::cublasComputeType_t::CUBLAS_COMPUTE_32F
+    };
+    let description = lt::create_matmul_desc(compute, lts::cudaDataType::CUDA_R_32F)?;
+    let turn = |attribute, transposed: bool| {
+        let op = i32::from(transposed);
+        // SAFETY: the attribute is a 32-bit number, copied by the call.
+        unsafe { lt::set_matmul_desc_attribute(description, attribute, (&raw const op).cast(), 4) }
+    };
+    turn(Desc::CUBLASLT_MATMUL_DESC_TRANSA, shape.how.transposed[1])?;
+    turn(Desc::CUBLASLT_MATMUL_DESC_TRANSB, shape.how.transposed[0])?;
+    let layout = |kind, [rows, columns, stride]: [usize; 3]| {
+        lt::create_matrix_layout(kind, columns as u64, rows as u64, stride as i64)
+    };
+    let rows = shape.a[usize::from(shape.how.transposed[0])];
+    let columns = shape.b[usize::from(!shape.how.transposed[1])];
+    let a = layout(shape.types[0], shape.a)?;
+    let b = layout(shape.types[1], shape.b)?;
+    let out = layout(shape.types[2], [rows, columns, shape.out_stride])?;
+    let preference = lt::create_matmul_pref()?;
+    let prefer = |attribute, value: *const c_void, bytes| {
+        // SAFETY: the value is alive and of the attribute's size; the call copies it.
+        unsafe { lt::set_matmul_pref_attribute(preference, attribute, value, bytes) }
+    };
+    let workspace = WORKSPACE_BYTES;
+    prefer(
+        Pref::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+        (&raw const workspace).cast(),
+        8,
+    )?;
+    let [of_a, of_b, of_add, of_out] = &shape.alignments;
+    for (attribute, alignment) in [
+        (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, of_b),
+        (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, of_a),
+        (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, of_add),
+        (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, of_out),
+    ] {
+        prefer(attribute, std::ptr::from_ref(alignment).cast(), 4)?;
+    }
+    // SAFETY: all descriptors were made above and none is freed; the preference is freed once.
+    let found = unsafe {
+        let found = lt::get_matmul_algo_heuristic(handle, description, b, a, out, out, preference);
+        lt::destroy_matmul_pref(preference)?;
+        found?
+    };
+    Ok(Plan {
+        description,
+        a,
+        b,
+        out,
+        algorithm: found.algo,
+    })
+}

@@ -1,0 +1,475 @@
+//! Memory of the device that a run trains on: the limit, what is in use, and what happens past it.
+//!
+//! On CUDA `train.memory_limit` is enforced by the driver. Once the context exists, all that is
+//! free above the limit is taken and held until the program ends; an allocation past the limit then
+//! fails as it would on a smaller card. That is the one way that covers everything (the context,
+//! kernels loaded later, cuBLASLt, CubeCL's pools) and lets CubeCL give its unused pages back and
+//! try again before it gives up. The price: another program cannot have that memory either.
+//!
+//! CubeCL reports a failed allocation to whoever reads what would have been computed, and Burn
+//! panics there. [`Budget::guard`] turns that panic into [`Error::OutOfMemory`].
+
+use std::any::Any;
+use std::panic::{self, AssertUnwindSafe, PanicHookInfo};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use burn::tensor::{Device, Tensor};
+
+use crate::config::{Config, DeviceKind, Recompute};
+use crate::error::{Error, Result};
+use crate::memory::{self, CUDA_CONTEXT, size};
+use crate::nvidia::{self, Gpu};
+
+/// Memory above the limit is taken in pieces of this size, in bytes.
+const PIECE: u64 = 4 << 30;
+
+/// What an out-of-memory failure says, in lower case: CubeCL's two errors, CUDA's, cuBLASLt's, and
+/// what graphics drivers say.
+const SIGNS: [&str; 6] = [
+    "out of device memory",
+    "can't allocate buffer of size",
+    "cuda_error_out_of_memory",
+    "cublas_status_alloc_failed",
+    "out-of-memory",
+    "out of memory",
+];
+
+/// What stands before the number of bytes that could not be had.
+const SIZE_FOLLOWS: [&str; 2] = [
+    "out of device memory allocating ",
+    "can't allocate buffer of size: ",
+];
+
+/// Memory that CubeCL holds on a device, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Tensors that exist now.
+    pub in_use: u64,
+    /// Pages that those and earlier ones were cut from: as good as never given back, so this is
+    /// close to the peak so far.
+    pub reserved: u64,
+}
+
+/// What CubeCL holds on the device; none on the CPU.
+///
+/// Waits until the device's own thread has handed everything so far to the GPU: free of charge just
+/// after a tensor was read, a stall elsewhere.
+pub fn device_memory(device: &Device) -> Option<MemoryUse> {
+    let usage = device.memory_pool_usage()?;
+    Some(MemoryUse {
+        in_use: usage.bytes_in_use,
+        reserved: usage.bytes_reserved,
+    })
+}
+
+/// How much memory a run may use.
+pub struct Budget {
+    /// The device as in a config, `cuda:0`.
+    device: String,
+    /// All that this program may use, context included; none where nobody said and the device does
+    /// not tell.
+    limit: Option<u64>,
+    /// The GPU, if it is one of NVIDIA's, with the bytes in use there that are not this run's:
+    /// other programs' and those held back.
+    gpu: Option<(Arc<Gpu>, u64)>,
+}
+
+impl Budget {
+    /// Opens the config's device for a run, within `train.memory_limit`. Returns the config with
+    /// `train.recompute = "auto"` settled for the memory there is.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](super::open), and [`Error::OutOfMemory`] where by the estimate the run is far
+    /// from fitting.
+    pub fn open(config: &Config) -> Result<(Device, Self, Config)> {
+        let (device, budget) = Self::limited(config)?;
+        let config = budget.settle(config)?;
+        set_page_size(&device, memory::page_bytes(&config));
+        Ok((device, budget, config))
+    }
+
+    /// The device with its limit, enforced as far as that is possible.
+    fn limited(config: &Config) -> Result<(Device, Self)> {
+        let index = config.device.index;
+        let before = cfg!(feature = "cuda")
+            .then(|| nvidia::memory_before_use(index))
+            .flatten();
+        let (device, kind) = super::open_any(&config.device)?;
+        let mut budget = Self {
+            device: format!("{}:{index}", kind.name()),
+            limit: config.train.memory_limit.bytes(),
+            gpu: None,
+        };
+        if kind == DeviceKind::Cuda
+            && let Some(gpu) = Gpu::open(index)
+        {
+            budget.hold_back(gpu, before);
+        }
+        Ok((device, budget))
+    }
+
+    /// Takes what is above the limit. `before` is (free, total) before the context was made.
+    fn hold_back(&mut self, gpu: Gpu, before: Option<(u64, u64)>) {
+        let Some((free, total)) = gpu.memory() else {
+            return;
+        };
+        let plan = Plan::new(free, total, before, self.limit);
+        let held = gpu.take(plan.hold_back, PIECE);
+        if held < plan.hold_back {
+            tracing::warn!(
+                "`train.memory_limit` is not enforced: {} above it could not be held back",
+                size(plan.hold_back - held)
+            );
+        }
+        tracing::debug!(
+            "device memory: {} for this run, of which {} are the context's; {} held back",
+            size(plan.limit),
+            size(plan.own),
+            size(held)
+        );
+        self.limit = Some(plan.limit);
+        self.gpu = Some((Arc::new(gpu), total.saturating_sub(free + plan.own) + held));
+    }
+
+    /// The config with `"auto"` settled, if by the estimate it fits.
+    fn settle(&self, config: &Config) -> Result<Config> {
+        let mut settled = config.clone();
+        memory::settle(&mut settled, self.limit);
+        let Some(limit) = self.limit else {
+            return Ok(settled);
+        };
+        if let Some(reason) = memory::excess(&settled, limit) {
+            return Err(self.out_of_memory(reason, &settled));
+        }
+        if config.train.recompute == Recompute::Auto {
+            tracing::info!(
+                "`train.recompute` is {} for this run, which needs about {} of {}",
+                settled.train.recompute,
+                size(memory::estimate(&settled).total()),
+                size(limit)
+            );
+        }
+        Ok(settled)
+    }
+
+    /// What this run uses on `device`; none on the CPU. On CUDA `reserved` is all of it, context and
+    /// libraries included.
+    ///
+    /// Waits as [`device_memory`] does.
+    pub fn used(&self, device: &Device) -> Option<MemoryUse> {
+        let pools = device_memory(device)?;
+        let all = self.gpu.as_ref().and_then(|(gpu, foreign)| {
+            let (free, total) = gpu.memory()?;
+            Some(total.saturating_sub(free + foreign))
+        });
+        Some(MemoryUse {
+            reserved: all.unwrap_or(pools.reserved),
+            ..pools
+        })
+    }
+
+    /// That a limit which the driver does not enforce has been kept.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OutOfMemory`] if not.
+    pub fn check(&self, used: Option<MemoryUse>, config: &Config) -> Result<()> {
+        match (used, self.limit) {
+            (Some(used), Some(limit)) if self.gpu.is_none() && used.reserved > limit => {
+                let reason = format!(
+                    "{} are in use, and the limit is {}",
+                    size(used.reserved),
+                    size(limit)
+                );
+                Err(self.out_of_memory(reason, config))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// [`Error::OutOfMemory`] for a run by `config` on this device.
+    pub fn out_of_memory(&self, reason: String, config: &Config) -> Error {
+        let recompute = match config.train.recompute {
+            Recompute::First(layers) if layers >= config.model.depth => Recompute::All,
+            recompute => recompute,
+        };
+        Error::OutOfMemory {
+            device: self.device.clone(),
+            reason,
+            batch: config.train.batch,
+            length: config.train.length,
+            recompute: recompute.to_string(),
+        }
+    }
+
+    /// Runs `work` for a run by `config`. Where the device's memory does not suffice, its panic is
+    /// not shown.
+    ///
+    /// # Errors
+    ///
+    /// What `work` says, and [`Error::OutOfMemory`]. Any other panic goes on.
+    pub fn guard<T>(&self, config: &Config, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let in_use = Arc::new(AtomicU64::new(0));
+        let result = {
+            let _quiet = QuietHook::install(self.gpu.clone(), Arc::clone(&in_use));
+            panic::catch_unwind(AssertUnwindSafe(work))
+        };
+        match result {
+            Ok(result) => result,
+            Err(payload) => match failure(&*payload) {
+                Some(text) => {
+                    tracing::debug!("{text}");
+                    let reason = self.describe(text, in_use.load(Ordering::Relaxed));
+                    Err(self.out_of_memory(reason, config))
+                }
+                None => panic::resume_unwind(payload),
+            },
+        }
+    }
+
+    /// One line for a failed allocation; `in_use` is 0 where that is not known.
+    fn describe(&self, failure: &str, in_use: u64) -> String {
+        let mut reason = match requested(failure) {
+            Some(bytes) => format!("{} more could not be had", size(bytes)),
+            None => "an allocation failed".to_owned(),
+        };
+        if in_use > 0 {
+            reason += &format!(", {} are in use", size(in_use));
+        }
+        if let Some(limit) = self.limit {
+            reason += &format!(", and the limit is {}", size(limit));
+        }
+        reason
+    }
+}
+
+/// Makes the device's allocator cut tensors from pages of `bytes` from now on.
+///
+/// By itself it makes pages as large as the largest tensor so far, and how many others fit beside
+/// that one is luck: up to a third of the memory is lost. It never makes pages smaller, so one large
+/// allocation at the start decides.
+fn set_page_size(device: &Device, bytes: u64) {
+    /// What CubeCL adds to an allocation to get the size of its page.
+    const SLACK: u64 = 1 << 20;
+    if bytes > SLACK && device_memory(device).is_some() {
+        let elements = ((bytes - SLACK) / 4) as usize;
+        drop(Tensor::<1>::empty([elements], device));
+    }
+}
+
+/// How a GPU's memory is divided, in bytes.
+#[derive(Debug, PartialEq, Eq)]
+struct Plan {
+    /// What this program uses already: its context.
+    own: u64,
+    /// What it may use, that included.
+    limit: u64,
+    /// What to take so that it cannot use more.
+    hold_back: u64,
+}
+
+impl Plan {
+    /// `free` and `total` are now, `before` was before the context; `limit` is the user's.
+    fn new(free: u64, total: u64, before: Option<(u64, u64)>, limit: Option<u64>) -> Self {
+        let own = match before {
+            // On a part of a GPU the two interfaces speak of different things.
+            Some((free_before, total_before)) if total_before.abs_diff(total) <= total / 16 => {
+                free_before.saturating_sub(free)
+            }
+            _ => CUDA_CONTEXT,
+        };
+        let available = free + own;
+        let limit = limit.map_or(available, |limit| limit.min(available));
+        Self {
+            own,
+            limit,
+            hold_back: (available - limit).min(free),
+        }
+    }
+}
+
+/// Keeps the default message of out-of-memory panics from being printed, and notes how much was in
+/// use then: when the panic is caught, much has been given back. Ends with the value.
+struct QuietHook {
+    previous: Arc<Hook>,
+}
+
+type Hook = dyn Fn(&PanicHookInfo<'_>) + Send + Sync;
+
+impl QuietHook {
+    /// `gpu` is the one in use and the bytes there that are not this run's.
+    fn install(gpu: Option<(Arc<Gpu>, u64)>, in_use: Arc<AtomicU64>) -> Self {
+        let previous: Arc<Hook> = Arc::from(panic::take_hook());
+        let others = Arc::clone(&previous);
+        panic::set_hook(Box::new(move |info| {
+            if failure(info.payload()).is_none() {
+                return others(info);
+            }
+            if let Some((gpu, foreign)) = &gpu
+                && let Some((free, total)) = gpu.memory()
+            {
+                in_use.store(total.saturating_sub(free + foreign), Ordering::Relaxed);
+            }
+        }));
+        Self { previous }
+    }
+}
+
+impl Drop for QuietHook {
+    fn drop(&mut self) {
+        let previous = Arc::clone(&self.previous);
+        panic::set_hook(Box::new(move |info| previous(info)));
+    }
+}
+
+/// A panic's text, if memory is what it is about.
+fn failure(payload: &(dyn Any + Send)) -> Option<&str> {
+    let text = payload
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| payload.downcast_ref::<&str>().copied())?;
+    let lower = text.to_lowercase();
+    SIGNS
+        .iter()
+        .any(|sign| lower.contains(sign))
+        .then_some(text)
+}
+
+/// The number of bytes that a failure speaks of.
+fn requested(failure: &str) -> Option<u64> {
+    SIZE_FOLLOWS.iter().find_map(|before| {
+        let (_, rest) = failure.split_once(before)?;
+        let end = rest
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(rest.len());
+        rest[..end].parse().ok()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    /// As `Tensor::into_scalar` panics after a failed allocation.
+    const CUBECL: &str = "Error while reading data: use `try_into_data` instead to catch the error \
+                          at runtime: WithContext { reason: \"out of device memory allocating \
+                          402653184 bytes\\nbacktrace\" }";
+
+    fn config(settings: &[&str]) -> Config {
+        let text = "model.preset = \"tiny\"\ntrain.steps = 1\ndata.path = \"x\"";
+        let settings: Vec<String> = settings.iter().map(|it| (*it).to_owned()).collect();
+        Config::parse("config", text, &settings).expect("valid")
+    }
+
+    fn budget(limit: Option<u64>) -> Budget {
+        Budget {
+            device: "cuda:0".to_owned(),
+            limit,
+            gpu: None,
+        }
+    }
+
+    #[test]
+    fn a_failed_allocation_becomes_an_error_with_what_was_asked_for() {
+        let config = config(&["train.batch=2", "train.recompute=4"]);
+        let error = budget(Some(24 * GIB))
+            .guard::<()>(&config, || panic!("{CUBECL}"))
+            .expect_err("out of memory");
+        assert_eq!(error.exit_code(), 6);
+        let report = error.report();
+        for part in [
+            "`cuda:0`",
+            "384.0 MiB more",
+            "the limit is 24.00 GiB",
+            "`train.batch` (now 2)",
+            "`train.recompute` is already \"all\"",
+            "`train.length` (now 8192)",
+        ] {
+            assert!(report.contains(part), "{part}: {report}");
+        }
+        assert!(!report.contains("backtrace"), "{report}");
+    }
+
+    #[test]
+    fn results_and_other_panics_pass_through() {
+        let (budget, config) = (budget(None), config(&[]));
+        assert_eq!(budget.guard(&config, || Ok(3)).expect("fine"), 3);
+        let error = budget.guard::<()>(&config, || Err(anyhow::anyhow!("odd").into()));
+        assert_eq!(error.expect_err("given").exit_code(), 1);
+        let panic = panic::catch_unwind(|| budget.guard::<()>(&config, || panic!("index 7")));
+        let payload = panic.expect_err("not about memory");
+        assert_eq!(payload.downcast_ref::<&str>(), Some(&"index 7"));
+    }
+
+    #[test]
+    fn the_signs_of_every_source_are_known() {
+        for text in [
+            CUBECL,
+            "can't allocate buffer of size: 7000000000\n",
+            "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")",
+            "CublasError(CUBLAS_STATUS_ALLOC_FAILED)",
+            "An out-of-memory error happened during launch",
+        ] {
+            assert!(failure(&text.to_owned()).is_some(), "{text}");
+        }
+        assert!(failure(&"index out of bounds".to_owned()).is_none());
+        assert!(failure(&7u8).is_none());
+        assert_eq!(requested(CUBECL), Some(402_653_184));
+        assert_eq!(requested("can't allocate buffer of size: 70\n"), Some(70));
+        assert_eq!(requested("CUDA_ERROR_OUT_OF_MEMORY"), None);
+    }
+
+    #[test]
+    fn the_context_is_inside_the_limit() {
+        // A card of 140 GiB, 2 in use by others; the context took half a GiB.
+        let before = Some((138 * GIB, 140 * GIB));
+        let free = 138 * GIB - GIB / 2;
+        let plan = Plan::new(free, 140 * GIB, before, Some(24 * GIB));
+        let expected = Plan {
+            own: GIB / 2,
+            limit: 24 * GIB,
+            hold_back: 114 * GIB,
+        };
+        assert_eq!(plan, expected);
+        assert_eq!(free - plan.hold_back, 24 * GIB - GIB / 2);
+    }
+
+    #[test]
+    fn a_limit_above_what_is_there_holds_nothing_back() {
+        let before = Some((20 * GIB, 24 * GIB));
+        for limit in [None, Some(24 * GIB)] {
+            let plan = Plan::new(19 * GIB, 24 * GIB, before, limit);
+            assert_eq!((plan.limit, plan.hold_back), (20 * GIB, 0), "{limit:?}");
+        }
+    }
+
+    #[test]
+    fn without_a_measurement_the_context_is_estimated() {
+        // NVML speaks of the whole card, CUDA of a seventh of it.
+        for before in [None, Some((140 * GIB, 140 * GIB))] {
+            let plan = Plan::new(18 * GIB, 20 * GIB, before, Some(10 * GIB));
+            assert_eq!(plan.own, CUDA_CONTEXT);
+            assert_eq!(plan.hold_back, 8 * GIB + CUDA_CONTEXT);
+        }
+    }
+
+    #[test]
+    fn a_limit_that_no_driver_enforces_is_checked() {
+        let config = config(&[]);
+        let used = |reserved| {
+            Some(MemoryUse {
+                in_use: 0,
+                reserved,
+            })
+        };
+        let budget = budget(Some(GIB));
+        assert!(budget.check(used(GIB), &config).is_ok());
+        assert!(budget.check(None, &config).is_ok());
+        let error = budget.check(used(GIB + 1), &config).expect_err("past it");
+        assert_eq!(error.exit_code(), 6);
+    }
+}

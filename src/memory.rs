@@ -1,0 +1,658 @@
+//! How much device memory training takes: arithmetic over a config, for `mambabyte estimate`, for
+//! `train.recompute = "auto"`, and for the check before a run.
+//!
+//! Memory peaks at one of a few moments of a step, and [`estimate`] is the greatest of them:
+//!
+//! - *head*: all layers have run, and the logits are there with their gradient;
+//! - *layer i*: backward is inside layer i. Layers 0..=i still hold what they kept, those behind it
+//!   have turned into gradients;
+//! - *update*: all gradients are there and the optimizer runs.
+//!
+//! Weights and AdamW's moments are there throughout. All sizes are in bytes. Letters are those of
+//! the documentation: B, L, D, E, N, R, K, V; `s` bytes of a number in the computation, `p` = B·L
+//! positions of a micro-batch, T positions of a chunk of the scan.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::config::{Config, DeviceKind, MambaConfig, Mode, Norm, Precision, Recompute};
+
+/// Bytes of a number of weights, gradients, moments, the residual stream, logits and states.
+const F32: u64 = 4;
+
+/// The driver's context with the kernels loaded into it, and cuBLASLt.
+pub(crate) const CUDA_CONTEXT: u64 = 500 << 20;
+
+/// What cuBLASLt may use to compute a product.
+const MATMUL_WORKSPACE: u64 = 32 << 20;
+
+/// Residual streams `[B, L, D]` that exist between two layers: before, after, and one in work.
+const STREAMS: u64 = 3;
+
+/// Gradients of the residual stream that exist inside a layer: of its output and of its input.
+const STREAM_GRADIENTS: u64 = 2;
+
+/// Buffers `[B, L, E]` inside the backward pass of a layer: u, Δ, y and the gradients of the three.
+const INNER_BUFFERS: u64 = 6;
+
+/// Buffers `[B, L, 2E]` there: the gradient of the input projection's output. Its value is one more
+/// in a layer that is recomputed, and is counted with what is kept in one that is not.
+const PROJECTED_BUFFERS: u64 = 1;
+
+/// Buffers `[B, L, D]` there, in the computation's number format: the gradients of the normalised
+/// input and of the layer's output.
+const OUTER_BUFFERS: u64 = 2;
+
+/// Bytes and targets (i32) and resets (f32) of a position.
+const INPUTS: u64 = 12;
+
+/// What the scan's backward pass may use at a time; as `TRANSIENT_BYTES` in
+/// `kernels/src/selective_scan/cube/plan.rs`.
+const SCAN_TRANSIENT: u64 = 256 << 20;
+
+/// Positions between the states it recomputes from; as `SUB` there.
+const SCAN_SUB: u64 = 4;
+
+/// Shortest and longest chunk on a GPU; as `CHUNK` there.
+const SCAN_CHUNK: [u64; 2] = [32, 256];
+
+/// Channels times positions that a chunk's length is chosen by: units that keep 128
+/// multiprocessors busy. More of them make shorter chunks and more states.
+const SCAN_BUSY_UNITS: u64 = 128 * 1024;
+
+/// Positions of a chunk on the CPU; as `CHUNK` in `kernels/src/selective_scan/flex/mod.rs`.
+const SCAN_CHUNK_CPU: u64 = 32;
+
+/// Least size of the pages that tensors are cut from on a GPU.
+const LEAST_PAGE: u64 = 384 << 20;
+
+/// One part in so many of a page is lost between tensors.
+const PAGE_LOSS: u64 = 32;
+
+/// What `"auto"` leaves unused of a limit, in percent: an estimate that is a little short must not
+/// end a run.
+const SPARE_PERCENT: u64 = 4;
+
+/// How far an estimate may be above what there is before a run is refused, in percent: it is an
+/// estimate, and the allocator has the last word.
+const TOLERANCE_PERCENT: u64 = 10;
+
+/// When memory peaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Moment {
+    /// Forward is done, backward starts.
+    Head,
+    /// Backward is inside this layer, from 0.
+    Layer(usize),
+    /// Backward is done, the optimizer runs.
+    Update,
+}
+
+impl fmt::Display for Moment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Head => f.write_str("logits"),
+            Self::Layer(layer) => write!(f, "backward of layer {layer}"),
+            Self::Update => f.write_str("update of the weights"),
+        }
+    }
+}
+
+/// What is in device memory when it is fullest, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Estimate {
+    /// When that is.
+    pub moment: Moment,
+    /// Weights, fp32.
+    pub weights: u64,
+    /// Gradients that exist at the moment, fp32.
+    pub gradients: u64,
+    /// Both moments of AdamW, fp32.
+    pub optimizer: u64,
+    /// What layers keep for their backward pass, the residual stream, carried states, the batch.
+    pub activations: u64,
+    /// What the work of the moment itself needs: logits, or the inside of one layer.
+    pub workspace: u64,
+    /// Room in the allocator's pages that no tensor fills.
+    pub pages: u64,
+    /// The driver's context and libraries.
+    pub context: u64,
+}
+
+impl Estimate {
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        self.weights
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.workspace
+            + self.pages
+            + self.context
+    }
+}
+
+/// The peak of training by `config`, with the number of recomputed layers that it names
+/// (`"auto"`: none).
+pub fn estimate(config: &Config) -> Estimate {
+    estimate_with(config, recomputed(config))
+}
+
+/// The peak of training by `config` with the first `layers` layers recomputed.
+pub fn estimate_with(config: &Config, layers: usize) -> Estimate {
+    Sizes::new(config).peak(layers)
+}
+
+/// The fewest first layers to recompute so that training fits `limit` bytes; none where no number
+/// does.
+pub fn fewest_recomputed(config: &Config, limit: u64) -> Option<usize> {
+    let sizes = Sizes::new(config);
+    (0..=config.model.depth).find(|&layers| sizes.peak(layers).total() <= limit)
+}
+
+/// The number that `train.recompute = "auto"` stands for where training may use `limit` bytes: the
+/// fewest layers that fit with some room to spare, all where none do.
+pub fn automatic(config: &Config, limit: u64) -> usize {
+    let roomy = limit - limit / 100 * SPARE_PERCENT;
+    fewest_recomputed(config, roomy).unwrap_or(config.model.depth)
+}
+
+/// The largest `train.batch` that fits `limit` bytes, with `train.recompute` as it is; where that is
+/// `"auto"`, with as many layers recomputed as it takes. None where not even one sequence fits.
+pub fn largest_batch(config: &Config, limit: u64) -> Option<usize> {
+    let fits = |batch: usize| {
+        let mut config = config.clone();
+        config.train.batch = batch;
+        match config.train.recompute {
+            Recompute::Auto => fewest_recomputed(&config, limit).is_some(),
+            _ => estimate(&config).total() <= limit,
+        }
+    };
+    // Kernels index positions with 32 bits; the config refuses more.
+    let most = (i32::MAX as usize / config.train.length).max(1);
+    let (mut good, mut bad) = (0, most + 1);
+    while good + 1 < bad {
+        let middle = good + (bad - good) / 2;
+        match fits(middle) {
+            true => good = middle,
+            false => bad = middle,
+        }
+    }
+    (good > 0).then_some(good)
+}
+
+/// Puts the number in the place of `train.recompute = "auto"`: [`automatic`], and none where there
+/// is no limit. Any other setting stays.
+pub fn settle(config: &mut Config, limit: Option<u64>) {
+    if config.train.recompute != Recompute::Auto {
+        return;
+    }
+    let depth = config.model.depth;
+    let layers = limit.map_or(0, |limit| automatic(config, limit));
+    config.train.recompute = match layers {
+        0 => Recompute::None,
+        all if all == depth => Recompute::All,
+        some => Recompute::First(some),
+    };
+}
+
+/// Why training by `config` will not fit `limit` bytes; none where it may.
+pub fn excess(config: &Config, limit: u64) -> Option<String> {
+    let peak = estimate(config);
+    let tolerated = limit.saturating_add(limit / 100 * TOLERANCE_PERCENT);
+    if peak.total() <= tolerated {
+        return None;
+    }
+    Some(format!(
+        "training needs about {} (weights {}, gradients {}, optimizer {}, activations {}, the rest \
+         {}) and may use {}",
+        size(peak.total()),
+        size(peak.weights),
+        size(peak.gradients),
+        size(peak.optimizer),
+        size(peak.activations),
+        size(peak.workspace + peak.pages + peak.context),
+        size(limit),
+    ))
+}
+
+/// Size of the pages that tensors should be cut from on a GPU: large beside the largest tensor, so
+/// that pages are used to the end whatever the mixture of sizes; small beside the device.
+pub fn page_bytes(config: &Config) -> u64 {
+    Sizes::new(config).page
+}
+
+/// `bytes` for people, with the largest of GiB, MiB and KiB that leaves at least 1.
+pub fn size(bytes: u64) -> String {
+    let [kib, mib, gib] = [10, 20, 30].map(|power| f64::from(1 << power));
+    match bytes as f64 {
+        bytes if bytes >= gib => format!("{:.2} GiB", bytes / gib),
+        bytes if bytes >= mib => format!("{:.1} MiB", bytes / mib),
+        bytes => format!("{:.1} KiB", bytes / kib),
+    }
+}
+
+/// How many first layers are recomputed.
+fn recomputed(config: &Config) -> usize {
+    config.train.recompute.layers(config.model.depth)
+}
+
+/// Whether a run by `config` will use a GPU, as far as config and build tell.
+fn on_gpu(config: &Config) -> bool {
+    match config.device.kind {
+        DeviceKind::Cpu => false,
+        DeviceKind::Auto => cfg!(feature = "cuda") || !cfg!(feature = "flex"),
+        DeviceKind::Cuda | DeviceKind::Wgpu => true,
+    }
+}
+
+/// Bytes of a number in the computation.
+fn number_bytes(precision: Precision) -> u64 {
+    match precision {
+        Precision::Fp32 | Precision::Tf32 => 4,
+        Precision::Bf16 => 2,
+    }
+}
+
+/// The sizes that a peak is the sum of.
+struct Sizes {
+    depth: u64,
+    /// Parameters of the whole model, of one layer, and behind the last layer.
+    parameters: u64,
+    layer_parameters: u64,
+    tail_parameters: u64,
+    /// Gradients summed up from earlier micro-batches.
+    accumulated: u64,
+    /// What one layer keeps for its backward pass, besides `projected`.
+    kept: u64,
+    /// The output of its input projection, which a recomputed layer does not keep.
+    projected: u64,
+    /// The batch, its one-hot form, and carried states.
+    inputs: u64,
+    /// All residual streams, and what the final norm keeps.
+    streams: u64,
+    /// Logits and their gradient.
+    logits: u64,
+    /// Inside the backward pass of a layer that is not recomputed.
+    inside: u64,
+    /// What products need on the side.
+    products: u64,
+    /// Size of a page; 0 where the allocator has none.
+    page: u64,
+    context: u64,
+}
+
+impl Sizes {
+    fn new(config: &Config) -> Self {
+        Self::with(config, number_bytes(config.train.precision), on_gpu(config))
+    }
+
+    /// The sizes with `s` bytes a number.
+    fn with(config: &Config, s: u64, gpu: bool) -> Self {
+        let (model, train) = (&config.model, &config.train);
+        let [batch, length, dim, inner, state] = [
+            train.batch,
+            train.length,
+            model.dim,
+            model.d_inner(),
+            model.d_state,
+        ]
+        .map(|n| n as u64);
+        let positions = batch * length;
+        let vocabulary = model.padded_vocab() as u64;
+        let projections = model.dt_rank() as u64 + 2 * state;
+        let statistics = match model.norm {
+            Norm::Layer => 2 * F32,
+            Norm::Rms => F32,
+        };
+        let chunk = chunk(batch * inner * length, gpu);
+        let chunk_states = F32 * batch * length.div_ceil(chunk) * inner * state;
+        let carried = match train.mode {
+            Mode::Independent => 0,
+            // Of every micro-batch, and what the one at work leaves.
+            Mode::Contiguous => (train.accumulation as u64 + 1) * batch * model.state_bytes(),
+        };
+        let (layer_parameters, tail_parameters) = parameters_by_place(model);
+        let scan = scan_transient(batch, length, inner, state, chunk, gpu);
+        let stream = F32 * positions * dim;
+        let projected = s * positions * 2 * inner;
+        let logits = F32 * positions * vocabulary;
+        // A layer's weights in the computation's number format, where that is not their own.
+        let cast = if s == F32 { 0 } else { s * layer_parameters };
+        let largest = projected.max(stream).max(logits).max(scan);
+        Self {
+            depth: model.depth as u64,
+            parameters: model.num_params(),
+            layer_parameters,
+            tail_parameters,
+            accumulated: match train.accumulation {
+                1 => 0,
+                _ => F32 * model.num_params(),
+            },
+            kept: positions * (s * (dim + projections) + statistics) + chunk_states,
+            projected,
+            inputs: positions * (INPUTS + s * vocabulary) + carried,
+            streams: STREAMS * stream + positions * (s * dim + statistics),
+            logits: 2 * logits,
+            inside: s * positions * (INNER_BUFFERS * inner + OUTER_BUFFERS * dim)
+                + PROJECTED_BUFFERS * projected
+                + STREAM_GRADIENTS * stream
+                + scan
+                + cast,
+            products: if gpu { MATMUL_WORKSPACE } else { 0 },
+            page: if gpu {
+                LEAST_PAGE.max(largest.saturating_mul(3) / 2)
+            } else {
+                0
+            },
+            context: if gpu { CUDA_CONTEXT } else { 0 },
+        }
+    }
+
+    /// The greatest of all moments with the first `recomputed` layers recomputed.
+    fn peak(&self, recomputed: usize) -> Estimate {
+        // From one layer to the next the sum changes by the same amount, but for the step from
+        // recomputed layers to others: the ends are enough.
+        let last = self.depth as usize - 1;
+        [0, recomputed.saturating_sub(1), recomputed, last]
+            .into_iter()
+            .filter(|&layer| layer <= last)
+            .map(|layer| self.in_layer(layer, recomputed))
+            .chain([self.at_update(), self.at_head(recomputed)])
+            .max_by_key(Estimate::total)
+            .unwrap_or_else(|| self.at_update())
+    }
+
+    /// What the first `count` layers keep, the first `recomputed` of all being recomputed.
+    fn kept_by(&self, count: u64, recomputed: usize) -> u64 {
+        count * self.kept + count.saturating_sub(recomputed as u64) * self.projected
+    }
+
+    fn at_head(&self, recomputed: usize) -> Estimate {
+        let activations = self.kept_by(self.depth, recomputed) + self.inputs + self.streams;
+        self.moment(Moment::Head, 0, activations, self.logits)
+    }
+
+    fn in_layer(&self, layer: usize, recomputed: usize) -> Estimate {
+        let layers = layer as u64 + 1;
+        // Its own gradients are written while the inside is still there.
+        let done = self.depth - layer as u64;
+        let gradients = F32 * (self.tail_parameters + done * self.layer_parameters);
+        let activations = self.kept_by(layers, recomputed) + self.inputs;
+        let rebuilt = match layer < recomputed {
+            true => self.projected,
+            false => 0,
+        };
+        let inside = self.inside + rebuilt;
+        self.moment(Moment::Layer(layer), gradients, activations, inside)
+    }
+
+    fn at_update(&self) -> Estimate {
+        self.moment(Moment::Update, F32 * self.parameters, self.inputs, 0)
+    }
+
+    fn moment(&self, moment: Moment, gradients: u64, activations: u64, inside: u64) -> Estimate {
+        let gradients = gradients + self.accumulated;
+        let cut = gradients + activations + inside;
+        let pages = match self.page {
+            0 => 0,
+            page => (cut + cut / PAGE_LOSS).next_multiple_of(page) - cut,
+        };
+        Estimate {
+            moment,
+            weights: F32 * self.parameters,
+            gradients,
+            optimizer: 2 * F32 * self.parameters,
+            activations,
+            workspace: inside + self.products,
+            pages,
+            context: self.context,
+        }
+    }
+}
+
+/// Parameters of one layer, and of what is behind the last layer.
+fn parameters_by_place(model: &MambaConfig) -> (u64, u64) {
+    let table = MambaConfig {
+        depth: 1,
+        ..model.clone()
+    }
+    .parameter_table();
+    let sum = |prefix: &str| -> u64 {
+        let of = table.iter().filter(|it| it.name.starts_with(prefix));
+        of.map(|it| it.count).sum()
+    };
+    let tail = sum("backbone.norm_f.") + sum("lm_head.");
+    (sum("backbone.layers.0."), tail)
+}
+
+/// Positions of a chunk of the scan over so many channels times positions.
+fn chunk(elements: u64, gpu: bool) -> u64 {
+    let [least, most] = SCAN_CHUNK;
+    match gpu {
+        true => elements
+            .div_ceil(SCAN_BUSY_UNITS)
+            .next_power_of_two()
+            .clamp(least, most),
+        false => SCAN_CHUNK_CPU,
+    }
+}
+
+/// What the scan's backward pass uses besides its inputs and outputs: the states of as many chunks
+/// as fit its budget, one at least. On the CPU that stays in the cache.
+fn scan_transient(batch: u64, length: u64, inner: u64, state: u64, chunk: u64, gpu: bool) -> u64 {
+    if !gpu {
+        return 0;
+    }
+    let one = F32 * batch * (chunk / SCAN_SUB) * inner * state;
+    let chunks = (SCAN_TRANSIENT / one.max(1)).clamp(1, length.div_ceil(chunk));
+    chunks * one
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    /// D 16, E 32, N 16, R 1, V 256, 2 layers, 2 · 64 positions, on the CPU.
+    const SMALL: [&str; 5] = [
+        "model.dim=16",
+        "model.depth=2",
+        "train.batch=2",
+        "train.length=64",
+        "device.kind=cpu",
+    ];
+
+    const LARGE: [&str; 2] = ["model.preset=mambabyte_353m", "device.kind=cuda"];
+
+    fn config(settings: &[&[&str]]) -> Config {
+        let settings: Vec<String> = settings.concat().iter().map(|&it| it.to_owned()).collect();
+        Config::parse("config", "train.steps = 1000\ndata.path = \"x\"", &settings).expect("valid")
+    }
+
+    #[test]
+    fn a_small_model_takes_what_a_hand_calculates() {
+        let config = config(&[&SMALL]);
+        // A layer: 32 norm, 1024 + 160 + 1056 + 64 + 512 + 32 + 512 mixer. The rest: 2 · 4096 + 32.
+        let parameters = 2 * 3392 + 8224;
+        // 128 positions of 16 + 33 numbers and two statistics; 2 · 2 chunks of 32 · 16 states.
+        let kept = 128 * (49 * 4 + 8) + 4 * 2 * 2 * 512;
+        let projected = 4 * 128 * 64;
+        let inputs = 128 * (12 + 4 * 256);
+        let streams = 3 * 8192 + 128 * (16 * 4 + 8);
+        let head = Estimate {
+            moment: Moment::Head,
+            weights: 4 * parameters,
+            gradients: 0,
+            optimizer: 8 * parameters,
+            activations: 2 * (kept + projected) + inputs + streams,
+            workspace: 2 * 4 * 128 * 256,
+            pages: 0,
+            context: 0,
+        };
+        assert_eq!(estimate_with(&config, 0), head);
+        assert_eq!(head.total(), 742_784);
+        assert_eq!(estimate_with(&config, 2).total(), 742_784 - 2 * projected);
+    }
+
+    #[test]
+    fn every_moment_of_a_small_model_is_what_a_hand_calculates() {
+        let sizes = Sizes::new(&config(&[&SMALL]));
+        // Six buffers of 32 numbers a position, two of 16, one of 64; two gradients of the stream.
+        let inside = 4 * 128 * (6 * 32 + 2 * 16 + 64) + 2 * 8192;
+        let last = sizes.in_layer(1, 0);
+        assert_eq!(last.workspace, inside);
+        // The last layer, the final norm and the head.
+        assert_eq!(last.gradients, 4 * (3392 + 32 + 4096));
+        assert_eq!(last.total(), 640_768);
+        let first = sizes.in_layer(0, 0);
+        assert_eq!(first.gradients, last.gradients + 4 * 3392);
+        assert_eq!(last.activations - first.activations, 34_304 + 32_768);
+        // A recomputed layer does not keep its projection, and has it back inside.
+        let rebuilt = sizes.in_layer(1, 2);
+        assert_eq!(rebuilt.workspace, inside + 32_768);
+        assert_eq!(rebuilt.activations, last.activations - 2 * 32_768);
+        let update = sizes.at_update();
+        assert_eq!(update.gradients, 4 * 15_008);
+        assert_eq!(update.activations, 128 * (12 + 4 * 256));
+        assert_eq!(update.workspace, 0);
+    }
+
+    #[test]
+    fn the_paper_s_model_in_16_bits_takes_what_a_hand_calculates() {
+        let sizes = Sizes::with(&config(&[&LARGE]), 2, true);
+        // Chunks of 128 positions: 64 of them, of 2048 · 16 states.
+        let kept = 8192 * (2 * (1024 + 64 + 32) + 8) + 4 * 64 * 2048 * 16;
+        assert_eq!(sizes.kept, kept);
+        assert_eq!(sizes.projected, 128 << 19);
+        // 2048 norm, 1024 · 4096, 2048 · (4 + 1), 2048 · 96, (64 + 1) · 2048, 2048 · 16, 2048,
+        // 2048 · 1024.
+        assert_eq!(sizes.layer_parameters, 6_668_288);
+        let scan = 256 << 20;
+        let inside = 2 * 8192 * (6 * 2048 + 2 * 1024 + 4096)
+            + 2 * 4 * 8192 * 1024
+            + scan
+            + 2 * sizes.layer_parameters;
+        assert_eq!(sizes.inside, inside);
+        assert_eq!(sizes.page, 384 << 20);
+        let peak = sizes.in_layer(52, 53);
+        let cut = peak.gradients + peak.activations + peak.workspace - MATMUL_WORKSPACE;
+        assert_eq!((cut + peak.pages) % sizes.page, 0);
+        assert!(peak.pages >= cut / PAGE_LOSS && peak.pages < cut / PAGE_LOSS + sizes.page);
+        assert_eq!(peak.context, CUDA_CONTEXT);
+    }
+
+    #[test]
+    fn accumulation_carried_states_and_norm_have_their_price() {
+        let plain = Sizes::new(&config(&[&SMALL]));
+        let more = Sizes::new(&config(&[&SMALL, &["train.accumulation=3"]]));
+        assert_eq!((plain.accumulated, more.accumulated), (0, 4 * 15_008));
+        assert_eq!(more.at_update().gradients, 8 * 15_008);
+        let contiguous = ["train.mode=contiguous", "train.accumulation=3"];
+        let carried = Sizes::new(&config(&[&SMALL, &contiguous]));
+        // Four times two sequences, two layers, 32 channels of 16 states and 3 inputs.
+        assert_eq!(carried.inputs - plain.inputs, 4 * 2 * (4 * 2 * 32 * 19));
+        let rms = Sizes::new(&config(&[&SMALL, &["model.norm=rms"]]));
+        assert_eq!(plain.kept - rms.kept, 128 * 4);
+    }
+
+    #[test]
+    fn auto_recomputes_as_few_layers_as_fit() {
+        let config = config(&[&LARGE]);
+        let total = |layers| estimate_with(&config, layers).total();
+        let (most, least) = (total(0), total(53));
+        assert!(least < most);
+        assert_eq!(fewest_recomputed(&config, most), Some(0));
+        assert!(fewest_recomputed(&config, least).is_some_and(|layers| layers > 20));
+        assert_eq!(fewest_recomputed(&config, least - 1), None);
+        for layers in [1, 20, 52] {
+            let fewest = fewest_recomputed(&config, total(layers)).expect("it fits");
+            assert!(fewest <= layers);
+            assert!(total(fewest) <= total(layers));
+            // Totals go by whole pages: several numbers of layers may have the same.
+            assert!(
+                fewest == 0 || total(fewest - 1) > total(layers),
+                "{fewest} of {layers}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_ends_are_the_greatest_of_all_layers() {
+        for settings in [
+            &SMALL[..],
+            &LARGE[..],
+            // Gradients of a layer outweigh what it keeps.
+            &["model.preset=mambabyte_972m", "train.length=64"][..],
+        ] {
+            let sizes = Sizes::new(&config(&[settings]));
+            let depth = sizes.depth as usize;
+            for recomputed in [0, 1, depth / 2, depth - 1, depth] {
+                let all = (0..depth).map(|layer| sizes.in_layer(layer, recomputed).total());
+                let greatest = all
+                    .chain([sizes.at_update().total(), sizes.at_head(recomputed).total()])
+                    .max();
+                assert_eq!(Some(sizes.peak(recomputed).total()), greatest);
+            }
+        }
+    }
+
+    #[test]
+    fn settling_puts_a_number_in_the_place_of_auto_only() {
+        let settled = |limit: Option<u64>, recompute: &str| {
+            let setting = format!("train.recompute={recompute}");
+            let mut config = config(&[&SMALL, &[setting.as_str()]]);
+            settle(&mut config, limit);
+            config.train.recompute
+        };
+        assert_eq!(settled(None, "auto"), Recompute::None);
+        // With a twenty-fifth to spare: 742784 of 773800.
+        assert_eq!(settled(Some(773_800), "auto"), Recompute::None);
+        assert_eq!(settled(Some(773_600), "auto"), Recompute::First(1));
+        assert_eq!(settled(Some(739_600), "auto"), Recompute::First(1));
+        assert_eq!(settled(Some(739_400), "auto"), Recompute::All);
+        assert_eq!(settled(Some(1000), "auto"), Recompute::All);
+        assert_eq!(settled(Some(1000), "none"), Recompute::None);
+        assert_eq!(settled(Some(1000), "1"), Recompute::First(1));
+    }
+
+    #[test]
+    fn the_largest_batch_fits_and_the_next_one_does_not() {
+        for recompute in ["auto", "none", "all"] {
+            let setting = format!("train.recompute={recompute}");
+            let mut config = config(&[&LARGE, &[setting.as_str()]]);
+            let limit = 48 * GIB;
+            let batch = largest_batch(&config, limit).expect("one fits");
+            let fits = |config: &Config| match config.train.recompute {
+                Recompute::Auto => fewest_recomputed(config, limit).is_some(),
+                _ => estimate(config).total() <= limit,
+            };
+            config.train.batch = batch;
+            assert!(fits(&config), "{recompute}: {batch}");
+            config.train.batch = batch + 1;
+            assert!(!fits(&config), "{recompute}: {batch}");
+            assert_eq!(largest_batch(&config, GIB), None);
+        }
+    }
+
+    #[test]
+    fn a_run_is_refused_only_far_above_the_limit() {
+        let config = config(&[&SMALL, &["train.recompute=none"]]);
+        assert_eq!(excess(&config, 742_784), None);
+        assert_eq!(excess(&config, 742_784 * 10 / 11 + 100), None);
+        let reason = excess(&config, 742_784 * 10 / 11 - 100).expect("too much");
+        assert!(reason.contains("about 725.4 KiB"), "{reason}");
+        assert_eq!(excess(&config, u64::MAX), None);
+    }
+
+    #[test]
+    fn sizes_are_readable() {
+        assert_eq!(size(24 * GIB), "24.00 GiB");
+        assert_eq!(size(384 << 20), "384.0 MiB");
+        assert_eq!(size(1 << 19), "512.0 KiB");
+        assert_eq!(size(0), "0.0 KiB");
+    }
+}
