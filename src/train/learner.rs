@@ -132,12 +132,22 @@ impl Learner {
         }
         let grads = accumulator.grads();
         let norm = global_norm(self.weights(), &grads);
-        let factor = clip_factor(norm.clone(), self.config.optimizer.clip);
+        let loss = Tensor::cat(losses, 0).sum();
+        // Zero, or no number where one of the two is none: the update then changes nothing.
+        let veto = (loss.clone() + norm.clone()).mul_scalar(0.0);
+        let factor = clip_factor(norm.clone(), self.config.optimizer.clip) + veto;
+        let optimizer = &mut self.optimizer;
+        self.model = self
+            .model
+            .take()
+            .map(|model| optimizer.step(model, grads, factor, lr));
 
-        // The one wait for the device in a step: a bad gradient must not reach the weights.
+        // The one wait for the device in a step, when all of its work has been handed over.
+        let numbers = Tensor::cat(vec![loss, norm], 0).into_data();
+        let numbers: Vec<f32> = numbers.iter().collect();
         let report = StepReport {
-            loss_nats: Tensor::cat(losses, 0).sum().into_scalar::<f32>(),
-            grad_norm: norm.into_scalar::<f32>(),
+            loss_nats: numbers[0],
+            grad_norm: numbers[1],
         };
         if !(report.loss_nats.is_finite() && report.grad_norm.is_finite()) {
             return Err(Error::Diverged {
@@ -151,11 +161,6 @@ impl Learner {
                     .to_owned(),
             });
         }
-        let optimizer = &mut self.optimizer;
-        self.model = self
-            .model
-            .take()
-            .map(|model| optimizer.step(model, grads, factor, lr));
         Ok(report)
     }
 
@@ -173,9 +178,16 @@ impl Learner {
         } = inputs;
         let state = state.map(State::lift);
         let (losses, state) = self.weights().losses(bytes, targets, state, resets);
-        let loss = losses.mean().mul_scalar(share);
+        let loss = mean(losses).mul_scalar(share);
         let mut grads = loss.backward();
         let grads = GradientsParams::from_module(&mut grads, self.weights());
         (loss.inner(), grads, state.inner())
     }
+}
+
+/// The mean, in two stages: a sum over one long axis keeps one plane of a GPU busy.
+fn mean(losses: Tensor<1>) -> Tensor<1> {
+    let [count] = losses.dims();
+    let width = 1 << count.trailing_zeros().min(8);
+    losses.reshape([count / width, width]).mean_dim(1).mean()
 }

@@ -69,6 +69,13 @@ pub(super) fn writable(tensor: CubeTensor) -> CubeTensor {
     }
 }
 
+/// Whether a number is neither infinite nor NaN, by its bits: not every target defines comparisons
+/// with those.
+#[cube]
+pub(super) fn is_finite(x: f32) -> bool {
+    u32::reinterpret(x) & 0x7f80_0000u32 != 0x7f80_0000u32
+}
+
 /// The update; the formulas are in the [module's documentation](super).
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn update<G: Float, N: Size>(
@@ -88,8 +95,9 @@ fn update<G: Float, N: Size>(
     #[define(G)] _type: ElemType,
 ) {
     let at = CUBE_POS * CUBE_DIM as usize + UNIT_POS as usize;
-    if at < vectors {
-        let g = Vector::<f32, N>::cast_from(grad[at]) * Vector::new(grad_scale[0]);
+    let scale = grad_scale[0];
+    if at < vectors && is_finite(scale) {
+        let g = Vector::<f32, N>::cast_from(grad[at]) * Vector::new(scale);
         let m = moment1[at] * Vector::new(beta1) + g * Vector::new(1.0f32 - beta1);
         let v = moment2[at] * Vector::new(beta2) + g * g * Vector::new(1.0f32 - beta2);
         let root = (v / Vector::new(correction2)).sqrt() + Vector::new(eps);

@@ -22,6 +22,9 @@ pub(crate) fn step(
     let (mut param, grad) = (contiguous(param), contiguous(grad));
     let (mut moment1, mut moment2) = (contiguous(moment1), contiguous(moment2));
     let scale = values(&contiguous(grad_scale))[0];
+    if !scale.is_finite() {
+        return (param, moment1, moment2);
+    }
     values_mut(&mut param)
         .par_chunks_mut(TILE)
         .zip(values_mut(&mut moment1).par_chunks_mut(TILE))

@@ -97,3 +97,23 @@ fn a_part_of_a_tensor_is_updated_as_the_part_alone() {
         assert_close(&what, &run(part()), &run(alone), 0.0, 0.0);
     }
 }
+
+#[test]
+fn a_scale_that_is_no_number_changes_nothing() {
+    for device in devices() {
+        for scale in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let state = AdamwState {
+                param: tensor(&[1.0, 2.0, 3.0], [1, 3], &device),
+                moment1: tensor(&[0.1, 0.2, 0.3], [1, 3], &device),
+                moment2: tensor(&[0.4, 0.5, 0.6], [1, 3], &device),
+            };
+            let step = AdamwStep::new(3, 0.1, (0.9, 0.95), 1e-8, 0.1);
+            let grad = tensor(&[1.0, f32::NAN, 1.0], [1, 3], &device);
+            let out = adamw_step(state, grad, tensor(&[scale], [1], &device), step);
+            let what = format!("{device:?} {scale}");
+            assert_close(&what, &read(out.param), &[1.0, 2.0, 3.0], 0.0, 0.0);
+            assert_close(&what, &read(out.moment1), &[0.1, 0.2, 0.3], 0.0, 0.0);
+            assert_close(&what, &read(out.moment2), &[0.4, 0.5, 0.6], 0.0, 0.0);
+        }
+    }
+}

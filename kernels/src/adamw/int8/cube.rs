@@ -13,6 +13,7 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::{AdamwStep, BLOCK_WORDS, RawMoments};
+use crate::adamw::cube::is_finite;
 use crate::adamw::cube::writable;
 use crate::cube::reduce::lane_max;
 use crate::cube::{
@@ -193,6 +194,11 @@ fn update<G: Float, N: Size>(
     #[comptime] config: Config,
     #[define(G)] _type: ElemType,
 ) {
+    let scale = grad_scale[0];
+    // The same for every unit, so shuffles below lose no lane.
+    if !is_finite(scale) {
+        terminate!();
+    }
     let lanes = comptime!(config.lanes);
     let held = comptime!(config.held());
     let unit = UNIT_POS as usize;
@@ -215,7 +221,7 @@ fn update<G: Float, N: Size>(
         let mut numbers = load::<f32, N>(&*param, word, count, config.vector);
         #[unroll]
         for i in 0..4usize {
-            let g = grads[i] * grad_scale[0];
+            let g = grads[i] * scale;
             let unsigned = byte(first_word, i);
             let c = select(unsigned > 127.5f32, unsigned - 256.0f32, unsigned);
             let m = beta1 * (c * c.abs() * first_unit) + (1.0f32 - beta1) * g;

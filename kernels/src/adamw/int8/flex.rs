@@ -27,6 +27,9 @@ pub(crate) fn step(
         second_scale: contiguous(moments.second_scale),
     };
     let grad_scale = values(&contiguous(grad_scale))[0];
+    if !grad_scale.is_finite() {
+        return (param, moments);
+    }
     let firsts = words_mut(&mut moments.first)
         .par_chunks_mut(BLOCK_WORDS)
         .zip(values_mut(&mut moments.first_scale));
