@@ -109,7 +109,7 @@ pub struct Estimate {
     pub weights: u64,
     /// Gradients that exist at the moment, fp32.
     pub gradients: u64,
-    /// Both moments of AdamW, fp32.
+    /// Both moments of AdamW, in the form that `optimizer.state` names.
     pub optimizer: u64,
     /// What layers keep for their backward pass, the residual stream, carried states, the batch.
     pub activations: u64,
@@ -263,6 +263,8 @@ struct Sizes {
     parameters: u64,
     layer_parameters: u64,
     tail_parameters: u64,
+    /// Both moments of AdamW.
+    moments: u64,
     /// Gradients summed up from earlier micro-batches.
     accumulated: u64,
     /// What one layer keeps for its backward pass, besides `projected`.
@@ -327,6 +329,7 @@ impl Sizes {
             parameters: model.num_params(),
             layer_parameters,
             tail_parameters,
+            moments: config.optimizer.moment_bytes(model),
             accumulated: match train.accumulation {
                 1 => 0,
                 _ => F32 * model.num_params(),
@@ -404,7 +407,7 @@ impl Sizes {
             moment,
             weights: F32 * self.parameters,
             gradients,
-            optimizer: 2 * F32 * self.parameters,
+            optimizer: self.moments,
             activations,
             workspace: inside + self.products,
             pages,
@@ -557,6 +560,26 @@ mod tests {
         assert_eq!(carried.inputs - plain.inputs, 4 * 2 * (4 * 2 * 32 * 19));
         let rms = Sizes::new(&config(&[&SMALL, &["model.norm=rms"]]));
         assert_eq!(plain.kept - rms.kept, 128 * 4);
+    }
+
+    /// Embedding and head of 4096 numbers each are in 8 bits, with 16 scales a moment; nothing else
+    /// of the small model has so many.
+    #[test]
+    fn moments_in_8_bits_take_two_bytes_and_their_scales() {
+        let fp32 = Sizes::new(&config(&[&SMALL]));
+        assert_eq!(fp32.moments, 8 * 15_008);
+        let int8 = Sizes::new(&config(&[&SMALL, &["optimizer.state=int8"]]));
+        assert_eq!(
+            int8.moments,
+            8 * (15_008 - 8192) + 2 * (2 * 4096 + 2 * 4 * 16)
+        );
+        assert_eq!(int8.peak(0).optimizer, int8.moments);
+        let large = Sizes::new(&config(&[&LARGE, &["optimizer.state=int8"]]));
+        let per_number = large.moments as f64 / large.parameters as f64;
+        assert!(
+            (per_number - (2.0 + 8.0 / 256.0)).abs() < 0.02,
+            "{per_number}"
+        );
     }
 
     #[test]

@@ -41,6 +41,25 @@ fn a_repetitive_text_is_learnt_in_sixty_steps() {
     assert!(valid[0] < 3.0, "on held-out text: {}", valid[0]);
 }
 
+/// Moments in 8 bits end within a twentieth of a bit of where those in fp32 do.
+#[test]
+fn moments_in_8_bits_learn_as_well() {
+    let workspace = repetitive();
+    let learnt = |state: &str| -> f64 {
+        let setting = format!("optimizer.state={state}");
+        // Wide enough that most parameters are in blocks.
+        let extra = ["model.dim=48", &setting];
+        workspace.train(state, &[&SETTINGS[..], &extra].concat(), "");
+        let records = workspace.records(state);
+        let valid = records.iter().find(|it| it["kind"] == "valid");
+        valid.and_then(|it| it["bpb"].as_f64()).expect("a score")
+    };
+    let (fp32, int8) = (learnt("fp32"), learnt("int8"));
+    assert!(fp32 < 3.0, "fp32: {fp32}");
+    assert_ne!(fp32, int8, "the setting has an effect");
+    assert!((int8 - fp32).abs() < 0.05, "fp32 {fp32}, int8 {int8}");
+}
+
 /// The other ways through a step learn as well.
 #[test]
 fn every_mode_learns() {

@@ -5,6 +5,9 @@ mod common;
 
 use common::Workspace;
 
+/// Exit code where a checkpoint cannot be used.
+const CHECKPOINT: i32 = 4;
+
 /// Runs 20 steps at once, and 10 with 10 more by `resume`.
 #[track_caller]
 fn split_run_equals_whole(settings: &[&str]) {
@@ -48,6 +51,44 @@ fn one_recomputed_layer_of_contiguous_lanes() {
 #[test]
 fn rms_norm_and_a_tied_head() {
     split_run_equals_whole(&["model.norm=rms", "model.tie_embeddings=true"]);
+}
+
+/// Large enough for matrices in 8 bits, whose last blocks are not full, beside vectors in fp32.
+const INT8: [&str; 2] = ["model.dim=50", "optimizer.state=int8"];
+
+#[test]
+fn moments_in_8_bits() {
+    split_run_equals_whole(&INT8);
+}
+
+#[test]
+fn moments_in_8_bits_with_accumulated_batches_of_contiguous_lanes() {
+    let more = ["train.mode=contiguous", "train.accumulation=2"];
+    split_run_equals_whole(&[&INT8[..], &more].concat());
+}
+
+/// Moments in one form are not made of those in the other.
+#[test]
+fn moments_in_the_other_form_are_refused() {
+    let workspace = Workspace::new();
+    for (here, other) in [("fp32", "int8"), ("int8", "fp32")] {
+        let setting = format!("optimizer.state={here}");
+        workspace.train(here, &["model.dim=50", &setting], "--stop-after 3");
+        let file = workspace.run(here).join("config.toml");
+        let config = std::fs::read_to_string(&file).expect("the run's config");
+        let line = |state| format!("state = \"{state}\"");
+        let edited = config.replace(&line(here), &line(other));
+        assert_ne!(edited, config);
+        std::fs::write(&file, edited).expect("writable");
+        let saved = format!("saved with `optimizer.state` = \"{here}\"");
+        let wanted = format!("the run's config has \"{other}\"");
+        let resume = format!("resume {here}");
+        workspace.fails(&resume, CHECKPOINT, &[&saved, &wanted, "hint:"]);
+        assert_eq!(workspace.newest(here), 3);
+        std::fs::write(&file, config).expect("writable");
+        workspace.ok(&format!("resume {here} --stop-after 1"));
+        assert_eq!(workspace.newest(here), 4);
+    }
 }
 
 #[test]

@@ -37,7 +37,8 @@ pub use model::{MambaConfig, ParameterSpec};
 pub use report::{ConfigError, ConfigErrors, Place};
 pub use sections::{CheckpointConfig, DataConfig, DeviceConfig, OptimizerConfig, TrainConfig};
 pub use values::{
-    DeviceKind, DtInit, DtRank, MemoryLimit, Mode, Norm, Precision, Preset, Recompute,
+    DeviceKind, DtInit, DtRank, MemoryLimit, Mode, Norm, OptimizerState, Precision, Preset,
+    Recompute,
 };
 
 use reader::Reader;
@@ -157,18 +158,27 @@ impl Config {
             "model.d_state",
             "model.expand_factor",
             "train.memory_limit",
+            "optimizer.state",
         ];
         if let Some(limit) = self.train.memory_limit.bytes()
             && reader.sound(&shape)
         {
-            // Weights and both moments of AdamW in fp32 are there whatever the batch.
-            let least = 12 * self.model.num_params();
+            // Weights in fp32 and both moments of AdamW are there whatever the batch.
+            let least = 4 * self.model.num_params() + self.optimizer.moment_bytes(&self.model);
             if limit < least {
                 reader.reject(
                     "train.memory_limit",
                     self.train.memory_limit.to_string(),
                     format!("more than {} MiB", least.div_ceil(1 << 20)),
-                    "weights and AdamW's moments alone take that much; use a smaller model",
+                    match self.optimizer.state {
+                        OptimizerState::Fp32 => {
+                            "weights and AdamW's moments alone take that much; set \
+                             `optimizer.state` to \"int8\", or use a smaller model"
+                        }
+                        OptimizerState::Int8 => {
+                            "weights and AdamW's moments alone take that much; use a smaller model"
+                        }
+                    },
                 );
             }
         }

@@ -4,11 +4,19 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::model::MambaConfig;
 use super::section::{Bounds, MAX, Section};
-use super::values::{DeviceKind, MemoryLimit, Mode, Precision, Recompute};
+use super::values::{DeviceKind, MemoryLimit, Mode, OptimizerState, Precision, Recompute};
 
 /// More than any run takes, and far from where step counts times byte counts overflow.
 const MOST_STEPS: u64 = 1_000_000_000;
+
+/// Parameters of fewer numbers keep their moments in fp32 whatever `optimizer.state` says: norms,
+/// biases and the like are sensitive, and together they are next to nothing.
+const INT8_LEAST: u64 = 4096;
+
+/// Numbers that share a scale; as `BLOCK` in `kernels/src/adamw/int8/mod.rs`.
+const INT8_BLOCK: u64 = 256;
 
 /// Section `[train]`: how long, how much at a time, and what happens in between.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -149,9 +157,30 @@ pub struct OptimizerConfig {
     pub weight_decay: f64,
     /// Largest norm of all gradients together; 0 is no clipping. Default 0.1.
     pub clip: f64,
+    /// How the two moments are stored: `"fp32"` (the default), 8 bytes a parameter, or `"int8"`, 2
+    /// bytes. Parameters of fewer than 4096 numbers keep them in fp32.
+    pub state: OptimizerState,
 }
 
 impl OptimizerConfig {
+    /// How the moments of a parameter of `count` numbers are stored.
+    pub fn state_of(&self, count: u64) -> OptimizerState {
+        match self.state {
+            OptimizerState::Int8 if count >= INT8_LEAST => OptimizerState::Int8,
+            _ => OptimizerState::Fp32,
+        }
+    }
+
+    /// Bytes of all moments of `model`.
+    pub fn moment_bytes(&self, model: &MambaConfig) -> u64 {
+        let of = |count: u64| match self.state_of(count) {
+            OptimizerState::Fp32 => 2 * 4 * count,
+            // A byte a number, and four for the scale of a block.
+            OptimizerState::Int8 => 2 * (INT8_BLOCK + 4) * count.div_ceil(INT8_BLOCK),
+        };
+        model.parameter_table().iter().map(|it| of(it.count)).sum()
+    }
+
     pub(super) fn read(section: &mut Section<'_>) -> Self {
         let config = Self {
             lr: section.float("lr", Bounds::above(0.0).up_to(10.0), 4e-4),
@@ -175,6 +204,11 @@ impl OptimizerConfig {
             eps: section.float("eps", Bounds::above(0.0).up_to(1.0), 1e-8),
             weight_decay: section.float("weight_decay", Bounds::from(0.0).up_to(100.0), 0.1),
             clip: section.float("clip", Bounds::from(0.0).up_to(1e9), 0.1),
+            state: section.choice(
+                "state",
+                Some(OptimizerState::Fp32),
+                "\"int8\" is AdamW's moments in 8 bits",
+            ),
         };
         if section.sound(&["lr", "min_lr"]) && config.min_lr > config.lr {
             section.reject(

@@ -172,6 +172,7 @@ fn values_out_of_range_are_refused() {
         "optimizer.min_lr=1",
         "optimizer.beta1=1",
         "optimizer.clip=-1",
+        "optimizer.state=fp16",
         "optimizer.decay_steps=499",
         "data.path=",
         "checkpoint.keep_last=0",
@@ -206,6 +207,7 @@ fn overrides_win_in_their_order_and_need_no_quotes() {
             "train.recompute=2",
             "device.kind=vulkan",
             "optimizer.lr=1",
+            "optimizer.state=int8",
         ],
     )
     .expect("valid");
@@ -217,6 +219,7 @@ fn overrides_win_in_their_order_and_need_no_quotes() {
     assert_eq!(config.train.recompute, Recompute::First(2));
     assert_eq!(config.device.kind, DeviceKind::Wgpu);
     assert_eq!(config.optimizer.lr, 1.0);
+    assert_eq!(config.optimizer.state, OptimizerState::Int8);
 }
 
 #[test]
@@ -383,6 +386,7 @@ fn assignment() -> impl Strategy<Value = String> {
         "\\PC{0,20}".prop_map(|it| format!("train.sample_prompt={it}")),
         (1e-5..10.0f64).prop_map(|it| format!("optimizer.lr={it:e}")),
         (0.0..0.999f64).prop_map(|it| format!("optimizer.beta2={it}")),
+        prop_oneof![Just("fp32"), Just("int8")].prop_map(|it| format!("optimizer.state={it}")),
         "[a-z/ .é\"']{0,9}[a-z]".prop_map(|it| format!("data.path={it}")),
         (0..256usize).prop_map(|it| format!("device.index={it}")),
     ]

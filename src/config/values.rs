@@ -159,6 +159,16 @@ choice! {
 }
 
 choice! {
+    /// How AdamW's moments are stored between steps.
+    pub enum OptimizerState {
+        /// 32-bit floating point, 8 bytes a parameter.
+        Fp32 = "fp32",
+        /// 8-bit codes in blocks with a scale each, 2 bytes a parameter.
+        Int8 = "int8",
+    }
+}
+
+choice! {
     /// Kind of device.
     pub enum DeviceKind {
         /// The best one that this program was built for and this machine has.

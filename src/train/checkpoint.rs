@@ -4,7 +4,7 @@
 //! step-<n>/
 //!     config.toml               the model's and the run's configuration
 //!     model.safetensors         weights, by name
-//!     optimizer.safetensors     moment1.NAME and moment2.NAME
+//!     optimizer.safetensors     moment1.NAME and moment2.NAME; in 8 bits NAME.codes and NAME.scales
 //!     state.safetensors         memories of the lanes (contiguous mode)
 //!     manifest.json             written last: sizes and hashes of the others, and where training is
 //! ```
@@ -186,7 +186,7 @@ impl Checkpoint {
         let mut expected = Vec::new();
         let model = parameters::replace(model, |name, shape| {
             expected.push(name.to_owned());
-            read_tensor(&tensors, name, shape)
+            read_tensor(&tensors, name, shape, Dtype::F32)
                 .map_err(|problem| problems.push(problem))
                 .ok()
         });
@@ -201,7 +201,12 @@ impl Checkpoint {
     }
 
     /// Puts weights, optimizer and carried states into `learner`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Checkpoint`] where something does not fit the learner's config.
     pub fn restore(&self, learner: &mut Learner) -> Result<()> {
+        self.check_optimizer(learner.config())?;
         let mut loaded = Ok(());
         learner.map_model(|model| match self.load_weights(model.clone()) {
             Ok(model) => model,
@@ -220,21 +225,36 @@ impl Checkpoint {
         let tensors = file.tensors()?;
         let device = learner.inner_device();
         let mut problems = Vec::new();
+        let mut read = |name: &str, length: usize, dtype: Dtype| {
+            read_tensor(&tensors, name, &[length], dtype)
+                .map_err(|problem| problems.push(problem))
+                .ok()
+        };
         for Named { name, shape, .. } in parameters::collect(&learner.model()) {
-            let flat = [shape.iter().product()];
-            let first = read_tensor(&tensors, &format!("moment1.{name}"), &flat);
-            let second = read_tensor(&tensors, &format!("moment2.{name}"), &flat);
-            match (first, second) {
-                (Ok(first), Ok(second)) => {
-                    learner.optimizer.restore(&name, first, second, &device);
-                }
-                (first, second) => {
-                    problems.extend([first.err(), second.err()].into_iter().flatten())
-                }
-            }
+            let count = shape.iter().product();
+            learner.optimizer.restore(&name, count, &device, &mut read);
         }
         learner.optimizer.updates = self.manifest.step;
         file.check(problems)
+    }
+
+    /// That `config` has the moments in the form in which they are here: one is not made of the
+    /// other, so that a resumed run has the bits of one that never stopped.
+    fn check_optimizer(&self, config: &Config) -> Result<()> {
+        let (here, wanted) = (self.config.optimizer.state, config.optimizer.state);
+        if here == wanted {
+            return Ok(());
+        }
+        Err(Error::Checkpoint {
+            path: self.folder.clone(),
+            reason: format!(
+                "was saved with `optimizer.state` = \"{here}\", and the run's config has \
+                 \"{wanted}\""
+            ),
+            hint: format!(
+                "set it back to \"{here}\" in the run's `config.toml`, or start a new run"
+            ),
+        })
     }
 
     fn restore_states(&self, learner: &mut Learner) -> Result<()> {
@@ -255,7 +275,8 @@ impl Checkpoint {
             let mut layers = Vec::with_capacity(depth);
             for layer in 0..depth {
                 let read = |part: &str, dims: [usize; 3]| {
-                    read_tensor(&tensors, &state_name(micro, layer, part), &dims)
+                    let name = state_name(micro, layer, part);
+                    read_tensor(&tensors, &name, &dims, Dtype::F32)
                         .map(|data| Tensor::<3>::from_data(data, &device))
                 };
                 match (read("h", h), read("window", window)) {
@@ -385,7 +406,7 @@ struct Lazy(Named);
 
 impl View for Lazy {
     fn dtype(&self) -> Dtype {
-        Dtype::F32
+        self.0.dtype
     }
 
     fn shape(&self) -> &[usize] {
@@ -397,7 +418,7 @@ impl View for Lazy {
     }
 
     fn data_len(&self) -> usize {
-        4 * self.0.shape.iter().product::<usize>()
+        self.0.dtype.bitsize() / 8 * self.0.shape.iter().product::<usize>()
     }
 }
 
@@ -458,26 +479,32 @@ impl TensorFile {
     }
 }
 
-/// The tensor `name`, which must be f32 of `shape`; otherwise what is wrong.
+/// The tensor `name`, which must be of `shape` and `dtype`; otherwise what is wrong. Bytes come as
+/// i32, four a word, as [`Named::read`] gives them.
 fn read_tensor(
     tensors: &SafeTensors<'_>,
     name: &str,
     shape: &[usize],
+    dtype: Dtype,
 ) -> std::result::Result<TensorData, String> {
     let view = tensors
         .tensor(name)
         .map_err(|_| format!("`{name}` is missing"))?;
-    if view.shape() != shape || view.dtype() != Dtype::F32 {
+    if view.shape() != shape || view.dtype() != dtype {
         return Err(format!(
-            "`{name}` is {:?} of shape {:?}, expected F32 of shape {shape:?}",
+            "`{name}` is {:?} of shape {:?}, expected {dtype:?} of shape {shape:?}",
             view.dtype(),
             view.shape()
         ));
     }
-    let values = view
-        .data()
-        .chunks_exact(4)
-        .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-        .collect::<Vec<_>>();
-    Ok(TensorData::new(values, shape))
+    let words = view.data().chunks_exact(4);
+    let words = words.map(|b| [b[0], b[1], b[2], b[3]]);
+    Ok(match dtype {
+        Dtype::F32 => TensorData::new(words.map(f32::from_le_bytes).collect(), shape),
+        _ => {
+            let words: Vec<i32> = words.map(i32::from_le_bytes).collect();
+            let count = words.len();
+            TensorData::new(words, [count])
+        }
+    })
 }

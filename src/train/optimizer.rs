@@ -4,18 +4,147 @@ use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use mambabyte_kernels::adamw::int8::{BLOCK, Int8Moments, adamw_int8_step};
 use mambabyte_kernels::adamw::{AdamwState, AdamwStep, adamw_step};
 use mambabyte_kernels::sum_squares::sum_squares;
+use safetensors::tensor::Dtype;
 
 use super::parameters::{Named, Path, named};
-use crate::config::OptimizerConfig;
+use crate::config::{OptimizerConfig, OptimizerState};
 
 /// Mean of the gradients and of their squares, flat.
 #[derive(Clone, Debug)]
-struct Moments {
-    first: Tensor<1>,
-    second: Tensor<1>,
+enum Moments {
+    Fp32 { first: Tensor<1>, second: Tensor<1> },
+    Int8(Int8Moments),
+}
+
+/// A tensor of a checkpoint by its name, length and data type; none where there is no such tensor.
+type Read<'a> = dyn FnMut(&str, usize, Dtype) -> Option<TensorData> + 'a;
+
+impl Moments {
+    /// The moments of `count` numbers before the first update.
+    fn zeros(count: usize, state: OptimizerState, device: &Device) -> Self {
+        match state {
+            OptimizerState::Fp32 => {
+                let zeros = || lasting(device, |device| Tensor::zeros([count], device));
+                Self::Fp32 {
+                    first: zeros(),
+                    second: zeros(),
+                }
+            }
+            OptimizerState::Int8 => {
+                Self::Int8(lasting(device, |device| Int8Moments::zeros(count, device)))
+            }
+        }
+    }
+
+    /// One update of `param`, flat.
+    fn step(
+        self,
+        param: Tensor<1>,
+        grad: Tensor<1>,
+        grad_scale: Tensor<1>,
+        numbers: AdamwStep,
+    ) -> (Tensor<1>, Self) {
+        match self {
+            Self::Fp32 { first, second } => {
+                let state = AdamwState {
+                    param,
+                    moment1: first,
+                    moment2: second,
+                };
+                let state = adamw_step(state, grad, grad_scale, numbers);
+                let moments = Self::Fp32 {
+                    first: state.moment1,
+                    second: state.moment2,
+                };
+                (state.param, moments)
+            }
+            Self::Int8(moments) => {
+                let (param, moments) = adamw_int8_step(param, moments, grad, grad_scale, numbers);
+                (param, Self::Int8(moments))
+            }
+        }
+    }
+
+    /// The moments of the parameter `name` as a checkpoint has them.
+    fn tensors(&self, name: &str) -> Vec<Named> {
+        let [first, second] = moment_names(name);
+        match self.clone() {
+            Self::Fp32 {
+                first: mean,
+                second: squares,
+            } => vec![named(first, mean), named(second, squares)],
+            Self::Int8(moments) => vec![
+                codes(&first, Dtype::I8, moments.first),
+                scales(&first, moments.first_scale),
+                codes(&second, Dtype::U8, moments.second),
+                scales(&second, moments.second_scale),
+            ],
+        }
+    }
+
+    /// The inverse of [`tensors`](Self::tensors); none where one is missing.
+    fn read(
+        name: &str,
+        count: usize,
+        state: OptimizerState,
+        device: &Device,
+        read: &mut Read<'_>,
+    ) -> Option<Self> {
+        let [first, second] = moment_names(name);
+        if state == OptimizerState::Fp32 {
+            // Both are read before one is missed: an error names all there are.
+            let first = read(&first, count, Dtype::F32);
+            let second = read(&second, count, Dtype::F32);
+            return Some(Self::Fp32 {
+                first: floats(first?, device),
+                second: floats(second?, device),
+            });
+        }
+        let blocks = count.div_ceil(BLOCK);
+        let mut moment = |moment: &str, dtype: Dtype| {
+            (
+                read(&format!("{moment}.codes"), blocks * BLOCK, dtype),
+                read(&format!("{moment}.scales"), blocks, Dtype::F32),
+            )
+        };
+        let (first, first_scale) = moment(&first, Dtype::I8);
+        let (second, second_scale) = moment(&second, Dtype::U8);
+        let words =
+            |data: TensorData| lasting(device, |device| Tensor::from_data(data.clone(), device));
+        Some(Self::Int8(Int8Moments {
+            first: words(first?),
+            first_scale: floats(first_scale?, device),
+            second: words(second?),
+            second_scale: floats(second_scale?, device),
+        }))
+    }
+}
+
+/// Names of both moments of the parameter `name`.
+fn moment_names(name: &str) -> [String; 2] {
+    [1, 2].map(|i| format!("moment{i}.{name}"))
+}
+
+fn floats(data: TensorData, device: &Device) -> Tensor<1> {
+    lasting(device, |device| Tensor::from_data(data.clone(), device))
+}
+
+fn scales(moment: &str, tensor: Tensor<1>) -> Named {
+    named(format!("{moment}.scales"), tensor)
+}
+
+/// The codes of a moment, of which a word has four, as bytes.
+fn codes(moment: &str, dtype: Dtype, words: Tensor<1, Int>) -> Named {
+    Named {
+        name: format!("{moment}.codes"),
+        shape: vec![4 * words.dims()[0]],
+        dtype,
+        read: Box::new(move || words.to_data()),
+    }
 }
 
 /// AdamW (arXiv 1711.05101): state by parameter name, so a checkpoint can be read without the
@@ -66,38 +195,35 @@ impl AdamW {
         AdamwStep::new(self.updates, lr, betas, self.config.eps, decay)
     }
 
-    /// All moments, for a checkpoint: `moment1.NAME` and `moment2.NAME`.
+    /// All moments, for a checkpoint: `moment1.NAME` and `moment2.NAME`, f32, or in 8 bits
+    /// `moment1.NAME.codes` (I8), `moment2.NAME.codes` (U8), and `.scales` of both (F32), one for
+    /// 256 codes.
     pub(super) fn tensors(&self) -> Vec<Named> {
         self.moments
             .iter()
-            .flat_map(|(name, moments)| {
-                [
-                    named(format!("moment1.{name}"), moments.first.clone()),
-                    named(format!("moment2.{name}"), moments.second.clone()),
-                ]
-            })
+            .flat_map(|(name, moments)| moments.tensors(name))
             .collect()
     }
 
-    /// Puts the moments of a parameter back; `None` where one is missing.
+    /// Puts the moments of a parameter of `count` numbers back. Where `read` has not all of them
+    /// they stay what they are: the caller reports it.
     pub(super) fn restore(
         &mut self,
         name: &str,
-        first: TensorData,
-        second: TensorData,
+        count: usize,
         device: &Device,
+        read: &mut Read<'_>,
     ) {
-        let moments = Moments {
-            first: lasting(device, |device| Tensor::from_data(first.clone(), device)),
-            second: lasting(device, |device| Tensor::from_data(second.clone(), device)),
-        };
-        self.moments.insert(name.to_owned(), moments);
+        let state = self.config.state_of(count as u64);
+        if let Some(moments) = Moments::read(name, count, state, device, read) {
+            self.moments.insert(name.to_owned(), moments);
+        }
     }
 }
 
-/// Makes a tensor that lives as long as the run where it takes no room between those that come and
-/// go with every step.
-fn lasting(device: &Device, make: impl Fn(&Device) -> Tensor<1> + Send + Sync) -> Tensor<1> {
+/// Makes tensors that live as long as the run where they take no room between those that come
+/// and go with every step.
+fn lasting<T: Send>(device: &Device, make: impl Fn(&Device) -> T + Send + Sync) -> T {
     device.memory_persistent_allocations((), |()| make(device))
 }
 
@@ -134,33 +260,14 @@ impl ModuleMapper for Updater<'_> {
         let count: usize = dims.iter().product();
         let param: Tensor<1> = tensor.inner().reshape([count]);
         let moments = self.optimizer.moments.remove(&name).unwrap_or_else(|| {
-            let device = param.device();
-            let zeros = || lasting(&device, |device| Tensor::zeros([count], device));
-            Moments {
-                first: zeros(),
-                second: zeros(),
-            }
+            let state = self.optimizer.config.state_of(count as u64);
+            Moments::zeros(count, state, &param.device())
         });
-        let state = AdamwState {
-            param,
-            moment1: moments.first,
-            moment2: moments.second,
-        };
         let numbers = self.optimizer.numbers(&name, D, self.lr);
-        let state = adamw_step(
-            state,
-            grad.reshape([count]),
-            self.grad_scale.clone(),
-            numbers,
-        );
-        self.optimizer.moments.insert(
-            name,
-            Moments {
-                first: state.moment1,
-                second: state.moment2,
-            },
-        );
-        let updated = Tensor::from_inner(state.param.reshape(dims)).require_grad();
+        let grad = grad.reshape([count]);
+        let (param, moments) = moments.step(param, grad, self.grad_scale.clone(), numbers);
+        self.optimizer.moments.insert(name, moments);
+        let updated = Tensor::from_inner(param.reshape(dims)).require_grad();
         Param::from_mapped_value(id, updated, mapper)
     }
 }
@@ -204,6 +311,7 @@ pub(super) fn clip_factor(norm: Tensor<1>, clip: f64) -> Tensor<1> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{Config, MambaConfig};
 
     #[test]
     fn only_matrices_decay_and_never_the_rates() {
@@ -213,6 +321,51 @@ mod tests {
         for vector in ["mixer.d", "norm.weight", "mixer.dt_proj.bias"] {
             assert!(!decays(vector, 1), "{vector}");
         }
+    }
+
+    /// What the memory estimate counts is what is there.
+    #[test]
+    fn moments_take_the_bytes_that_the_config_says() {
+        let model = MambaConfig::new(50, 1);
+        let device = Device::flex();
+        for state in ["fp32", "int8"] {
+            let setting = format!("optimizer.state={state}");
+            let text = "model.dim = 50\nmodel.depth = 1\ntrain.steps = 1\ndata.path = \"x\"";
+            let config = Config::parse("config", text, &[setting]).expect("valid");
+            let optimizer = &config.optimizer;
+            let bytes = |count: u64| -> usize {
+                let moments = Moments::zeros(count as usize, optimizer.state_of(count), &device);
+                let tensors = moments.tensors("x").into_iter();
+                tensors.map(|it| (it.read)().as_bytes().len()).sum()
+            };
+            let table = model.parameter_table();
+            let total: usize = table.iter().map(|it| bytes(it.count)).sum();
+            assert_eq!(total as u64, optimizer.moment_bytes(&model), "{state}");
+        }
+    }
+
+    #[test]
+    fn small_parameters_have_no_moments_in_8_bits() {
+        let names = |count: usize, state| -> Vec<String> {
+            let text = "model.preset = \"tiny\"\ntrain.steps = 1\ndata.path = \"x\"";
+            let setting = format!("optimizer.state={state}");
+            let config = Config::parse("config", text, &[setting]).expect("valid");
+            let state = config.optimizer.state_of(count as u64);
+            let tensors = Moments::zeros(count, state, &Device::flex()).tensors("w");
+            tensors.into_iter().map(|it| it.name).collect()
+        };
+        let plain = ["moment1.w", "moment2.w"];
+        assert_eq!(names(4095, "int8"), plain);
+        assert_eq!(names(4096, "fp32"), plain);
+        assert_eq!(
+            names(4096, "int8"),
+            [
+                "moment1.w.codes",
+                "moment1.w.scales",
+                "moment2.w.codes",
+                "moment2.w.scales",
+            ]
+        );
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Tensor, TensorData};
+use safetensors::tensor::Dtype;
 
 /// Names of nested modules, joined by dots.
 #[derive(Default)]
@@ -26,6 +27,8 @@ impl Path {
 pub(super) struct Named {
     pub(super) name: String,
     pub(super) shape: Vec<usize>,
+    /// What the bytes that `read` gives are.
+    pub(super) dtype: Dtype,
     pub(super) read: Box<dyn Fn() -> TensorData>,
 }
 
@@ -34,6 +37,7 @@ pub(super) fn named<const D: usize>(name: String, tensor: Tensor<D>) -> Named {
     Named {
         name,
         shape: tensor.dims().to_vec(),
+        dtype: Dtype::F32,
         read: Box::new(move || tensor.to_data()),
     }
 }
