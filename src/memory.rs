@@ -16,7 +16,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::config::{Config, DeviceKind, MambaConfig, Mode, Norm, Precision, Recompute};
+use crate::config::{Config, DeviceKind, MambaConfig, Mode, Precision, Recompute};
 
 /// Bytes of a number of weights, gradients, moments, the residual stream, logits and states.
 const F32: u64 = 4;
@@ -30,8 +30,9 @@ const MATMUL_WORKSPACE: u64 = 32 << 20;
 /// Residual streams `[B, L, D]` that exist between two layers: before, after, and one in work.
 const STREAMS: u64 = 3;
 
-/// Gradients of the residual stream that exist inside a layer: of its output and of its input.
-const STREAM_GRADIENTS: u64 = 2;
+/// Gradients of the residual stream that exist at the fullest point inside a layer: that of its
+/// output. The one of its input comes when most else is gone.
+const STREAM_GRADIENTS: u64 = 1;
 
 /// Buffers `[B, L, E]` inside the backward pass of a layer: u, Δ, y and the gradients of the three.
 const INNER_BUFFERS: u64 = 6;
@@ -40,9 +41,9 @@ const INNER_BUFFERS: u64 = 6;
 /// in a layer that is recomputed, and is counted with what is kept in one that is not.
 const PROJECTED_BUFFERS: u64 = 1;
 
-/// Buffers `[B, L, D]` there, in the computation's number format: the gradients of the normalised
-/// input and of the layer's output.
-const OUTER_BUFFERS: u64 = 2;
+/// Buffers `[B, L, D]` there: the input of the input projection, and, where the computation is not
+/// in fp32, the rounded gradient of the layer's output.
+const OUTER_BUFFERS: [u64; 2] = [1, 1];
 
 /// Bytes and targets (i32) and resets (f32) of a position.
 const INPUTS: u64 = 12;
@@ -53,6 +54,9 @@ const SCAN_TRANSIENT: u64 = 256 << 20;
 
 /// Positions between the states it recomputes from; as `SUB` there.
 const SCAN_SUB: u64 = 4;
+
+/// Channels whose gradients of B and C one cube sums there.
+const SCAN_CHANNELS: u64 = 64;
 
 /// Shortest and longest chunk on a GPU; as `CHUNK` there.
 const SCAN_CHUNK: [u64; 2] = [32, 256];
@@ -302,10 +306,6 @@ impl Sizes {
         let positions = batch * length;
         let vocabulary = model.padded_vocab() as u64;
         let projections = model.dt_rank() as u64 + 2 * state;
-        let statistics = match model.norm {
-            Norm::Layer => 2 * F32,
-            Norm::Rms => F32,
-        };
         let chunk = chunk(batch * inner * length, gpu);
         let chunk_states = F32 * batch * length.div_ceil(chunk) * inner * state;
         let carried = match train.mode {
@@ -314,13 +314,16 @@ impl Sizes {
             Mode::Contiguous => (train.accumulation as u64 + 1) * batch * model.state_bytes(),
         };
         let (layer_parameters, tail_parameters) = parameters_by_place(model);
-        let scan = scan_transient(batch, length, inner, state, chunk, gpu);
+        let (scan, scan_states) = scan_transient(batch, length, inner, state, chunk, gpu);
         let stream = F32 * positions * dim;
         let projected = s * positions * 2 * inner;
         let logits = F32 * positions * vocabulary;
-        // A layer's weights in the computation's number format, where that is not their own.
-        let cast = if s == F32 { 0 } else { s * layer_parameters };
-        let largest = projected.max(stream).max(logits).max(scan);
+        // Where the computation is not in fp32, the largest weight is there a second time, rounded.
+        let (outer, cast) = match s {
+            F32 => (OUTER_BUFFERS[0], 0),
+            _ => (OUTER_BUFFERS.iter().sum(), s * 2 * inner * dim),
+        };
+        let largest = projected.max(stream).max(logits).max(scan_states);
         Self {
             depth: model.depth as u64,
             parameters: model.num_params(),
@@ -330,12 +333,13 @@ impl Sizes {
                 1 => 0,
                 _ => F32 * model.num_params(),
             },
-            kept: positions * (s * (dim + projections) + statistics) + chunk_states,
+            // The normalised input with one statistic a row; Δ, B, C; states.
+            kept: positions * (s * (dim + projections) + F32) + chunk_states,
             projected,
             inputs: positions * (INPUTS + s * vocabulary) + carried,
-            streams: STREAMS * stream + positions * (s * dim + statistics),
+            streams: STREAMS * stream + positions * (s * dim + F32),
             logits: 2 * logits,
-            inside: s * positions * (INNER_BUFFERS * inner + OUTER_BUFFERS * dim)
+            inside: s * positions * (INNER_BUFFERS * inner + outer * dim + projections)
                 + PROJECTED_BUFFERS * projected
                 + STREAM_GRADIENTS * stream
                 + scan
@@ -439,15 +443,27 @@ fn chunk(elements: u64, gpu: bool) -> u64 {
     }
 }
 
-/// What the scan's backward pass uses besides its inputs and outputs: the states of as many chunks
-/// as fit its budget, one at least. On the CPU that stays in the cache.
-fn scan_transient(batch: u64, length: u64, inner: u64, state: u64, chunk: u64, gpu: bool) -> u64 {
+/// What the scan's backward pass uses besides its inputs and outputs, for as many chunks as fit its
+/// budget, one at least: states inside chunks, partial sums of the gradients of B and C, and states
+/// between chunks. The first alone is the second number. On the CPU all stay in the cache.
+fn scan_transient(
+    batch: u64,
+    length: u64,
+    inner: u64,
+    state: u64,
+    chunk: u64,
+    gpu: bool,
+) -> (u64, u64) {
     if !gpu {
-        return 0;
+        return (0, 0);
     }
-    let one = F32 * batch * (chunk / SCAN_SUB) * inner * state;
-    let chunks = (SCAN_TRANSIENT / one.max(1)).clamp(1, length.div_ceil(chunk));
-    chunks * one
+    let inside = chunk / SCAN_SUB * state * inner;
+    let sums = chunk * 2 * state * inner.div_ceil(SCAN_CHANNELS);
+    let ends = (state + 1) * inner;
+    let budget = SCAN_TRANSIENT / (F32 * batch * (inside + sums));
+    let chunks = budget.clamp(1, length.div_ceil(chunk));
+    let unit = F32 * batch * chunks;
+    (unit * (inside + sums + ends), unit * inside)
 }
 
 #[cfg(test)]
@@ -477,11 +493,11 @@ mod tests {
         let config = config(&[&SMALL]);
         // A layer: 32 norm, 1024 + 160 + 1056 + 64 + 512 + 32 + 512 mixer. The rest: 2 · 4096 + 32.
         let parameters = 2 * 3392 + 8224;
-        // 128 positions of 16 + 33 numbers and two statistics; 2 · 2 chunks of 32 · 16 states.
-        let kept = 128 * (49 * 4 + 8) + 4 * 2 * 2 * 512;
+        // 128 positions of 16 + 33 numbers and a statistic; 2 · 2 chunks of 32 · 16 states.
+        let kept = 128 * (49 * 4 + 4) + 4 * 2 * 2 * 512;
         let projected = 4 * 128 * 64;
         let inputs = 128 * (12 + 4 * 256);
-        let streams = 3 * 8192 + 128 * (16 * 4 + 8);
+        let streams = 3 * 8192 + 128 * (16 * 4 + 4);
         let head = Estimate {
             moment: Moment::Head,
             weights: 4 * parameters,
@@ -493,23 +509,24 @@ mod tests {
             context: 0,
         };
         assert_eq!(estimate_with(&config, 0), head);
-        assert_eq!(head.total(), 742_784);
-        assert_eq!(estimate_with(&config, 2).total(), 742_784 - 2 * projected);
+        assert_eq!(head.total(), 741_248);
+        assert_eq!(estimate_with(&config, 2).total(), 741_248 - 2 * projected);
     }
 
     #[test]
     fn every_moment_of_a_small_model_is_what_a_hand_calculates() {
         let sizes = Sizes::new(&config(&[&SMALL]));
-        // Six buffers of 32 numbers a position, two of 16, one of 64; two gradients of the stream.
-        let inside = 4 * 128 * (6 * 32 + 2 * 16 + 64) + 2 * 8192;
+        // Six buffers of 32 numbers a position, one of 16, one of 33, one of 64; a gradient of the
+        // stream.
+        let inside = 4 * 128 * (6 * 32 + 16 + 33 + 64) + 8192;
         let last = sizes.in_layer(1, 0);
         assert_eq!(last.workspace, inside);
         // The last layer, the final norm and the head.
         assert_eq!(last.gradients, 4 * (3392 + 32 + 4096));
-        assert_eq!(last.total(), 640_768);
+        assert_eq!(last.total(), 640_256);
         let first = sizes.in_layer(0, 0);
         assert_eq!(first.gradients, last.gradients + 4 * 3392);
-        assert_eq!(last.activations - first.activations, 34_304 + 32_768);
+        assert_eq!(last.activations - first.activations, 33_792 + 32_768);
         // A recomputed layer does not keep its projection, and has it back inside.
         let rebuilt = sizes.in_layer(1, 2);
         assert_eq!(rebuilt.workspace, inside + 32_768);
@@ -524,17 +541,19 @@ mod tests {
     fn the_paper_s_model_in_16_bits_takes_what_a_hand_calculates() {
         let sizes = Sizes::with(&config(&[&LARGE]), 2, true);
         // Chunks of 128 positions: 64 of them, of 2048 · 16 states.
-        let kept = 8192 * (2 * (1024 + 64 + 32) + 8) + 4 * 64 * 2048 * 16;
+        let kept = 8192 * (2 * (1024 + 64 + 32) + 4) + 4 * 64 * 2048 * 16;
         assert_eq!(sizes.kept, kept);
         assert_eq!(sizes.projected, 128 << 19);
         // 2048 norm, 1024 · 4096, 2048 · (4 + 1), 2048 · 96, (64 + 1) · 2048, 2048 · 16, 2048,
         // 2048 · 1024.
         assert_eq!(sizes.layer_parameters, 6_668_288);
-        let scan = 256 << 20;
-        let inside = 2 * 8192 * (6 * 2048 + 2 * 1024 + 4096)
-            + 2 * 4 * 8192 * 1024
-            + scan
-            + 2 * sizes.layer_parameters;
+        // A chunk: 32 states, sums of 32 cubes, ends. 56 of them fit 256 MiB.
+        let (states, sums, ends) = (32 * 2048 * 16, 128 * 32 * 32, 17 * 2048);
+        assert_eq!((256 << 20) / (4 * (states + sums)), 56);
+        let inside = 2 * 8192 * (6 * 2048 + 2 * 1024 + 96 + 4096)
+            + 4 * 8192 * 1024
+            + 56 * 4 * (states + sums + ends)
+            + 2 * 1024 * 4096;
         assert_eq!(sizes.inside, inside);
         assert_eq!(sizes.page, 384 << 20);
         let peak = sizes.in_layer(52, 53);
@@ -545,7 +564,7 @@ mod tests {
     }
 
     #[test]
-    fn accumulation_carried_states_and_norm_have_their_price() {
+    fn accumulation_and_carried_states_have_their_price() {
         let plain = Sizes::new(&config(&[&SMALL]));
         let more = Sizes::new(&config(&[&SMALL, &["train.accumulation=3"]]));
         assert_eq!((plain.accumulated, more.accumulated), (0, 4 * 15_008));
@@ -554,8 +573,6 @@ mod tests {
         let carried = Sizes::new(&config(&[&SMALL, &contiguous]));
         // Four times two sequences, two layers, 32 channels of 16 states and 3 inputs.
         assert_eq!(carried.inputs - plain.inputs, 4 * 2 * (4 * 2 * 32 * 19));
-        let rms = Sizes::new(&config(&[&SMALL, &["model.norm=rms"]]));
-        assert_eq!(plain.kept - rms.kept, 128 * 4);
     }
 
     #[test]
@@ -608,11 +625,11 @@ mod tests {
             config.train.recompute
         };
         assert_eq!(settled(None, "auto"), Recompute::None);
-        // With a twenty-fifth to spare: 742784 of 773800.
-        assert_eq!(settled(Some(773_800), "auto"), Recompute::None);
-        assert_eq!(settled(Some(773_600), "auto"), Recompute::First(1));
-        assert_eq!(settled(Some(739_600), "auto"), Recompute::First(1));
-        assert_eq!(settled(Some(739_400), "auto"), Recompute::All);
+        // With a twenty-fifth to spare: 741248 of 772200.
+        assert_eq!(settled(Some(772_200), "auto"), Recompute::None);
+        assert_eq!(settled(Some(772_000), "auto"), Recompute::First(1));
+        assert_eq!(settled(Some(738_100), "auto"), Recompute::First(1));
+        assert_eq!(settled(Some(737_900), "auto"), Recompute::All);
         assert_eq!(settled(Some(1000), "auto"), Recompute::All);
         assert_eq!(settled(Some(1000), "none"), Recompute::None);
         assert_eq!(settled(Some(1000), "1"), Recompute::First(1));
@@ -640,10 +657,10 @@ mod tests {
     #[test]
     fn a_run_is_refused_only_far_above_the_limit() {
         let config = config(&[&SMALL, &["train.recompute=none"]]);
-        assert_eq!(excess(&config, 742_784), None);
-        assert_eq!(excess(&config, 742_784 * 10 / 11 + 100), None);
-        let reason = excess(&config, 742_784 * 10 / 11 - 100).expect("too much");
-        assert!(reason.contains("about 725.4 KiB"), "{reason}");
+        assert_eq!(excess(&config, 741_248), None);
+        assert_eq!(excess(&config, 741_248 * 10 / 11 + 100), None);
+        let reason = excess(&config, 741_248 * 10 / 11 - 100).expect("too much");
+        assert!(reason.contains("about 723.9 KiB"), "{reason}");
         assert_eq!(excess(&config, u64::MAX), None);
     }
 
