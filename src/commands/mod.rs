@@ -199,8 +199,8 @@ pub fn start_logging(verbose: u8) {
         // CubeCL says of every failed allocation that it is tried again, and of everything that
         // needed it that it failed: the error at the end says it once.
         0 => {
-            "warn,cubecl_server=error,cubecl_runtime=error,mambabyte=info,mambabyte_datasets=info,\
-             mambabyte_kernels=info"
+            "warn,cubecl_common=error,cubecl_server=error,cubecl_runtime=error,\
+             mambabyte=info,mambabyte_datasets=info,mambabyte_kernels=info"
         }
         1 => "info,mambabyte=debug,mambabyte_datasets=debug,mambabyte_kernels=debug",
         _ => "trace",
