@@ -255,7 +255,8 @@ fn on_gpu(config: &Config) -> bool {
 /// Bytes of a number in the computation.
 fn number_bytes(precision: Precision) -> u64 {
     match precision {
-        Precision::Fp32 => 4,
+        Precision::Fp32 | Precision::Tf32 => 4,
+        Precision::Bf16 => 2,
     }
 }
 

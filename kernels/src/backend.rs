@@ -8,13 +8,15 @@
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{
-    AutodiffBackend, Backend, Dispatch, ExtensionType, TensorMetadata, backend_extension,
+    AutodiffBackend, Backend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchTensor,
+    DispatchTensorKind, ExtensionType, TensorMetadata, backend_extension,
 };
-use burn::tensor::{Slice, Tensor};
+use burn::tensor::{DType, Slice, Tensor};
 use burn_autodiff::Autodiff;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 
 use crate::adamw::AdamwStep;
+use crate::adamw::int8::RawMoments;
 use crate::add_norm::{NormGrads, NormInputs, NormKind, NormOutputs, NormSaved};
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
 use crate::linear::{self, Product, Target};
@@ -90,18 +92,30 @@ pub trait MambaKernels: Backend {
         inputs: NormalizeBackward<FloatTensor<Self>>,
     ) -> NormalizeGrads<FloatTensor<Self>>;
 
+    /// Rows of `weight` `[V, D]` (f32) that `bytes` `[M]` name, `[M, D]`, f32.
+    fn byte_embedding(weight: FloatTensor<Self>, bytes: IntTensor<Self>) -> FloatTensor<Self>;
+
+    /// Gradient of the `rows` = V rows of [`byte_embedding`](Self::byte_embedding)'s weight, `[V, D]`, for
+    /// the gradient `dy`, `[M, D]` (f32), of its output.
+    fn byte_embedding_backward(
+        bytes: IntTensor<Self>,
+        dy: FloatTensor<Self>,
+        rows: usize,
+    ) -> FloatTensor<Self>;
+
     /// Per-row loss and log-sum-exp, both `[M]` f32, of `logits` `[M, V]` and `targets` `[M]`.
     fn cross_entropy(
         logits: FloatTensor<Self>,
         targets: IntTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
-    /// Gradient of the logits, `[M, V]`, for per-row loss gradients `dloss` `[M]`.
+    /// Gradient of the logits, `[M, V]` in `dtype`, for per-row loss gradients `dloss` `[M]`.
     fn cross_entropy_backward(
         logits: FloatTensor<Self>,
         targets: IntTensor<Self>,
         log_sum_exp: FloatTensor<Self>,
         dloss: FloatTensor<Self>,
+        dtype: DType,
     ) -> FloatTensor<Self>;
 
     /// The matrix product `op(a) · op(b)`, where every axis of an operand before its last counts as
@@ -147,6 +161,20 @@ pub trait MambaKernels: Backend {
         grad_scale: FloatTensor<Self>,
         step: AdamwStep,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+
+    /// See [`adamw_int8_step`](crate::adamw::int8::adamw_int8_step): returns the parameter and its
+    /// moments, updated.
+    fn adamw_int8_step(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        moments: RawMoments<Self>,
+        grad_scale: FloatTensor<Self>,
+        step: AdamwStep,
+    ) -> (FloatTensor<Self>, RawMoments<Self>);
+
+    /// See [`sum_squares`](crate::sum_squares::sum_squares): at least one tensor, of any shapes;
+    /// returns `[1]`, f32.
+    fn sum_squares(tensors: Vec<FloatTensor<Self>>) -> FloatTensor<Self>;
 }
 
 /// An optional tensor that Burn's dispatch macro can route (it does not take `Option` arguments).
@@ -165,6 +193,49 @@ impl<B: Backend> OptionalTensor<B> {
             Self::Present(tensor) => Some(tensor),
             Self::Absent => None,
         }
+    }
+}
+
+/// Any number of tensors that Burn's dispatch macro can route (it does not take `Vec` arguments).
+#[derive(Clone, Debug)]
+pub struct TensorList<B: Backend>(pub Vec<FloatTensor<B>>);
+
+impl<B: Backend> ExtensionType<B> for TensorList<B> {
+    type Target = TensorList<Dispatch>;
+
+    fn map_to_dispatch<F>(self, map_kind: F, autodiff: DispatchAutodiffContext) -> Self::Target
+    where
+        F: Fn(BackendTensor<B>) -> DispatchTensorKind,
+    {
+        let wrap = |tensor| DispatchTensor {
+            kind: map_kind(BackendTensor::Float(tensor)),
+            autodiff,
+        };
+        TensorList(self.0.into_iter().map(wrap).collect())
+    }
+
+    fn map_from_dispatch<F>(target: Self::Target, unwrap_kind: F) -> Self
+    where
+        F: Fn(DispatchTensor) -> BackendTensor<B>,
+    {
+        let unwrap = |tensor| unwrap_kind(tensor).float();
+        Self(target.0.into_iter().map(unwrap).collect())
+    }
+
+    fn routing_tensor(target: &Self::Target) -> Option<&DispatchTensor> {
+        target.0.first()
+    }
+
+    fn routing_float_tensor(target: &Self::Target) -> Option<&DispatchTensor> {
+        target.0.first()
+    }
+
+    fn autodiff_context(target: &Self::Target) -> DispatchAutodiffContext {
+        let contexts = target.0.iter().map(|tensor| tensor.autodiff);
+        contexts.fold(
+            DispatchAutodiffContext::Disabled,
+            DispatchAutodiffContext::merge,
+        )
     }
 }
 
@@ -219,8 +290,14 @@ pub trait MambaOps: Backend {
         kind: NormKind,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
+    /// Returns the rows of all bytes.
+    fn embedding_op(weight: FloatTensor<Self>, bytes: IntTensor<Self>) -> FloatTensor<Self>;
+
     /// Returns the loss of every row.
     fn cross_entropy_op(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self>;
+
+    /// The product of two matrices, without gradient.
+    fn product_op(a: FloatTensor<Self>, b: FloatTensor<Self>, how: Product) -> FloatTensor<Self>;
 
     /// See [`linear`](crate::linear::linear).
     fn linear_op(
@@ -245,6 +322,18 @@ pub trait MambaOps: Backend {
         grad_scale: FloatTensor<Self>,
         step: AdamwStep,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+
+    /// Returns the parameter and its moments.
+    fn adamw_int8_op(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        #[extension_type] moments: RawMoments<Self>,
+        grad_scale: FloatTensor<Self>,
+        step: AdamwStep,
+    ) -> (FloatTensor<Self>, RawMoments<Self>);
+
+    /// Returns the sum, `[1]`.
+    fn sum_squares_op(#[extension_type] tensors: TensorList<Self>) -> FloatTensor<Self>;
 }
 
 /// On a backend without autodiff an operation is its kernel's forward pass.
@@ -318,11 +407,26 @@ macro_rules! forward_to_kernels {
                 (out.y, out.sum)
             }
 
+            fn embedding_op(
+                weight: FloatTensor<Self>,
+                bytes: IntTensor<Self>,
+            ) -> FloatTensor<Self> {
+                <Self as MambaKernels>::byte_embedding(weight, bytes)
+            }
+
             fn cross_entropy_op(
                 logits: FloatTensor<Self>,
                 targets: IntTensor<Self>,
             ) -> FloatTensor<Self> {
                 <Self as MambaKernels>::cross_entropy(logits, targets).0
+            }
+
+            fn product_op(
+                a: FloatTensor<Self>,
+                b: FloatTensor<Self>,
+                how: Product,
+            ) -> FloatTensor<Self> {
+                <Self as MambaKernels>::product(a, b, how, Target::New)
             }
 
             fn linear_op(
@@ -360,6 +464,20 @@ macro_rules! forward_to_kernels {
                 step: AdamwStep,
             ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
                 <Self as MambaKernels>::adamw_step(param, grad, moment1, moment2, grad_scale, step)
+            }
+
+            fn adamw_int8_op(
+                param: FloatTensor<Self>,
+                grad: FloatTensor<Self>,
+                moments: RawMoments<Self>,
+                grad_scale: FloatTensor<Self>,
+                step: AdamwStep,
+            ) -> (FloatTensor<Self>, RawMoments<Self>) {
+                <Self as MambaKernels>::adamw_int8_step(param, grad, moments, grad_scale, step)
+            }
+
+            fn sum_squares_op(tensors: TensorList<Self>) -> FloatTensor<Self> {
+                <Self as MambaKernels>::sum_squares(tensors.0)
             }
         }
     };

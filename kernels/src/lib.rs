@@ -7,10 +7,12 @@
 //! | [`causal_conv1d`] | depthwise causal convolution, with bias and SiLU |
 //! | [`add_norm`] | residual addition followed by RMSNorm or LayerNorm |
 //! | [`norm`] | normalisation in pieces, for operations that fuse a whole layer |
+//! | [`embedding`] | one row of a table for every byte |
 //! | [`cross_entropy`] | softmax cross-entropy, one loss a row |
 //! | [`linear`] | matrix products of reduced precision and their gradients |
 //! | [`mamba_layer`] | a residual Mamba layer, norm to addition, in one operation |
-//! | [`adamw`] | one AdamW update of one parameter |
+//! | [`adamw`] | one AdamW update of one parameter, its moments in f32 or in 8 bits |
+//! | [`sum_squares`] | sum of the squares of many tensors, for the norm of a gradient |
 //! | [`pscan`] | first-order linear recurrence by a parallel (Blelloch) scan, in tensor operations |
 //!
 //! Every operation is one folder: `mod.rs` has the contract and the shape checks, `reference.rs`
@@ -41,6 +43,7 @@ pub mod causal_conv1d;
 pub mod cross_entropy;
 #[cfg(feature = "cube")]
 mod cube;
+pub mod embedding;
 #[cfg(feature = "flex")]
 mod flex;
 pub mod linear;
@@ -48,6 +51,7 @@ pub mod mamba_layer;
 pub mod norm;
 pub mod pscan;
 pub mod selective_scan;
+pub mod sum_squares;
 
 pub use backend::MambaKernels;
 

@@ -1,10 +1,10 @@
 //! What the operations' tests share: devices, reproducible data, comparison.
 
-use burn::backend::tensor::FloatTensor;
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{
     BackendTensor, DispatchAutodiffContext, DispatchTensor, DispatchTensorKind, Flex,
 };
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::MambaKernels;
 
@@ -152,6 +152,8 @@ pub(crate) trait Raw: MambaKernels {
     fn devices() -> Vec<Device>;
     /// The raw tensor of a tensor on one of the backend's devices.
     fn float<const D: usize>(tensor: Tensor<D>) -> FloatTensor<Self>;
+    /// See [`float`](Self::float).
+    fn int<const D: usize>(tensor: Tensor<D, Int>) -> IntTensor<Self>;
     /// The inverse of [`float`](Self::float).
     fn tensor<const D: usize>(raw: FloatTensor<Self>) -> Tensor<D>;
 }
@@ -167,6 +169,13 @@ macro_rules! raw {
             fn float<const D: usize>(tensor: Tensor<D>) -> FloatTensor<Self> {
                 match tensor.into_dispatch().kind {
                     DispatchTensorKind::$variant(tensor) => tensor.float(),
+                    other => panic!("a tensor of another backend: {other:?}"),
+                }
+            }
+
+            fn int<const D: usize>(tensor: Tensor<D, Int>) -> IntTensor<Self> {
+                match tensor.into_dispatch().kind {
+                    DispatchTensorKind::$variant(tensor) => tensor.int(),
                     other => panic!("a tensor of another backend: {other:?}"),
                 }
             }

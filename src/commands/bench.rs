@@ -8,6 +8,7 @@ use std::time::Instant;
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use clap::{Args, Subcommand, ValueEnum};
 use mambabyte_datasets::Batch;
+use mambabyte_kernels::linear::{Product, product};
 use mambabyte_kernels::selective_scan::{Scan, selective_scan};
 use serde::Serialize;
 
@@ -97,6 +98,12 @@ pub struct GemmArgs {
     /// Rows of the left matrix: B · L
     #[arg(long, value_name = "M", default_value_t = 8192, value_parser = super::positive)]
     pub rows: usize,
+    /// Let products of f32 matrices round them to TF32
+    #[arg(long)]
+    pub tf32: bool,
+    /// Measure Burn's own products too
+    #[arg(long)]
+    pub burn: bool,
     /// Where and in which storage.
     #[command(flatten)]
     pub place: Place,
@@ -224,6 +231,9 @@ fn scan(args: &ScanArgs) -> Result<Vec<Line>> {
     ])
 }
 
+/// Calls between two waits for the device: one alone would measure the wait.
+const INNER: usize = 10;
+
 /// The products of a block of MambaByte-353M.
 const PRODUCTS: [(&str, usize, usize); 4] = [
     ("in_proj", 1024, 4096),
@@ -244,9 +254,11 @@ fn gemm(args: &GemmArgs) -> Result<Vec<Line>> {
         let error = relative_error(&x, &w);
         let mut add = |pass: &str, error: Option<f64>, work: &dyn Fn()| -> Result<()> {
             let milliseconds = measure(&device, args.common.repeat, || {
-                work();
+                for _ in 0..INNER {
+                    work();
+                }
                 Ok(())
-            })?;
+            })? / INNER as f64;
             lines.push(Line {
                 name: format!("{name} {m} x {k} x {n} {pass}"),
                 milliseconds,
@@ -256,15 +268,30 @@ fn gemm(args: &GemmArgs) -> Result<Vec<Line>> {
             });
             Ok(())
         };
+        let tf32 = args.tf32;
+        let plain = Product::plain(dtype, tf32);
+        let right = Product::right_transposed(dtype, tf32);
+        let left = Product::left_transposed(DType::F32, tf32);
         add("y", Some(error), &|| {
-            let _ = x.clone().matmul(w.clone());
+            let _ = product(x.clone(), w.clone(), plain);
         })?;
         add("dX", None, &|| {
-            let _ = dy.clone().matmul(w.clone().transpose());
+            let _ = product(dy.clone(), w.clone(), right);
         })?;
         add("dW", None, &|| {
-            let _ = x.clone().transpose().matmul(dy.clone());
+            let _ = product(x.clone(), dy.clone(), left);
         })?;
+        if args.burn {
+            add("y (Burn's)", None, &|| {
+                let _ = x.clone().matmul(w.clone());
+            })?;
+            add("dX (Burn's)", None, &|| {
+                let _ = dy.clone().matmul(w.clone().transpose());
+            })?;
+            add("dW (Burn's)", None, &|| {
+                let _ = x.clone().transpose().matmul(dy.clone());
+            })?;
+        }
     }
     Ok(lines)
 }
@@ -274,7 +301,8 @@ fn relative_error(x: &Tensor<2>, w: &Tensor<2>) -> f64 {
     let [k, n] = w.dims();
     let rows = 8.min(x.dims()[0]);
     let values = |t: Tensor<2>| t.into_data().iter::<f64>().collect::<Vec<_>>();
-    let got = values(x.clone().matmul(w.clone()).slice([0..rows, 0..n]));
+    let how = Product::plain(x.dtype(), false);
+    let got = values(product(x.clone(), w.clone(), how).slice([0..rows, 0..n]));
     let x = values(x.clone().slice([0..rows, 0..k]));
     let w = values(w.clone());
     let (mut difference, mut norm) = (0.0, 0.0);

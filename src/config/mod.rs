@@ -135,6 +135,21 @@ impl Config {
                 "it counts from the start of the run, warm-up included",
             );
         }
+        if reader.sound(&[
+            "train.precision",
+            "model.fused_add_norm",
+            "model.use_fast_path",
+        ]) && self.train.precision == Precision::Bf16
+            && !self.model.is_fused()
+        {
+            reader.reject(
+                "train.precision",
+                "\"bf16\"".to_owned(),
+                "\"fp32\" or \"tf32\"".to_owned(),
+                "only fused blocks compute in bf16: set `model.use_fast_path`, \
+                 `model.fused_add_norm` and `model.pscan` to true",
+            );
+        }
         let shape = [
             "model.preset",
             "model.dim",

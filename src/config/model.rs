@@ -62,9 +62,11 @@ pub struct MambaConfig {
     pub tie_embeddings: bool,
     /// Whether a norm stands before the head. Default true.
     pub final_norm: bool,
-    /// Keep the residual stream in fp32 whatever the compute precision. Default true.
+    /// Keep the residual stream in fp32 whatever the compute precision. Default true. False is
+    /// accepted for other programs' configs and changes nothing: what backward keeps of the stream
+    /// is its normalised form in the compute precision, so a stream in bf16 would save no memory.
     pub residual_in_fp32: bool,
-    /// Residual sum and norm in one kernel; false uses separate operations. Default true.
+    /// Norm, mixer and residual sum in one operation; false uses separate ones. Default true.
     pub fused_add_norm: bool,
     /// Fused kernels inside the mixer; false exposes every intermediate value, slowly.
     pub use_fast_path: bool,
@@ -125,6 +127,11 @@ impl MambaConfig {
             preset,
             ..Self::new(dim, depth)
         })
+    }
+
+    /// Whether a residual block runs as one operation; otherwise one after the other, in f32.
+    pub fn is_fused(&self) -> bool {
+        self.pscan && self.use_fast_path && self.fused_add_norm
     }
 
     /// Inner width E.

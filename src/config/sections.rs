@@ -104,7 +104,7 @@ impl TrainConfig {
             precision: section.choice(
                 "precision",
                 Some(Precision::Fp32),
-                "this version computes in fp32 only",
+                "bf16 is for NVIDIA GPUs; the CPU is fastest in fp32",
             ),
             memory_limit: section.memory("memory_limit", MemoryLimit::None),
             threads: section.size("threads", 0, 4096, Some(0), "0 means one for each core"),

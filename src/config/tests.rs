@@ -80,7 +80,7 @@ dt_max = 0.1
 steps = -5
 lenght = 100
 batch = 1e3
-precision = \"bf16\"
+precision = \"fp8\"
 [optimiser]
 lr = 1
 [data]
@@ -97,8 +97,8 @@ path = 7
          hint: it cannot be negative",
         "`train.batch` (line 10): got `1000.0`, expected an integer from 1 to 1048576\n\
          hint: write `1000`, without a decimal point or an exponent",
-        "`train.precision` (line 11): got `\"bf16\"`, expected \"fp32\"\n\
-         hint: this version computes in fp32 only",
+        "`train.precision` (line 11): got `\"fp8\"`, expected one of \"fp32\", \"tf32\", \"bf16\"\n\
+         hint: bf16 is for NVIDIA GPUs; the CPU is fastest in fp32",
         "`data.path` (line 15): got `7`, expected text that is not empty\n\
          hint: write it in double quotes",
         "`optimiser` (line 13): no such section\nhint: did you mean `[optimizer]`?",

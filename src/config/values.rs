@@ -150,6 +150,11 @@ choice! {
     pub enum Precision {
         /// 32-bit floating point throughout.
         Fp32 = "fp32",
+        /// The same, with matrix products rounded to 19 bits where the device has them (TF32).
+        Tf32 = "tf32",
+        /// Activations and matrix products in bfloat16; parameters, the residual stream, the
+        /// recurrence and all sums in fp32.
+        Bf16 = "bf16",
     }
 }
 

@@ -1,8 +1,10 @@
 //! Residual blocks and their stack.
 
-use burn::module::Module;
+use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
+use mambabyte_kernels::mamba_layer::{LayerSettings, MambaLayer, mamba_layer};
 
+use super::compute::Compute;
 use super::init::Init;
 use super::mixer::MambaBlock;
 use super::norm::Norm;
@@ -10,14 +12,19 @@ use super::state::{LayerState, State};
 use crate::config::MambaConfig;
 
 /// A block with its norm in the residual stream: `r ← r + mixer(norm(r))`.
-///
-/// The addition waits for the next block, whose norm does it in the same pass ("add, norm, mix").
 #[derive(Module, Debug)]
 pub struct ResidualBlock {
     /// Norm before the mixer.
     pub norm: Norm,
     /// The state-space layer.
     pub mixer: MambaBlock,
+    /// One operation for all of it, or one after the other.
+    #[module(skip)]
+    fused: bool,
+    #[module(skip)]
+    compute: Compute,
+    #[module(skip)]
+    recompute: bool,
 }
 
 impl ResidualBlock {
@@ -30,6 +37,9 @@ impl ResidualBlock {
         Self {
             norm: Norm::new(init, config),
             mixer: MambaBlock::with_init(init, config),
+            fused: config.is_fused(),
+            compute: Compute::default(),
+            recompute: false,
         }
     }
 
@@ -38,14 +48,58 @@ impl ResidualBlock {
     /// # Shapes
     ///
     /// - x, output: `[B, L, D]`
+    /// - resets: `[B, L]`, 1 where a document begins
     pub fn forward(
         &self,
         x: Tensor<3>,
         state: Option<LayerState>,
         resets: Option<Tensor<2>>,
     ) -> (Tensor<3>, LayerState) {
-        let (x, residual, state) = self.forward_deferred(x, None, state, resets);
-        (x + residual, state)
+        if self.fused {
+            return self.forward_fused(x, state, resets);
+        }
+        let normalised = self.norm.forward(x.clone());
+        let (mixed, state) = self.mixer.forward(normalised, state, resets);
+        (x + mixed, state)
+    }
+
+    fn forward_fused(
+        &self,
+        stream: Tensor<3>,
+        state: Option<LayerState>,
+        resets: Option<Tensor<2>>,
+    ) -> (Tensor<3>, LayerState) {
+        let bias = |bias: &Option<Param<Tensor<1>>>| bias.as_ref().map(Param::val);
+        let (h, window) = state.map(|state| (state.h, state.window)).unzip();
+        let mixer = &self.mixer;
+        let (stream, h, window) = mamba_layer(MambaLayer {
+            stream,
+            norm: self.norm.weight.val(),
+            norm_bias: bias(&self.norm.bias),
+            in_proj: mixer.in_proj.weight.val(),
+            in_bias: bias(&mixer.in_proj.bias),
+            conv: mixer.conv1d.weight.val(),
+            conv_bias: bias(&mixer.conv1d.bias),
+            x_proj: mixer.x_proj.weight.val(),
+            dt_proj: mixer.dt_proj.weight.val(),
+            dt_bias: bias(&mixer.dt_proj.bias),
+            a_log: mixer.a_log.val(),
+            rates: mixer.rates.clone(),
+            d: mixer.d.val(),
+            out_proj: mixer.out_proj.weight.val(),
+            out_bias: bias(&mixer.out_proj.bias),
+            h,
+            window,
+            resets,
+            settings: LayerSettings {
+                norm: self.norm.kind,
+                eps: self.norm.eps,
+                dtype: self.compute.dtype,
+                tf32: self.compute.tf32,
+                keep: !self.recompute,
+            },
+        });
+        (stream, LayerState { h, window })
     }
 
     /// One position of [`forward`](Self::forward).
@@ -57,20 +111,6 @@ impl ResidualBlock {
         let [batch, width] = x.dims();
         let (y, state) = self.forward(x.reshape([batch, 1, width]), Some(state), None);
         (y.reshape([batch, width]), state)
-    }
-
-    /// The block with its addition left to the consumer: `(mixer output, residual, memory)`, whose
-    /// first two add up to the block's result.
-    pub(crate) fn forward_deferred(
-        &self,
-        x: Tensor<3>,
-        residual: Option<Tensor<3>>,
-        state: Option<LayerState>,
-        resets: Option<Tensor<2>>,
-    ) -> (Tensor<3>, Tensor<3>, LayerState) {
-        let (normalised, residual) = self.norm.forward(x, residual);
-        let (mixed, state) = self.mixer.forward(normalised, state, resets);
-        (mixed, residual, state)
     }
 }
 
@@ -100,12 +140,33 @@ impl Mamba {
         }
     }
 
+    /// The stack, computing in the given format. Only fused blocks have formats other than f32.
+    pub fn with_compute(mut self, compute: Compute) -> Self {
+        for layer in &mut self.layers {
+            layer.compute = compute;
+        }
+        self
+    }
+
+    /// The stack, of whose first `layers` blocks the backward pass keeps little and recomputes the
+    /// rest. The results have the same bits.
+    pub fn with_recompute(mut self, layers: usize) -> Self {
+        for (i, layer) in self.layers.iter_mut().enumerate() {
+            layer.recompute = i < layers;
+        }
+        self
+    }
+
     /// Runs the stack; without a state it starts from zero.
     ///
     /// # Shapes
     ///
     /// - x, output: `[B, L, D]`
     /// - resets: `[B, L]`, 1 where a document begins
+    ///
+    /// # Panics
+    ///
+    /// If the state is of another number of layers.
     pub fn forward(
         &self,
         x: Tensor<3>,
@@ -113,36 +174,25 @@ impl Mamba {
         resets: Option<Tensor<2>>,
     ) -> (Tensor<3>, State) {
         let before = state.map_or_else(Vec::new, |state| state.layers);
-        let (x, residual, layers) = self.forward_from(0, x, before, resets);
-        (self.finish(x, residual), State { layers })
-    }
-
-    /// Runs the layers from `first` on, from the residual stream `x` before it and their memories
-    /// (none: zeros): `(mixer output, residual, memories)`, whose first two add up.
-    pub(crate) fn forward_from(
-        &self,
-        first: usize,
-        x: Tensor<3>,
-        before: Vec<LayerState>,
-        resets: Option<Tensor<2>>,
-    ) -> (Tensor<3>, Option<Tensor<3>>, Vec<LayerState>) {
-        let layers = &self.layers[first..];
         assert!(
-            before.is_empty() || before.len() == layers.len(),
+            before.is_empty() || before.len() == self.layers.len(),
             "Mamba: the state has {} layers and the model {}",
             before.len(),
-            layers.len()
+            self.layers.len()
         );
         let mut before = before.into_iter();
-        let mut after = Vec::with_capacity(layers.len());
-        let (mut x, mut residual) = (x, None);
-        for layer in layers {
-            let (mixed, sum, state) =
-                layer.forward_deferred(x, residual, before.next(), resets.clone());
-            (x, residual) = (mixed, Some(sum));
+        let mut after = Vec::with_capacity(self.layers.len());
+        let mut stream = x;
+        for layer in &self.layers {
+            let (next, state) = layer.forward(stream, before.next(), resets.clone());
+            stream = next;
             after.push(state);
         }
-        (x, residual, after)
+        let out = match &self.norm_f {
+            Some(norm) => norm.forward(stream),
+            None => stream,
+        };
+        (out, State { layers: after })
     }
 
     /// One position of [`forward`](Self::forward).
@@ -154,14 +204,5 @@ impl Mamba {
         let [batch, width] = x.dims();
         let (y, state) = self.forward(x.reshape([batch, 1, width]), Some(state), None);
         (y.reshape([batch, width]), state)
-    }
-
-    /// The last addition, and the final norm.
-    pub(crate) fn finish(&self, x: Tensor<3>, residual: Option<Tensor<3>>) -> Tensor<3> {
-        match (&self.norm_f, residual) {
-            (Some(norm), residual) => norm.forward(x, residual).0,
-            (None, Some(residual)) => x + residual,
-            (None, None) => x,
-        }
     }
 }

@@ -2,7 +2,10 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Int, Tensor};
+use mambabyte_kernels::embedding::embedding;
+use mambabyte_kernels::linear;
 
+use super::compute::Compute;
 use super::init::Init;
 
 /// `y = x · weight + bias` over the last axis.
@@ -14,6 +17,8 @@ pub struct Linear {
     pub weight: Param<Tensor<2>>,
     /// `[out]`.
     pub bias: Option<Param<Tensor<1>>>,
+    #[module(skip)]
+    pub(super) compute: Compute,
 }
 
 impl Linear {
@@ -28,6 +33,7 @@ impl Linear {
         Self {
             weight: init.uniform(bound, [input, output]),
             bias: bias.then(|| init.constant(0.0, [output])),
+            compute: Compute::default(),
         }
     }
 
@@ -50,30 +56,38 @@ impl Linear {
 
     /// The product alone, for a consumer that adds the bias itself.
     pub(super) fn project(&self, x: Tensor<3>) -> Tensor<3> {
-        let [batch, length, input] = x.dims();
-        let weight = self.weight.val();
-        let [_, output] = weight.dims();
-        x.reshape([batch * length, input])
-            .matmul(weight)
-            .reshape([batch, length, output])
+        product(x, self.weight.val(), false, self.compute)
     }
 }
 
+/// `x · weight` (or `x · weightᵀ`) over the last axis, in f32, of operands in the compute type.
+fn product(x: Tensor<3>, weight: Tensor<2>, transposed: bool, compute: Compute) -> Tensor<3> {
+    let [batch, length, input] = x.dims();
+    let output = weight.dims()[usize::from(!transposed)];
+    linear::linear(linear::Linear {
+        x: x.reshape([batch * length, input]).cast(compute.dtype),
+        weight,
+        transposed,
+        dtype: DType::F32,
+        tf32: compute.tf32,
+    })
+    .reshape([batch, length, output])
+}
+
 /// One row of `weight` for every byte.
-///
-/// Computed as a product with the one-hot matrix of the bytes: its gradient is then a product too,
-/// where a gather's would be an atomic scatter whose sums change from run to run. With 256 rows
-/// that costs less than a tenth of one layer.
 #[derive(Module, Debug)]
 pub struct Embedding {
     /// `[V, D]`.
     pub weight: Param<Tensor<2>>,
+    #[module(skip)]
+    pub(super) compute: Compute,
 }
 
 impl Embedding {
     pub(super) fn new(init: &mut Init, [rows, width]: [usize; 2], deviation: f64) -> Self {
         Self {
             weight: init.normal(deviation, [rows, width]),
+            compute: Compute::default(),
         }
     }
 
@@ -84,16 +98,7 @@ impl Embedding {
     /// - bytes: `[B, L]`
     /// - output: `[B, L, D]`
     pub fn forward(&self, bytes: Tensor<2, Int>) -> Tensor<3> {
-        let [batch, length] = bytes.dims();
-        let weight = self.weight.val();
-        let [rows, width] = weight.dims();
-        let all = Tensor::<1, Int>::arange(0..rows as i64, &bytes.device()).reshape([1, rows]);
-        let one_hot = bytes
-            .reshape([batch * length, 1])
-            .equal(all)
-            .float()
-            .cast(DType::F32);
-        one_hot.matmul(weight).reshape([batch, length, width])
+        embedding(self.weight.val(), bytes)
     }
 
     /// Logits of a head that shares this weight: `x · weightᵀ`.
@@ -103,11 +108,6 @@ impl Embedding {
     /// - x: `[B, L, D]`
     /// - output: `[B, L, V]`
     pub fn attend(&self, x: Tensor<3>) -> Tensor<3> {
-        let [batch, length, width] = x.dims();
-        let weight = self.weight.val();
-        let [rows, _] = weight.dims();
-        x.reshape([batch * length, width])
-            .matmul(weight.transpose())
-            .reshape([batch, length, rows])
+        product(x, self.weight.val(), true, self.compute)
     }
 }

@@ -5,6 +5,7 @@ use burn::tensor::{Device, Int, Tensor};
 use mambabyte_kernels::cross_entropy::cross_entropy;
 
 use super::block::Mamba;
+use super::compute::Compute;
 use super::init::Init;
 use super::linear::{Embedding, Linear};
 use super::state::State;
@@ -103,6 +104,22 @@ impl MambaLm {
         self
     }
 
+    /// The model, computing in the given format.
+    pub fn with_compute(mut self, compute: Compute) -> Self {
+        self.embedding.compute = compute;
+        if let Some(head) = &mut self.lm_head {
+            head.compute = compute;
+        }
+        self.backbone = self.backbone.with_compute(compute);
+        self
+    }
+
+    /// See [`Mamba::with_recompute`].
+    pub fn with_recompute(mut self, layers: usize) -> Self {
+        self.backbone = self.backbone.with_recompute(layers);
+        self
+    }
+
     /// Loss of every position in nats, and the memory after the last.
     ///
     /// # Shapes
@@ -121,7 +138,7 @@ impl MambaLm {
     }
 
     /// Logits from the stack's output.
-    pub(crate) fn head(&self, x: Tensor<3>) -> Tensor<3> {
+    fn head(&self, x: Tensor<3>) -> Tensor<3> {
         let logits = match &self.lm_head {
             Some(head) => head.forward(x),
             None => self.embedding.attend(x),
@@ -136,7 +153,7 @@ impl MambaLm {
     }
 
     /// Loss of every position, `[B · L]`, of `logits` `[B, L, V]`.
-    pub(crate) fn cross_entropy(logits: Tensor<3>, targets: Tensor<2, Int>) -> Tensor<1> {
+    fn cross_entropy(logits: Tensor<3>, targets: Tensor<2, Int>) -> Tensor<1> {
         let [batch, length, vocabulary] = logits.dims();
         cross_entropy(
             logits.reshape([batch * length, vocabulary]),

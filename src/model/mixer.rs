@@ -6,6 +6,7 @@ use mambabyte_kernels::causal_conv1d::{self, Conv};
 use mambabyte_kernels::pscan;
 use mambabyte_kernels::selective_scan::{self, Scan};
 
+use super::compute::Compute;
 use super::init::Init;
 use super::linear::Linear;
 use super::state::LayerState;
@@ -58,7 +59,7 @@ pub struct MambaBlock {
     pub out_proj: Linear,
     /// `-exp(a_log)`, where weights no longer change.
     #[module(skip)]
-    rates: Option<Tensor<2>>,
+    pub(super) rates: Option<Tensor<2>>,
     #[module(skip)]
     fused_conv: bool,
     #[module(skip)]
@@ -206,5 +207,6 @@ fn dt_proj(init: &mut Init, config: &MambaConfig) -> Linear {
             DtInit::Constant => init.constant(bound as f32, dims),
         },
         bias: Some(init.delta_bias(dims[1], config.dt_min, config.dt_max, config.dt_init_floor)),
+        compute: Compute::default(),
     }
 }

@@ -13,6 +13,7 @@
 //! V vocabulary.
 
 mod block;
+mod compute;
 mod init;
 mod linear;
 mod lm;
@@ -23,6 +24,7 @@ mod state;
 mod tests;
 
 pub use block::{Mamba, ResidualBlock};
+pub use compute::Compute;
 pub use linear::{Embedding, Linear};
 pub use lm::MambaLm;
 pub use mixer::MambaBlock;

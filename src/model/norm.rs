@@ -1,4 +1,4 @@
-//! RMSNorm or LayerNorm, alone or fused with the residual addition before it.
+//! RMSNorm or LayerNorm.
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
@@ -20,9 +20,9 @@ pub struct Norm {
     /// `[D]`; LayerNorm only.
     pub bias: Option<Param<Tensor<1>>>,
     #[module(skip)]
-    eps: f32,
+    pub(super) eps: f32,
     #[module(skip)]
-    kind: NormKind,
+    pub(super) kind: NormKind,
     #[module(skip)]
     fused: bool,
 }
@@ -43,24 +43,24 @@ impl Norm {
         }
     }
 
-    /// Adds `x` to the residual stream and normalises the sum: `(normalised, sum)`.
+    /// Normalises every position.
     ///
     /// # Shapes
     ///
-    /// - x, residual, both outputs: `[B, L, D]`
-    pub fn forward(&self, x: Tensor<3>, residual: Option<Tensor<3>>) -> (Tensor<3>, Tensor<3>) {
+    /// - x, output: `[B, L, D]`
+    pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
         let args = AddNorm {
             x,
-            residual,
+            residual: None,
             weight: self.weight.val(),
             bias: self.bias.as_ref().map(Param::val),
             eps: self.eps,
             kind: self.kind,
         };
         if self.fused {
-            add_norm::add_norm(args)
+            add_norm::add_norm(args).0
         } else {
-            add_norm::reference::add_norm(args)
+            add_norm::reference::add_norm(args).0
         }
     }
 }

@@ -171,7 +171,11 @@ impl Checkpoint {
 
     /// The model with the checkpoint's weights, on `device`.
     pub fn model(&self, device: &Device) -> Result<MambaLm> {
-        let model = self.config.model.init_lm(0, device);
+        let model = self
+            .config
+            .model
+            .init_lm(0, device)
+            .with_compute(self.config.train.precision.into());
         self.load_weights(model)
     }
 

@@ -6,7 +6,6 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use mambabyte_datasets::Batch;
 
 use super::optimizer::{AdamW, clip_factor, global_norm};
-use super::recompute;
 use crate::config::{Config, Mode};
 use crate::error::{Error, Result};
 use crate::model::{MambaLm, State};
@@ -72,7 +71,13 @@ impl Learner {
         let device = device.clone().autodiff();
         Self {
             config: config.clone(),
-            model: Some(config.model.init_lm(config.train.seed, &device)),
+            model: Some(
+                config
+                    .model
+                    .init_lm(config.train.seed, &device)
+                    .with_compute(config.train.precision.into())
+                    .with_recompute(config.train.recompute.layers(config.model.depth)),
+            ),
             optimizer: AdamW::new(&config.optimizer),
             carried: vec![None; config.train.accumulation],
             device,
@@ -127,12 +132,22 @@ impl Learner {
         }
         let grads = accumulator.grads();
         let norm = global_norm(self.weights(), &grads);
-        let factor = clip_factor(norm.clone(), self.config.optimizer.clip);
+        let loss = Tensor::cat(losses, 0).sum();
+        // Zero, or no number where one of the two is none: the update then changes nothing.
+        let veto = (loss.clone() + norm.clone()).mul_scalar(0.0);
+        let factor = clip_factor(norm.clone(), self.config.optimizer.clip) + veto;
+        let optimizer = &mut self.optimizer;
+        self.model = self
+            .model
+            .take()
+            .map(|model| optimizer.step(model, grads, factor, lr));
 
-        // The one wait for the device in a step: a bad gradient must not reach the weights.
+        // The one wait for the device in a step, when all of its work has been handed over.
+        let numbers = Tensor::cat(vec![loss, norm], 0).into_data();
+        let numbers: Vec<f32> = numbers.iter().collect();
         let report = StepReport {
-            loss_nats: Tensor::cat(losses, 0).sum().into_scalar::<f32>(),
-            grad_norm: norm.into_scalar::<f32>(),
+            loss_nats: numbers[0],
+            grad_norm: numbers[1],
         };
         if !(report.loss_nats.is_finite() && report.grad_norm.is_finite()) {
             return Err(Error::Diverged {
@@ -146,11 +161,6 @@ impl Learner {
                     .to_owned(),
             });
         }
-        let optimizer = &mut self.optimizer;
-        self.model = self
-            .model
-            .take()
-            .map(|model| optimizer.step(model, grads, factor, lr));
         Ok(report)
     }
 
@@ -161,10 +171,6 @@ impl Learner {
         state: Option<State>,
         share: f64,
     ) -> (Tensor<1>, GradientsParams, State) {
-        let layers = self.config.train.recompute.layers(self.config.model.depth);
-        if layers > 0 {
-            return recompute::gradients(self.weights(), layers, inputs, state, share);
-        }
         let Inputs {
             bytes,
             targets,
@@ -172,9 +178,16 @@ impl Learner {
         } = inputs;
         let state = state.map(State::lift);
         let (losses, state) = self.weights().losses(bytes, targets, state, resets);
-        let loss = losses.mean().mul_scalar(share);
+        let loss = mean(losses).mul_scalar(share);
         let mut grads = loss.backward();
         let grads = GradientsParams::from_module(&mut grads, self.weights());
         (loss.inner(), grads, state.inner())
     }
+}
+
+/// The mean, in two stages: a sum over one long axis keeps one plane of a GPU busy.
+fn mean(losses: Tensor<1>) -> Tensor<1> {
+    let [count] = losses.dims();
+    let width = 1 << count.trailing_zeros().min(8);
+    losses.reshape([count / width, width]).mean_dim(1).mean()
 }

@@ -14,7 +14,6 @@ pub mod metrics;
 mod optimizer;
 mod parameters;
 mod progress;
-mod recompute;
 pub mod run;
 pub mod run_dir;
 mod schedule;

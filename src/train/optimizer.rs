@@ -6,6 +6,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
 use mambabyte_kernels::adamw::{AdamwState, AdamwStep, adamw_step};
+use mambabyte_kernels::sum_squares::sum_squares;
 
 use super::parameters::{Named, Path, named};
 use crate::config::OptimizerConfig;
@@ -87,11 +88,17 @@ impl AdamW {
         device: &Device,
     ) {
         let moments = Moments {
-            first: Tensor::from_data(first, device),
-            second: Tensor::from_data(second, device),
+            first: lasting(device, |device| Tensor::from_data(first.clone(), device)),
+            second: lasting(device, |device| Tensor::from_data(second.clone(), device)),
         };
         self.moments.insert(name.to_owned(), moments);
     }
+}
+
+/// Makes a tensor that lives as long as the run where it takes no room between those that come and
+/// go with every step.
+fn lasting(device: &Device, make: impl Fn(&Device) -> Tensor<1> + Send + Sync) -> Tensor<1> {
+    device.memory_persistent_allocations((), |()| make(device))
 }
 
 /// Whether weight decay applies: to matrices, but not to the rates of the recurrence. Norms, biases
@@ -127,7 +134,8 @@ impl ModuleMapper for Updater<'_> {
         let count: usize = dims.iter().product();
         let param: Tensor<1> = tensor.inner().reshape([count]);
         let moments = self.optimizer.moments.remove(&name).unwrap_or_else(|| {
-            let zeros = || Tensor::zeros([count], &param.device());
+            let device = param.device();
+            let zeros = || lasting(&device, |device| Tensor::zeros([count], device));
             Moments {
                 first: zeros(),
                 second: zeros(),
@@ -159,25 +167,26 @@ impl ModuleMapper for Updater<'_> {
 
 /// Euclidean norm of all gradients together, a tensor of one element.
 pub(super) fn global_norm<M: Module>(model: &M, grads: &GradientsParams) -> Tensor<1> {
-    struct Squares<'a> {
+    struct Flat<'a> {
         grads: &'a GradientsParams,
-        sums: Vec<Tensor<1>>,
+        gradients: Vec<Tensor<1>>,
     }
 
-    impl ModuleVisitor for Squares<'_> {
+    impl ModuleVisitor for Flat<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             if let Some(grad) = self.grads.get::<D>(param.id) {
-                self.sums.push(grad.square().sum());
+                let count = grad.shape().num_elements();
+                self.gradients.push(grad.reshape([count]));
             }
         }
     }
 
-    let mut squares = Squares {
+    let mut flat = Flat {
         grads,
-        sums: Vec::new(),
+        gradients: Vec::new(),
     };
-    model.visit(&mut squares);
-    Tensor::cat(squares.sums, 0).sum().sqrt()
+    model.visit(&mut flat);
+    sum_squares(flat.gradients).sqrt()
 }
 
 /// Factor that brings a gradient of norm `norm` down to `clip`; one below it, or without clipping.

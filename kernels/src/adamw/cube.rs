@@ -6,10 +6,14 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::AdamwStep;
-use crate::cube::{address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, grid};
+use crate::cube::{
+    address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, grid, vector_width,
+};
 
 /// Units of a cube.
 const UNITS: usize = 256;
+/// Most numbers of a unit.
+const VECTOR: usize = 4;
 
 /// See [`MambaKernels::adamw_step`](crate::MambaKernels::adamw_step).
 pub(crate) fn step(
@@ -20,14 +24,13 @@ pub(crate) fn step(
     grad_scale: CubeTensor,
     step: AdamwStep,
 ) -> (CubeTensor, CubeTensor, CubeTensor) {
-    let param = writable(param);
-    let moment1 = writable(moment1);
-    let moment2 = writable(moment2);
+    let param = writable(contiguous_f32(param));
+    let moment1 = writable(contiguous_f32(moment1));
+    let moment2 = writable(contiguous_f32(moment2));
     let grad = contiguous(grad);
     let elements = param.meta.num_elements();
-    let whole =
-        elements.is_multiple_of(4) && [&param, &moment1, &moment2, &grad].iter().all(aligned);
-    let vector = if whole { 4 } else { 1 };
+    let rows = [&param, &moment1, &moment2, &grad].map(|tensor| (tensor, elements));
+    let vector = vector_width(VECTOR, elements, &rows);
     let vectors = elements / vector;
     // SAFETY: all four buffers are contiguous, of `elements` numbers, and the three that are
     // written belong to this call alone; units beyond the last vector write nothing.
@@ -57,19 +60,20 @@ pub(crate) fn step(
     (param, moment1, moment2)
 }
 
-/// Whether the tensor's buffer begins where vectors may: a view can begin anywhere in another's.
-fn aligned(tensor: &&CubeTensor) -> bool {
-    tensor.handle.offset_start.unwrap_or(0).is_multiple_of(16)
-}
-
-/// A contiguous f32 tensor whose buffer nothing else holds: the tensor itself or a copy.
-fn writable(tensor: CubeTensor) -> CubeTensor {
-    let tensor = contiguous_f32(tensor);
+/// A tensor whose buffer nothing else holds: the tensor itself or a copy.
+pub(super) fn writable(tensor: CubeTensor) -> CubeTensor {
     if tensor.can_mut() {
         tensor
     } else {
         tensor.copy()
     }
+}
+
+/// Whether a number is neither infinite nor NaN, by its bits: not every target defines comparisons
+/// with those.
+#[cube]
+pub(super) fn is_finite(x: f32) -> bool {
+    u32::reinterpret(x) & 0x7f80_0000u32 != 0x7f80_0000u32
 }
 
 /// The update; the formulas are in the [module's documentation](super).
@@ -91,8 +95,9 @@ fn update<G: Float, N: Size>(
     #[define(G)] _type: ElemType,
 ) {
     let at = CUBE_POS * CUBE_DIM as usize + UNIT_POS as usize;
-    if at < vectors {
-        let g = Vector::<f32, N>::cast_from(grad[at]) * Vector::new(grad_scale[0]);
+    let scale = grad_scale[0];
+    if at < vectors && is_finite(scale) {
+        let g = Vector::<f32, N>::cast_from(grad[at]) * Vector::new(scale);
         let m = moment1[at] * Vector::new(beta1) + g * Vector::new(1.0f32 - beta1);
         let v = moment2[at] * Vector::new(beta2) + g * g * Vector::new(1.0f32 - beta2);
         let root = (v / Vector::new(correction2)).sqrt() + Vector::new(eps);

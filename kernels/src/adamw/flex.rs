@@ -5,7 +5,7 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::AdamwStep;
-use crate::flex::tensor::{contiguous, values};
+use crate::flex::tensor::{contiguous, values, values_mut};
 
 /// Elements a task handles.
 const TILE: usize = 16 * 1024;
@@ -22,12 +22,13 @@ pub(crate) fn step(
     let (mut param, grad) = (contiguous(param), contiguous(grad));
     let (mut moment1, mut moment2) = (contiguous(moment1), contiguous(moment2));
     let scale = values(&contiguous(grad_scale))[0];
-    param
-        // Copies only a buffer that something else still holds.
-        .storage_mut::<f32>()
+    if !scale.is_finite() {
+        return (param, moment1, moment2);
+    }
+    values_mut(&mut param)
         .par_chunks_mut(TILE)
-        .zip(moment1.storage_mut::<f32>().par_chunks_mut(TILE))
-        .zip(moment2.storage_mut::<f32>().par_chunks_mut(TILE))
+        .zip(values_mut(&mut moment1).par_chunks_mut(TILE))
+        .zip(values_mut(&mut moment2).par_chunks_mut(TILE))
         .zip(values(&grad).par_chunks(TILE))
         .for_each(|(((p, m), v), g)| update(p, m, v, g, scale, step));
     (param, moment1, moment2)

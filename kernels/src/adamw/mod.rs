@@ -8,12 +8,14 @@
 //! ```
 //!
 //! `grad_scale` is a one-element tensor on the device: the clip factor of the global gradient norm
-//! reaches the update without a round trip to the host.
+//! reaches the update without a round trip to the host. Where it is not a finite number the update
+//! leaves everything as it is: a bad step is stopped on the device, and the host hears of it later.
 
 #[cfg(feature = "cube")]
 pub(crate) mod cube;
 #[cfg(feature = "flex")]
 pub(crate) mod flex;
+pub mod int8;
 pub mod reference;
 #[cfg(test)]
 mod tests;

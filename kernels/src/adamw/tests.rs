@@ -72,3 +72,48 @@ fn a_parameter_held_elsewhere_is_not_overwritten() {
         assert_close("held", &read(held), &[1.0, 2.0], 0.0, 0.0);
     }
 }
+
+/// The parameter is part of a longer tensor: its neighbours must neither move nor be read.
+#[test]
+fn a_part_of_a_tensor_is_updated_as_the_part_alone() {
+    for device in devices() {
+        let mut rng = Rng::new(2);
+        let n = 64;
+        let whole = tensor(&rng.normals(3 * n, 1.0), [3, n], &device);
+        let grad = tensor(&rng.normals(n, 1.0), [1, n], &device);
+        let step = AdamwStep::new(1, 0.1, (0.9, 0.95), 1e-8, 0.1);
+        let run = |param: Tensor<2>| {
+            let state = AdamwState {
+                param,
+                moment1: Tensor::zeros([1, n], &device),
+                moment2: Tensor::zeros([1, n], &device),
+            };
+            let one = Tensor::ones([1], &device);
+            read(adamw_step(state, grad.clone(), one, step).param)
+        };
+        let part = || whole.clone().slice([1..2, 0..n]);
+        let alone = tensor(&read(part()), [1, n], &device);
+        let what = format!("{device:?}");
+        assert_close(&what, &run(part()), &run(alone), 0.0, 0.0);
+    }
+}
+
+#[test]
+fn a_scale_that_is_no_number_changes_nothing() {
+    for device in devices() {
+        for scale in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let state = AdamwState {
+                param: tensor(&[1.0, 2.0, 3.0], [1, 3], &device),
+                moment1: tensor(&[0.1, 0.2, 0.3], [1, 3], &device),
+                moment2: tensor(&[0.4, 0.5, 0.6], [1, 3], &device),
+            };
+            let step = AdamwStep::new(3, 0.1, (0.9, 0.95), 1e-8, 0.1);
+            let grad = tensor(&[1.0, f32::NAN, 1.0], [1, 3], &device);
+            let out = adamw_step(state, grad, tensor(&[scale], [1], &device), step);
+            let what = format!("{device:?} {scale}");
+            assert_close(&what, &read(out.param), &[1.0, 2.0, 3.0], 0.0, 0.0);
+            assert_close(&what, &read(out.moment1), &[0.1, 0.2, 0.3], 0.0, 0.0);
+            assert_close(&what, &read(out.moment2), &[0.4, 0.5, 0.6], 0.0, 0.0);
+        }
+    }
+}

@@ -5,13 +5,14 @@ use burn_autodiff::Autodiff;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 
 use crate::adamw::AdamwStep;
+use crate::adamw::int8::RawMoments;
 use crate::add_norm::{NormInputs, NormKind};
-use crate::backend::{MambaKernels, MambaOps, OptionalTensor, from_inner};
+use crate::backend::{MambaKernels, MambaOps, OptionalTensor, TensorList, from_inner};
 use crate::causal_conv1d::ConvInputs;
-use crate::linear::Product;
+use crate::linear::{Product, Target};
 use crate::mamba_layer::{self, LayerSettings, LayerTensors};
 use crate::selective_scan::ScanInputs;
-use crate::{add_norm, causal_conv1d, cross_entropy, linear, selective_scan};
+use crate::{add_norm, causal_conv1d, cross_entropy, embedding, linear, selective_scan};
 
 impl<B: MambaKernels, C: CheckpointStrategy> MambaOps for Autodiff<B, C> {
     fn scan_op(
@@ -78,8 +79,22 @@ impl<B: MambaKernels, C: CheckpointStrategy> MambaOps for Autodiff<B, C> {
         })
     }
 
+    fn embedding_op(weight: FloatTensor<Self>, bytes: IntTensor<Self>) -> FloatTensor<Self> {
+        embedding::autodiff::embedding::<B, C>(weight, bytes)
+    }
+
     fn cross_entropy_op(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
         cross_entropy::autodiff::cross_entropy::<B, C>(logits, targets)
+    }
+
+    /// Not differentiated: for measuring.
+    fn product_op(a: FloatTensor<Self>, b: FloatTensor<Self>, how: Product) -> FloatTensor<Self> {
+        from_inner::<B, C>(B::product(
+            a.into_primitive(),
+            b.into_primitive(),
+            how,
+            Target::New,
+        ))
     }
 
     fn linear_op(
@@ -120,5 +135,40 @@ impl<B: MambaKernels, C: CheckpointStrategy> MambaOps for Autodiff<B, C> {
             from_inner::<B, C>(moment1),
             from_inner::<B, C>(moment2),
         )
+    }
+
+    fn adamw_int8_op(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        moments: RawMoments<Self>,
+        grad_scale: FloatTensor<Self>,
+        step: AdamwStep,
+    ) -> (FloatTensor<Self>, RawMoments<Self>) {
+        let inner = RawMoments {
+            first: moments.first,
+            first_scale: moments.first_scale.into_primitive(),
+            second: moments.second,
+            second_scale: moments.second_scale.into_primitive(),
+        };
+        let (param, inner) = B::adamw_int8_step(
+            param.into_primitive(),
+            grad.into_primitive(),
+            inner,
+            grad_scale.into_primitive(),
+            step,
+        );
+        let moments = RawMoments {
+            first: inner.first,
+            first_scale: from_inner::<B, C>(inner.first_scale),
+            second: inner.second,
+            second_scale: from_inner::<B, C>(inner.second_scale),
+        };
+        (from_inner::<B, C>(param), moments)
+    }
+
+    /// The sum is not differentiated either.
+    fn sum_squares_op(tensors: TensorList<Self>) -> FloatTensor<Self> {
+        let tensors = tensors.0.into_iter().map(|t| t.into_primitive()).collect();
+        from_inner::<B, C>(B::sum_squares(tensors))
     }
 }

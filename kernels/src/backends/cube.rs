@@ -1,9 +1,11 @@
 //! The kernels of every CubeCL runtime: CUDA, and Vulkan, Metal or DX12 through wgpu.
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::tensor::DType;
 use burn_cubecl::CubeBackend;
 
 use crate::adamw::AdamwStep;
+use crate::adamw::int8::RawMoments;
 use crate::add_norm::{NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::backend::MambaKernels;
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
@@ -11,7 +13,10 @@ use crate::cube;
 use crate::linear::{Product, Target};
 use crate::norm::{NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
 use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs, ScanRequest};
-use crate::{adamw, add_norm, causal_conv1d, cross_entropy, linear, norm, selective_scan};
+use crate::{
+    adamw, add_norm, causal_conv1d, cross_entropy, embedding, linear, norm, selective_scan,
+    sum_squares,
+};
 
 impl MambaKernels for CubeBackend {
     fn selective_scan(inputs: ScanInputs<FloatTensor<Self>>) -> ScanOutputs<FloatTensor<Self>> {
@@ -76,6 +81,18 @@ impl MambaKernels for CubeBackend {
         norm::cube::backward(inputs)
     }
 
+    fn byte_embedding(weight: FloatTensor<Self>, bytes: IntTensor<Self>) -> FloatTensor<Self> {
+        embedding::cube::forward(weight, bytes)
+    }
+
+    fn byte_embedding_backward(
+        bytes: IntTensor<Self>,
+        dy: FloatTensor<Self>,
+        rows: usize,
+    ) -> FloatTensor<Self> {
+        embedding::cube::backward(bytes, dy, rows)
+    }
+
     fn cross_entropy(
         logits: FloatTensor<Self>,
         targets: IntTensor<Self>,
@@ -88,8 +105,9 @@ impl MambaKernels for CubeBackend {
         targets: IntTensor<Self>,
         log_sum_exp: FloatTensor<Self>,
         dloss: FloatTensor<Self>,
+        dtype: DType,
     ) -> FloatTensor<Self> {
-        cross_entropy::cube::backward(logits, targets, log_sum_exp, dloss)
+        cross_entropy::cube::backward(logits, targets, log_sum_exp, dloss, dtype)
     }
 
     fn product(
@@ -122,5 +140,19 @@ impl MambaKernels for CubeBackend {
         step: AdamwStep,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         adamw::cube::step(param, grad, moment1, moment2, grad_scale, step)
+    }
+
+    fn adamw_int8_step(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        moments: RawMoments<Self>,
+        grad_scale: FloatTensor<Self>,
+        step: AdamwStep,
+    ) -> (FloatTensor<Self>, RawMoments<Self>) {
+        adamw::int8::cube::step(param, grad, moments, grad_scale, step)
+    }
+
+    fn sum_squares(tensors: Vec<FloatTensor<Self>>) -> FloatTensor<Self> {
+        sum_squares::cube::sum_squares(tensors)
     }
 }

@@ -2,15 +2,19 @@
 
 use burn::backend::Flex;
 use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::tensor::DType;
 
 use crate::MambaKernels;
+use crate::adamw::int8::RawMoments;
 use crate::adamw::{self, AdamwStep};
 use crate::add_norm::{self, NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::causal_conv1d::{self, ConvGrads, ConvInputs, ConvOutputs};
 use crate::cross_entropy;
+use crate::embedding;
 use crate::linear::{self, Product, Target};
 use crate::norm::{self, NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
 use crate::selective_scan::{self, ScanGrads, ScanInputs, ScanOutputs, ScanRequest};
+use crate::sum_squares;
 
 impl MambaKernels for Flex {
     fn selective_scan(inputs: ScanInputs<FloatTensor<Self>>) -> ScanOutputs<FloatTensor<Self>> {
@@ -75,6 +79,18 @@ impl MambaKernels for Flex {
         norm::flex::backward(inputs)
     }
 
+    fn byte_embedding(weight: FloatTensor<Self>, bytes: IntTensor<Self>) -> FloatTensor<Self> {
+        embedding::flex::forward(weight, bytes)
+    }
+
+    fn byte_embedding_backward(
+        bytes: IntTensor<Self>,
+        dy: FloatTensor<Self>,
+        rows: usize,
+    ) -> FloatTensor<Self> {
+        embedding::flex::backward(bytes, dy, rows)
+    }
+
     fn cross_entropy(
         logits: FloatTensor<Self>,
         targets: IntTensor<Self>,
@@ -87,8 +103,9 @@ impl MambaKernels for Flex {
         targets: IntTensor<Self>,
         log_sum_exp: FloatTensor<Self>,
         dloss: FloatTensor<Self>,
+        dtype: DType,
     ) -> FloatTensor<Self> {
-        cross_entropy::flex::backward(logits, targets, log_sum_exp, dloss)
+        cross_entropy::flex::backward(logits, targets, log_sum_exp, dloss, dtype)
     }
 
     fn product(
@@ -109,5 +126,19 @@ impl MambaKernels for Flex {
         step: AdamwStep,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         adamw::flex::step(param, grad, moment1, moment2, grad_scale, step)
+    }
+
+    fn adamw_int8_step(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        moments: RawMoments<Self>,
+        grad_scale: FloatTensor<Self>,
+        step: AdamwStep,
+    ) -> (FloatTensor<Self>, RawMoments<Self>) {
+        adamw::int8::flex::step(param, grad, moments, grad_scale, step)
+    }
+
+    fn sum_squares(tensors: Vec<FloatTensor<Self>>) -> FloatTensor<Self> {
+        sum_squares::flex::sum_squares(tensors)
     }
 }

@@ -258,20 +258,36 @@ fn two_runs_have_the_same_bits() {
 #[test]
 fn reduced_precision_equals_reference() {
     for device in devices() {
-        if !device.supports_dtype(DType::BF16) {
-            continue;
+        for dtype in [DType::F16, DType::BF16] {
+            if !device.supports_dtype(dtype) {
+                continue;
+            }
+            let case = Case::new([2, 50, 36, 4], 6);
+            let [batch, length, inner, width] = case.dims;
+            let run = |conv: fn(Conv) -> (Tensor<3>, Tensor<3>), device: &Device| {
+                let device = device.clone().autodiff();
+                let x = tensor(&case.x, [batch, length, inner], &device)
+                    .cast(dtype)
+                    .require_grad();
+                let weight = tensor(&case.weight, [inner, width], &device).require_grad();
+                let y = conv(Conv {
+                    bias: Some(tensor(&case.bias_values, [inner], &device)),
+                    ..Conv::new(x.clone(), weight.clone())
+                })
+                .0;
+                let grads = y.clone().sum().backward();
+                [
+                    read(y),
+                    read(x.grad(&grads).expect("tracked")),
+                    read(weight.grad(&grads).expect("tracked")),
+                ]
+            };
+            let expected = run(reference::causal_conv1d, &cpu());
+            let got = run(causal_conv1d, &device);
+            let what = format!("{device:?} {dtype:?}");
+            for (got, expected) in got.iter().zip(&expected) {
+                assert_close(&what, got, expected, 1e-2, 2e-2);
+            }
         }
-        let case = Case::new([2, 50, 33, 4], 6);
-        let [batch, length, inner, width] = case.dims;
-        let build = |device: &Device| Conv {
-            bias: Some(tensor(&case.bias_values, [inner], device)),
-            ..Conv::new(
-                tensor(&case.x, [batch, length, inner], device).cast(DType::BF16),
-                tensor(&case.weight, [inner, width], device),
-            )
-        };
-        let expected = read(reference::causal_conv1d(build(&cpu())).0);
-        let got = read(causal_conv1d(build(&device)).0);
-        assert_close(&format!("{device:?}"), &got, &expected, 1e-2, 1e-2);
     }
 }

@@ -1,5 +1,6 @@
 //! Pairs the cross-entropy's forward with its hand-written backward.
 
+use burn::backend::TensorMetadata;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn_autodiff::Autodiff;
 use burn_autodiff::checkpoint::base::Checkpointer;
@@ -23,8 +24,9 @@ impl<B: MambaKernels> Backward<B, 1> for CrossEntropyBackward {
         _checkpointer: &mut Checkpointer,
     ) {
         let (logits, targets, log_sum_exp) = ops.state;
+        let dtype = logits.dtype();
         unary::<B, _>(ops.parents, ops.node, grads, |dloss| {
-            B::cross_entropy_backward(logits, targets, log_sum_exp, dloss)
+            B::cross_entropy_backward(logits, targets, log_sum_exp, dloss, dtype)
         });
     }
 }

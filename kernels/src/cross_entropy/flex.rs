@@ -7,17 +7,10 @@ use rayon::prelude::*;
 
 use crate::flex::LANES;
 use crate::flex::math::exp;
-use crate::flex::tensor::{contiguous, dims, tensor, values};
+use crate::flex::tensor::{contiguous, dims, indices, tensor, values};
 
 /// Rows a task handles.
 const TILE: usize = 64;
-
-/// Targets as indices, whatever integer type they came in.
-fn indices(targets: &FlexTensor) -> Vec<usize> {
-    let targets = targets.to_contiguous();
-    let data = targets.into_data();
-    data.iter::<i64>().map(|t| t as usize).collect()
-}
 
 /// log Σ exp of one row.
 #[inline(always)]
@@ -64,8 +57,8 @@ pub(crate) fn backward(
     targets: FlexTensor,
     log_sum_exp: FlexTensor,
     dloss: FlexTensor,
+    dtype: DType,
 ) -> FlexTensor {
-    let dtype = logits.dtype();
     let [rows, vocabulary] = dims(&logits);
     let logits = contiguous(logits);
     let lse = contiguous(log_sum_exp);

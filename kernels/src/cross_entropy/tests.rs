@@ -1,7 +1,9 @@
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use super::{cross_entropy, reference};
-use crate::testing::{Rng, assert_close, assert_same_bits, cpu, devices, read, tensor};
+use crate::testing::{
+    Raw, Rng, assert_close, assert_same_bits, cpu, devices, for_every_backend, read, tensor,
+};
 
 fn run(
     f: fn(Tensor<2>, Tensor<1, Int>) -> Tensor<1>,
@@ -25,7 +27,15 @@ fn run(
 
 #[test]
 fn equals_reference() {
-    for dims in [[1, 1], [1, 256], [7, 3], [130, 256], [65, 259], [3, 5000]] {
+    for dims in [
+        [1, 1],
+        [1, 256],
+        [7, 3],
+        [130, 256],
+        [65, 259],
+        [9, 1030],
+        [3, 5000],
+    ] {
         for scale in [1.0, 30.0] {
             let [loss, grad] = run(reference::cross_entropy, dims, scale, &cpu());
             for device in devices() {
@@ -76,4 +86,46 @@ fn two_runs_have_the_same_bits() {
         assert_same_bits("loss", &a[0], &b[0]);
         assert_same_bits("gradient", &a[1], &b[1]);
     }
+}
+
+/// Logits and their gradient each in reduced precision, against the same numbers in f32.
+#[test]
+fn reduced_precision_equals_f32() {
+    fn check<B: Raw>() {
+        let [rows, classes] = [33, 256];
+        let mut rng = Rng::new(9);
+        let values = rng.normals(rows * classes, 2.0);
+        let targets: Vec<i32> = (0..rows).map(|i| (i * 31 % classes) as i32).collect();
+        let weights = rng.normals(rows, 1.0);
+        for device in B::devices() {
+            for dtype in [DType::F16, DType::BF16] {
+                if !device.supports_dtype(dtype) {
+                    continue;
+                }
+                let logits = tensor(&values, [rows, classes], &device).cast(dtype);
+                let targets = TensorData::new(targets.clone(), [rows]);
+                let targets = B::int(Tensor::<1, Int>::from_data(targets, &device));
+                let dloss = B::float(tensor(&weights, [rows], &device));
+                let run = |logits: Tensor<2>, dtype: DType| {
+                    let logits = B::float(logits);
+                    let (losses, total) = B::cross_entropy(logits.clone(), targets.clone());
+                    let grad = B::cross_entropy_backward(
+                        logits,
+                        targets.clone(),
+                        total,
+                        dloss.clone(),
+                        dtype,
+                    );
+                    (read(B::tensor::<1>(losses)), B::tensor::<2>(grad))
+                };
+                let (expected, wide) = run(logits.clone().cast(DType::F32), DType::F32);
+                let (losses, narrow) = run(logits, dtype);
+                let what = format!("{device:?} {dtype:?}");
+                assert_same_bits(&what, &losses, &expected);
+                assert_eq!(narrow.dtype(), dtype, "{what}");
+                assert_same_bits(&what, &read(narrow), &read(wide.cast(dtype)));
+            }
+        }
+    }
+    for_every_backend!(check);
 }

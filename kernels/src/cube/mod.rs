@@ -165,6 +165,14 @@ pub(crate) fn contiguous_f32(tensor: CubeTensor) -> CubeTensor {
     contiguous(burn_cubecl::kernel::cast(tensor, DType::F32))
 }
 
+/// The integer tensor, contiguous and of a type that the kernels read.
+pub(crate) fn integers(tensor: CubeTensor) -> CubeTensor {
+    contiguous(match tensor.dtype {
+        DType::I32 | DType::I64 => tensor,
+        _ => burn_cubecl::kernel::cast(tensor, DType::I32),
+    })
+}
+
 /// An uninitialised contiguous tensor on the device of `like`.
 pub(crate) fn empty<const N: usize>(
     like: &CubeTensor,

@@ -124,6 +124,17 @@ pub(crate) fn sum_strided(values: &[f32], first: usize, count: usize, stride: us
     sum
 }
 
+/// Sum of a vector's numbers.
+#[cube]
+pub(crate) fn total<N: Size>(values: Vector<f32, N>) -> f32 {
+    let mut sum = 0.0f32;
+    #[unroll]
+    for i in 0..N::value() {
+        sum += values.extract(i);
+    }
+    sum
+}
+
 /// `folded[i] = Σ sums[i · group ..][.. group]`, rows of `width` numbers; one unit a number.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn fold_kernel(

@@ -36,6 +36,21 @@ pub(crate) fn values_mut(tensor: &mut FlexTensor) -> &mut [f32] {
     &mut tensor.storage_mut()[start..end]
 }
 
+/// As [`values_mut`], of a contiguous i32 tensor.
+pub(crate) fn words_mut(tensor: &mut FlexTensor) -> &mut [i32] {
+    let (start, end) = tensor
+        .layout()
+        .contiguous_offsets()
+        .expect("a contiguous tensor");
+    &mut tensor.storage_mut()[start..end]
+}
+
+/// The values of an integer tensor as indices, whatever integer type they came in.
+pub(crate) fn indices(tensor: &FlexTensor) -> Vec<usize> {
+    let data = tensor.to_contiguous().into_data();
+    data.iter::<i64>().map(|index| index as usize).collect()
+}
+
 /// A new tensor of `values`, in `dtype`.
 pub(crate) fn tensor(values: Vec<f32>, shape: impl Into<Vec<usize>>, dtype: DType) -> FlexTensor {
     let shape: Vec<usize> = shape.into();

@@ -116,3 +116,27 @@ pub fn linear(args: Linear) -> Tensor<2> {
         },
     ))
 }
+
+/// `op(a) · op(b)` of two matrices of one data type, without gradient: what [`linear`] and its
+/// backward pass are made of.
+///
+/// # Panics
+///
+/// If the inner sizes disagree.
+pub fn product(a: Tensor<2>, b: Tensor<2>, how: Product) -> Tensor<2> {
+    let [a_dims, b_dims] = [a.dims(), b.dims()];
+    let inner = [
+        a_dims[usize::from(!how.transposed[0])],
+        b_dims[usize::from(how.transposed[1])],
+    ];
+    assert_eq!(
+        inner[0], inner[1],
+        "product: inner sizes of {a_dims:?} and {b_dims:?}, transposed {:?}",
+        how.transposed
+    );
+    Tensor::from_dispatch(<Dispatch as MambaOps>::product_op(
+        a.into_dispatch(),
+        b.into_dispatch(),
+        how,
+    ))
+}

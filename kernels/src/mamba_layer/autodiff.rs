@@ -63,6 +63,7 @@ pub(crate) fn layer<B: MambaKernels, C: CheckpointStrategy>(
             h: memory.h.map(|t| t.into_primitive()),
             window: memory.window.map(|t| t.into_primitive()),
             resets: memory.resets.map(|t| t.into_primitive()),
+            rates: memory.rates.map(|t| t.into_primitive()),
         },
         settings,
     };

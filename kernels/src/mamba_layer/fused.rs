@@ -142,6 +142,17 @@ impl<T: TensorMetadata + Clone> Layer<T> {
         }
     }
 
+    /// Decay rates of the recurrence, `[E, N]`.
+    fn rates<B>(&self) -> Raw<B>
+    where
+        B: MambaKernels<FloatTensorPrimitive = T>,
+    {
+        match &self.memory.rates {
+            Some(rates) => rates.clone(),
+            None => B::float_neg(B::float_exp(self.weights.a_log.clone())),
+        }
+    }
+
     /// The scan's inputs; B, C and the gate are views.
     fn scan<B>(&self, sizes: Sizes, u: Raw<B>, low: &Raw<B>, xz: &Raw<B>) -> ScanInputs<Raw<B>>
     where
@@ -157,7 +168,7 @@ impl<T: TensorMetadata + Clone> Layer<T> {
         ScanInputs {
             u,
             delta,
-            a: B::float_neg(B::float_exp(self.weights.a_log.clone())),
+            a: self.rates::<B>(),
             b: B::columns(low, rank, rank + states),
             c: B::columns(low, rank + states, rank + 2 * states),
             d: Some(self.weights.d.clone()),

@@ -84,6 +84,8 @@ pub struct LayerMemory<T> {
     pub window: Option<T>,
     /// `[B, L]`, f32: 1 where a document begins.
     pub resets: Option<T>,
+    /// `-exp(a_log)`, `[E, N]`, f32, where it was computed before.
+    pub rates: Option<T>,
 }
 
 /// Arguments of [`mamba_layer`].
@@ -111,6 +113,9 @@ pub struct MambaLayer {
     pub dt_bias: Option<Tensor<1>>,
     /// `[E, N]`.
     pub a_log: Tensor<2>,
+    /// `-exp(a_log)`, where it was computed before: for weights that no longer change, since no
+    /// gradient flows through it.
+    pub rates: Option<Tensor<2>>,
     /// `[E]`.
     pub d: Tensor<1>,
     /// `[E, D]`.
@@ -199,6 +204,7 @@ pub fn mamba_layer(args: MambaLayer) -> (Tensor<3>, Tensor<3>, Tensor<3>) {
             dt_proj: args.dt_proj.into_dispatch(),
             dt_bias: optional(args.dt_bias),
             a_log: args.a_log.into_dispatch(),
+            rates: optional(args.rates),
             d: args.d.into_dispatch(),
             out_proj: args.out_proj.into_dispatch(),
             out_bias: optional(args.out_bias),
@@ -233,6 +239,8 @@ pub struct LayerTensors<B: Backend> {
     #[extension_type]
     pub dt_bias: OptionalTensor<B>,
     pub a_log: FloatTensor<B>,
+    #[extension_type]
+    pub rates: OptionalTensor<B>,
     pub d: FloatTensor<B>,
     pub out_proj: FloatTensor<B>,
     #[extension_type]
@@ -267,6 +275,7 @@ impl<B: Backend> LayerTensors<B> {
             h: self.h.into_option(),
             window: self.window.into_option(),
             resets: self.resets.into_option(),
+            rates: self.rates.into_option(),
         };
         (weights, memory)
     }

@@ -153,6 +153,7 @@ fn run(
         dt_proj: dt_proj.clone(),
         dt_bias: Some(dt_bias.clone()),
         a_log: a_log.clone(),
+        rates: None,
         d: d.clone(),
         out_proj: out_proj.clone(),
         out_bias: bias(3),

@@ -17,7 +17,7 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::{NormKind, NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
-use crate::cube::reduce::cube_sum;
+use crate::cube::reduce::{cube_sum, total};
 use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, dims, elem, empty,
     fold_rows, grid, optional, sum_columns, vector_width,
@@ -240,17 +240,6 @@ fn affine_of<H: Float, N: Size>(
         ComptimeOption::None => {}
     }
     Vector::cast_from(fma(Vector::cast_from(hat), weight, shift))
-}
-
-/// Sum of a vector's numbers.
-#[cube]
-fn total<N: Size>(values: Vector<f32, N>) -> f32 {
-    let mut sum = 0.0f32;
-    #[unroll]
-    for i in 0..N::value() {
-        sum += values.extract(i);
-    }
-    sum
 }
 
 /// One row a cube.

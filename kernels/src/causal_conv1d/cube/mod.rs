@@ -12,7 +12,9 @@
 // merged with one on a run-time value.
 #![allow(clippy::collapsible_if)]
 
-mod kernels;
+mod backward;
+mod common;
+mod forward;
 #[cfg(test)]
 mod tests;
 
@@ -120,7 +122,7 @@ pub(crate) fn forward(inputs: ConvInputs<CubeTensor>) -> ConvOutputs<CubeTensor>
     // SAFETY: every position is derived from the shapes and strides passed along, which are those
     // of the buffers; units beyond the last vector or tile do nothing.
     unsafe {
-        kernels::conv_forward::launch_unchecked(
+        forward::conv_forward::launch_unchecked(
             &inputs.x.client,
             grid(shape.blocks(&config)),
             cube_dim(UNITS),
@@ -166,7 +168,7 @@ pub(crate) fn backward(
     let sums = empty(&inputs.x, [tiles, config.partials() * inner], DType::F32);
     // SAFETY: as in `forward`.
     unsafe {
-        kernels::conv_backward::launch_unchecked(
+        backward::conv_backward::launch_unchecked(
             &inputs.x.client,
             grid(shape.blocks(&config)),
             cube_dim(UNITS),
@@ -227,7 +229,7 @@ fn parameter_gradients(
     // SAFETY: every position is derived from the shapes passed along, which are those of the
     // buffers; units beyond the last number write nothing.
     unsafe {
-        kernels::sum_tiles::launch_unchecked(
+        backward::sum_tiles::launch_unchecked(
             &sums.client,
             grid((config.partials() * inner).div_ceil(UNITS)),
             cube_dim(UNITS),

@@ -1,4 +1,4 @@
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 
@@ -19,11 +19,13 @@ struct View {
     inner: usize,
     wide: usize,
     from: usize,
+    dtype: DType,
 }
 
 impl View {
     fn of(&self, values: &[f32], device: &Device) -> CubeTensor {
-        let wide = B::float(tensor(values, [self.batch, self.length, self.wide], device));
+        let dims = [self.batch, self.length, self.wide];
+        let wide = B::float(tensor(values, dims, device).cast(self.dtype));
         let view = columns(&wide, self.from, self.from + self.inner);
         assert_eq!(row_stride(&view), Some(self.wide));
         view
@@ -39,7 +41,7 @@ impl View {
 
     fn contiguous(&self, values: &[f32], device: &Device) -> CubeTensor {
         let dims = [self.batch, self.length, self.inner];
-        B::float(tensor(&self.copied(values), dims, device))
+        B::float(tensor(&self.copied(values), dims, device).cast(self.dtype))
     }
 }
 
@@ -64,8 +66,8 @@ fn check(view: &View, device: &Device) {
     let seen = inputs(view.of(&x, device));
     let copied = inputs(view.contiguous(&x, device));
     let what = format!(
-        "{device:?} {} of {} from {}",
-        view.inner, view.wide, view.from
+        "{device:?} {:?} {} of {} from {}",
+        view.dtype, view.inner, view.wide, view.from
     );
 
     let expected = values(forward(copied.clone()).y);
@@ -76,7 +78,7 @@ fn check(view: &View, device: &Device) {
     );
 
     let wide = [view.batch, view.length, view.wide];
-    let canvas = B::float(Tensor::<3>::full(wide, UNTOUCHED, device));
+    let canvas = B::float(Tensor::<3>::full(wide, UNTOUCHED, device).cast(view.dtype));
     let into = columns(&canvas, view.from, view.from + view.inner);
     let expected = backward(copied, view.contiguous(&dy, device), None);
     let got = backward(seen, view.of(&dy, device), Some(into));
@@ -94,26 +96,32 @@ fn check(view: &View, device: &Device) {
     assert_same_bits(&format!("{what} dweight"), &got, &expected);
 }
 
-/// Columns that begin where every device may begin a buffer (64 floats), in rows whose stride
-/// vectors of four, of two, and of one float divide.
+/// Columns that begin where every device may begin a buffer (128 numbers), in rows whose stride
+/// vectors of four, of two, and of one number divide.
 #[test]
 fn views_in_and_out_equal_contiguous_tensors() {
     for device in B::devices() {
-        for (inner, wide, from) in [
-            (64, 128, 0),
-            (64, 128, 64),
-            (64, 130, 64),
-            (64, 129, 64),
-            (37, 128, 64),
-        ] {
-            let view = View {
-                batch: 2,
-                length: 21,
-                inner,
-                wide,
-                from,
-            };
-            check(&view, &device);
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            if !device.supports_dtype(dtype) {
+                continue;
+            }
+            for (inner, wide, from) in [
+                (128, 256, 0),
+                (128, 256, 128),
+                (128, 258, 128),
+                (128, 257, 128),
+                (37, 256, 128),
+            ] {
+                let view = View {
+                    batch: 2,
+                    length: 21,
+                    inner,
+                    wide,
+                    from,
+                    dtype,
+                };
+                check(&view, &device);
+            }
         }
     }
 }
