@@ -273,11 +273,11 @@ struct Sizes {
     kept: u64,
     /// The output of its input projection, which a recomputed layer does not keep.
     projected: u64,
-    /// The batch, its one-hot form, and carried states.
+    /// The batch, and carried states.
     inputs: u64,
     /// All residual streams, and what the final norm keeps.
     streams: u64,
-    /// Logits and their gradient.
+    /// Logits and their gradient, in fp32 and as the product reads it.
     logits: u64,
     /// Inside the backward pass of a layer that is not recomputed.
     inside: u64,
@@ -319,10 +319,15 @@ impl Sizes {
         let stream = F32 * positions * dim;
         let projected = s * positions * 2 * inner;
         let logits = F32 * positions * vocabulary;
-        // Where the computation is not in fp32, the largest weight is there a second time, rounded.
-        let (outer, cast) = match s {
-            F32 => (OUTER_BUFFERS[0], 0),
-            _ => (OUTER_BUFFERS.iter().sum(), s * 2 * inner * dim),
+        // Where the computation is not in fp32, the largest weight and the gradient of the logits
+        // are there a second time, rounded.
+        let (outer, cast, rounded_logits) = match s {
+            F32 => (OUTER_BUFFERS[0], 0, 0),
+            _ => (
+                OUTER_BUFFERS.iter().sum(),
+                s * 2 * inner * dim,
+                s * positions * vocabulary,
+            ),
         };
         let largest = projected.max(stream).max(logits).max(scan_states);
         Self {
@@ -337,9 +342,9 @@ impl Sizes {
             // The normalised input with one statistic a row; Δ, B, C; states.
             kept: positions * (s * (dim + projections) + F32) + chunk_states,
             projected,
-            inputs: positions * (INPUTS + s * vocabulary) + carried,
+            inputs: positions * INPUTS + carried,
             streams: STREAMS * stream + positions * (s * dim + F32),
-            logits: 2 * logits,
+            logits: 2 * logits + rounded_logits,
             inside: s * positions * (INNER_BUFFERS * inner + outer * dim + projections)
                 + PROJECTED_BUFFERS * projected
                 + STREAM_GRADIENTS * stream
@@ -497,7 +502,7 @@ mod tests {
         // 128 positions of 16 + 33 numbers and a statistic; 2 · 2 chunks of 32 · 16 states.
         let kept = 128 * (49 * 4 + 4) + 4 * 2 * 2 * 512;
         let projected = 4 * 128 * 64;
-        let inputs = 128 * (12 + 4 * 256);
+        let inputs = 128 * 12;
         let streams = 3 * 8192 + 128 * (16 * 4 + 4);
         let head = Estimate {
             moment: Moment::Head,
@@ -510,8 +515,8 @@ mod tests {
             context: 0,
         };
         assert_eq!(estimate_with(&config, 0), head);
-        assert_eq!(head.total(), 741_248);
-        assert_eq!(estimate_with(&config, 2).total(), 741_248 - 2 * projected);
+        assert_eq!(head.total(), 610_176);
+        assert_eq!(estimate_with(&config, 2).total(), 610_176 - 2 * projected);
     }
 
     #[test]
@@ -524,7 +529,7 @@ mod tests {
         assert_eq!(last.workspace, inside);
         // The last layer, the final norm and the head.
         assert_eq!(last.gradients, 4 * (3392 + 32 + 4096));
-        assert_eq!(last.total(), 640_256);
+        assert_eq!(last.total(), 509_184);
         let first = sizes.in_layer(0, 0);
         assert_eq!(first.gradients, last.gradients + 4 * 3392);
         assert_eq!(last.activations - first.activations, 33_792 + 32_768);
@@ -534,7 +539,7 @@ mod tests {
         assert_eq!(rebuilt.activations, last.activations - 2 * 32_768);
         let update = sizes.at_update();
         assert_eq!(update.gradients, 4 * 15_008);
-        assert_eq!(update.activations, 128 * (12 + 4 * 256));
+        assert_eq!(update.activations, 128 * 12);
         assert_eq!(update.workspace, 0);
     }
 
@@ -557,6 +562,7 @@ mod tests {
             + 2 * 1024 * 4096;
         assert_eq!(sizes.inside, inside);
         assert_eq!(sizes.page, 384 << 20);
+        assert_eq!(sizes.logits, 8192 * 256 * (4 + 4 + 2));
         let peak = sizes.in_layer(52, 53);
         let cut = peak.gradients + peak.activations + peak.workspace - MATMUL_WORKSPACE;
         assert_eq!((cut + peak.pages) % sizes.page, 0);
@@ -626,11 +632,11 @@ mod tests {
             config.train.recompute
         };
         assert_eq!(settled(None, "auto"), Recompute::None);
-        // With a twenty-fifth to spare: 741248 of 772200.
-        assert_eq!(settled(Some(772_200), "auto"), Recompute::None);
-        assert_eq!(settled(Some(772_000), "auto"), Recompute::First(1));
-        assert_eq!(settled(Some(738_100), "auto"), Recompute::First(1));
-        assert_eq!(settled(Some(737_900), "auto"), Recompute::All);
+        // With a twenty-fifth to spare: 610176 of 635700.
+        assert_eq!(settled(Some(635_700), "auto"), Recompute::None);
+        assert_eq!(settled(Some(635_500), "auto"), Recompute::First(1));
+        assert_eq!(settled(Some(601_500), "auto"), Recompute::First(1));
+        assert_eq!(settled(Some(601_400), "auto"), Recompute::All);
         assert_eq!(settled(Some(1000), "auto"), Recompute::All);
         assert_eq!(settled(Some(1000), "none"), Recompute::None);
         assert_eq!(settled(Some(1000), "1"), Recompute::First(1));
@@ -658,10 +664,10 @@ mod tests {
     #[test]
     fn a_run_is_refused_only_far_above_the_limit() {
         let config = config(&[&SMALL, &["train.recompute=none"]]);
-        assert_eq!(excess(&config, 741_248), None);
-        assert_eq!(excess(&config, 741_248 * 10 / 11 + 100), None);
-        let reason = excess(&config, 741_248 * 10 / 11 - 100).expect("too much");
-        assert!(reason.contains("about 723.9 KiB"), "{reason}");
+        assert_eq!(excess(&config, 610_176), None);
+        assert_eq!(excess(&config, 610_176 * 10 / 11 + 100), None);
+        let reason = excess(&config, 610_176 * 10 / 11 - 100).expect("too much");
+        assert!(reason.contains("about 595.9 KiB"), "{reason}");
         assert_eq!(excess(&config, u64::MAX), None);
     }
 
