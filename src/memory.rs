@@ -8,9 +8,13 @@
 //!   have turned into gradients;
 //! - *update*: all gradients are there and the optimizer runs.
 //!
-//! Weights and AdamW's moments are there throughout. All sizes are in bytes. Letters are those of
-//! the documentation: B, L, D, E, N, R, K, V; `s` bytes of a number in the computation, `p` = B·L
+//! Weights and AdamW's moments are there throughout. All sizes are in bytes. Letters are those of the
+//! documentation: B, L, D, E, N, R, K, V; `s` bytes of a number in the computation, `p` = B·L
 //! positions of a micro-batch, T positions of a chunk of the scan.
+//!
+//! The sum of all tensors was compared with CubeCL's own count on software Vulkan (fp32, D 256, 8
+//! layers, 8 · 1,024 positions, T 256): 602 of 605 MiB with no layer recomputed, 378 of 381 MiB with
+//! all.
 
 use std::fmt;
 
@@ -370,7 +374,8 @@ impl Sizes {
             .filter(|&layer| layer <= last)
             .map(|layer| self.in_layer(layer, recomputed))
             .chain([self.at_update(), self.at_head(recomputed)])
-            .max_by_key(Estimate::total)
+            // By tensors: whole pages can be as many at two moments.
+            .max_by_key(|it| it.total() - it.pages)
             .unwrap_or_else(|| self.at_update())
     }
 
@@ -614,11 +619,14 @@ mod tests {
             let sizes = Sizes::new(&config(&[settings]));
             let depth = sizes.depth as usize;
             for recomputed in [0, 1, depth / 2, depth - 1, depth] {
-                let all = (0..depth).map(|layer| sizes.in_layer(layer, recomputed).total());
-                let greatest = all
-                    .chain([sizes.at_update().total(), sizes.at_head(recomputed).total()])
-                    .max();
-                assert_eq!(Some(sizes.peak(recomputed).total()), greatest);
+                let all = (0..depth).map(|layer| sizes.in_layer(layer, recomputed));
+                let all: Vec<_> = all
+                    .chain([sizes.at_update(), sizes.at_head(recomputed)])
+                    .collect();
+                let peak = sizes.peak(recomputed);
+                let in_tensors = |it: &Estimate| it.total() - it.pages;
+                assert_eq!(Some(in_tensors(&peak)), all.iter().map(in_tensors).max());
+                assert_eq!(Some(peak.total()), all.iter().map(Estimate::total).max());
             }
         }
     }
