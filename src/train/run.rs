@@ -114,7 +114,14 @@ fn restore(
     };
     let progress = checkpoint.progress();
     check_data(&progress, sampler.shards(), config)?;
-    checkpoint.restore(learner)?;
+    let device = learner.inner_device();
+    // What stays for the whole run does not belong between activations, where it would keep pages
+    // from being used whole.
+    device.memory_persistent_allocations((checkpoint, learner), |(checkpoint, learner)| {
+        checkpoint.restore(learner)
+    })?;
+    // The initial weights are gone; the allocator keeps their memory until it is asked.
+    device.memory_cleanup();
     Ok(progress)
 }
 
