@@ -67,6 +67,8 @@ pub enum Error {
         length: usize,
         /// Value of `train.recompute`.
         recompute: String,
+        /// Value of `train.checkpoint_every`.
+        checkpoint_every: usize,
     },
 
     /// Training does not get anywhere any more.
@@ -157,8 +159,9 @@ impl Error {
                 batch,
                 length,
                 recompute,
+                checkpoint_every,
                 ..
-            } => memory_hint(*batch, *length, recompute),
+            } => memory_hint(*batch, *length, recompute, *checkpoint_every),
             Self::Io { .. } => {
                 "check that the path exists, that you may use it and that the disk is not full"
                     .to_owned()
@@ -215,11 +218,17 @@ fn print_problem(label: &str, color: &str, text: &str) {
     };
 }
 
-/// The three settings that decide about memory, each with what it is now.
-fn memory_hint(batch: usize, length: usize, recompute: &str) -> String {
-    let recompute = match recompute {
-        "all" => "`train.recompute` is already \"all\"".to_owned(),
-        now => format!("set `train.recompute` to \"all\" (now {now}; a third more time)"),
+/// The settings that decide about memory, each with what it is now. Groups of layers are for those
+/// who have little else left.
+fn memory_hint(batch: usize, length: usize, recompute: &str, checkpoint_every: usize) -> String {
+    let recompute = match (recompute, checkpoint_every) {
+        ("all", 0) => "`train.recompute` is already \"all\": set `train.checkpoint_every`, for \
+                       instance to 8 (now 0; a second forward pass)"
+            .to_owned(),
+        ("all", now) => {
+            format!("`train.recompute` is already \"all\", `train.checkpoint_every` is {now}")
+        }
+        (now, _) => format!("set `train.recompute` to \"all\" (now {now}; a third more time)"),
     };
     let batch = match batch {
         0 | 1 => "`train.batch` is already 1".to_owned(),
@@ -242,6 +251,7 @@ mod tests {
             batch,
             length: 8192,
             recompute: recompute.to_owned(),
+            checkpoint_every: 0,
         }
     }
 
@@ -312,6 +322,12 @@ mod tests {
         }
         let report = out_of_memory(1, "all").report();
         assert!(!report.contains("lower `train.batch`"), "{report}");
+        // Groups of layers are named where recomputation is used up.
+        let named = |recompute| {
+            let report = out_of_memory(1, recompute).report();
+            report.contains("`train.checkpoint_every`")
+        };
+        assert!(named("all") && !named("10"));
     }
 
     #[test]

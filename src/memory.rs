@@ -5,7 +5,8 @@
 //!
 //! - *head*: all layers have run, and the logits are there with their gradient;
 //! - *layer i*: backward is inside layer i. Layers 0..=i still hold what they kept, those behind it
-//!   have turned into gradients;
+//!   have turned into gradients. With `train.checkpoint_every` only those of layer i's group hold
+//!   anything, besides the streams that groups start from;
 //! - *update*: all gradients are there and the optimizer runs.
 //!
 //! Weights and AdamW's moments are there throughout. All sizes are in bytes. Letters are those of the
@@ -17,6 +18,7 @@
 //! all.
 
 use std::fmt;
+use std::ops::Range;
 
 use serde::Serialize;
 
@@ -267,6 +269,10 @@ fn number_bytes(precision: Precision) -> u64 {
 /// The sizes that a peak is the sum of.
 struct Sizes {
     depth: u64,
+    /// Layers of a group; all of them where there are no groups.
+    group: u64,
+    /// The stream that each group starts from; 0 where there are no groups.
+    start: u64,
     /// Parameters of the whole model, of one layer, and behind the last layer.
     parameters: u64,
     layer_parameters: u64,
@@ -338,6 +344,14 @@ impl Sizes {
         let largest = projected.max(stream).max(logits).max(scan_states);
         Self {
             depth: model.depth as u64,
+            group: match train.checkpoint_every {
+                0 => model.depth as u64,
+                every => every as u64,
+            },
+            start: match train.checkpoint_every {
+                0 => 0,
+                _ => stream,
+            },
             parameters: model.num_params(),
             layer_parameters,
             tail_parameters,
@@ -369,12 +383,15 @@ impl Sizes {
 
     /// The greatest of all moments with the first `recomputed` layers recomputed.
     fn peak(&self, recomputed: usize) -> Estimate {
-        // From one layer to the next the sum changes by the same amount, but for the step from
-        // recomputed layers to others: the ends are enough.
-        let last = self.depth as usize - 1;
-        [0, recomputed.saturating_sub(1), recomputed, last]
+        // From one layer of a group to the next the sum changes by the same amount, but for the step
+        // from recomputed layers to others: the ends are enough.
+        let recomputed = recomputed as u64;
+        let ends = (0..self.depth).step_by(self.group as usize);
+        let ends = ends.flat_map(|first| [first, self.group_of(first).end - 1]);
+        [recomputed.saturating_sub(1), recomputed]
             .into_iter()
-            .filter(|&layer| layer <= last)
+            .chain(ends)
+            .filter(|&layer| layer < self.depth)
             .map(|layer| self.in_layer(layer, recomputed))
             .chain([self.at_update(), self.at_head(recomputed)])
             // By tensors: whole pages can be as many at two moments.
@@ -382,32 +399,53 @@ impl Sizes {
             .unwrap_or_else(|| self.at_update())
     }
 
-    /// What the first `count` layers keep, the first `recomputed` of all being recomputed.
-    fn kept_by(&self, count: u64, recomputed: usize) -> u64 {
-        count * self.kept + count.saturating_sub(recomputed as u64) * self.projected
+    /// The layers of the group that `layer` is in.
+    fn group_of(&self, layer: u64) -> Range<u64> {
+        let first = layer - layer % self.group;
+        first..self.depth.min(first + self.group)
     }
 
-    fn at_head(&self, recomputed: usize) -> Estimate {
-        let activations = self.kept_by(self.depth, recomputed) + self.inputs + self.streams;
+    /// What the layers of its group up to `last` keep, and the streams that this group and those
+    /// before it start from. The first `recomputed` of all layers are recomputed.
+    fn kept_until(&self, last: u64, recomputed: u64) -> u64 {
+        let first = self.group_of(last).start;
+        let whole = (last + 1).saturating_sub(first.max(recomputed));
+        let starts = (first / self.group + 1) * self.start;
+        (last + 1 - first) * self.kept + whole * self.projected + starts
+    }
+
+    fn at_head(&self, recomputed: u64) -> Estimate {
+        let kept = self.kept_until(self.depth - 1, recomputed);
+        let activations = kept + self.inputs + self.streams;
         self.moment(Moment::Head, 0, activations, self.logits)
     }
 
-    fn in_layer(&self, layer: usize, recomputed: usize) -> Estimate {
-        let layers = layer as u64 + 1;
-        // Its own gradients are written while the inside is still there.
-        let done = self.depth - layer as u64;
-        let gradients = F32 * (self.tail_parameters + done * self.layer_parameters);
-        let activations = self.kept_by(layers, recomputed) + self.inputs;
+    fn in_layer(&self, layer: u64, recomputed: u64) -> Estimate {
+        // Its own gradients are written while the inside is still there. Those of later groups have
+        // been added to the sum, where there is one.
+        let end = match self.accumulated {
+            0 => self.depth,
+            _ => self.group_of(layer).end,
+        };
+        let gradients = F32 * (self.tail_parameters + (end - layer) * self.layer_parameters);
+        let activations = self.kept_until(layer, recomputed) + self.inputs;
         let rebuilt = match layer < recomputed {
             true => self.projected,
             false => 0,
         };
         let inside = self.inside + rebuilt;
-        self.moment(Moment::Layer(layer), gradients, activations, inside)
+        let moment = Moment::Layer(layer as usize);
+        self.moment(moment, gradients, activations, inside)
     }
 
     fn at_update(&self) -> Estimate {
-        self.moment(Moment::Update, F32 * self.parameters, self.inputs, 0)
+        // Gradients of a whole micro-batch and their sum are there together, unless they come in
+        // groups.
+        let gradients = match (self.start, self.accumulated) {
+            (0, _) | (_, 0) => F32 * self.parameters,
+            _ => 0,
+        };
+        self.moment(Moment::Update, gradients, self.inputs, 0)
     }
 
     fn moment(&self, moment: Moment, gradients: u64, activations: u64, inside: u64) -> Estimate {
@@ -610,6 +648,34 @@ mod tests {
         );
     }
 
+    /// Five layers in groups of two: 0 and 1, 2 and 3, 4.
+    #[test]
+    fn groups_keep_their_streams_and_the_inside_of_one() {
+        let five = ["model.depth=5", "train.accumulation=2"];
+        let plain = Sizes::new(&config(&[&SMALL, &five]));
+        let groups = Sizes::new(&config(&[&SMALL, &five, &["train.checkpoint_every=2"]]));
+        let (stream, layer) = (8192, plain.kept + plain.projected);
+        let kept = |sizes: &Sizes, layer| sizes.in_layer(layer, 0).activations - sizes.inputs;
+        assert_eq!(kept(&plain, 4), 5 * layer);
+        assert_eq!(kept(&groups, 0), layer + stream);
+        assert_eq!(kept(&groups, 1), 2 * layer + stream);
+        assert_eq!(kept(&groups, 2), layer + 2 * stream);
+        assert_eq!(kept(&groups, 3), 2 * layer + 2 * stream);
+        assert_eq!(kept(&groups, 4), layer + 3 * stream);
+        // Layers 0 to 2 recomputed: one of the second group is not.
+        let second = groups.in_layer(3, 3).activations - groups.inputs;
+        assert_eq!(second, 2 * layer - groups.projected + 2 * stream);
+        let (head, plain_head) = (groups.at_head(0), plain.at_head(0));
+        assert_eq!(
+            plain_head.activations - head.activations,
+            4 * layer - 3 * stream
+        );
+        // The sum of an earlier micro-batch, and of this one only the group's and the tail.
+        let gradients = groups.in_layer(2, 0).gradients;
+        assert_eq!(gradients, groups.accumulated + 4 * (2 * 3392 + 32 + 4096));
+        assert_eq!(groups.at_update().gradients, groups.accumulated);
+    }
+
     #[test]
     fn auto_recomputes_as_few_layers_as_fit() {
         let config = config(&[&LARGE]);
@@ -638,15 +704,16 @@ mod tests {
             &LARGE[..],
             // Gradients of a layer outweigh what it keeps.
             &["model.preset=mambabyte_972m", "train.length=64"][..],
+            &["model.preset=mambabyte_353m", "train.checkpoint_every=7"][..],
         ] {
             let sizes = Sizes::new(&config(&[settings]));
-            let depth = sizes.depth as usize;
+            let depth = sizes.depth;
             for recomputed in [0, 1, depth / 2, depth - 1, depth] {
                 let all = (0..depth).map(|layer| sizes.in_layer(layer, recomputed));
                 let all: Vec<_> = all
                     .chain([sizes.at_update(), sizes.at_head(recomputed)])
                     .collect();
-                let peak = sizes.peak(recomputed);
+                let peak = sizes.peak(recomputed as usize);
                 let in_tensors = |it: &Estimate| it.total() - it.pages;
                 assert_eq!(Some(in_tensors(&peak)), all.iter().map(in_tensors).max());
                 assert_eq!(Some(peak.total()), all.iter().map(Estimate::total).max());

@@ -124,6 +124,47 @@ fn recomputation_changes_nothing() {
     }
 }
 
+/// Groups of layers change memory and time: not the losses, the weights or the moments.
+#[test]
+fn groups_of_layers_change_nothing() {
+    let workspace = Workspace::new();
+    for (name, settings) in [
+        ("plain", &["model.norm=rms"][..]),
+        ("contiguous", &["train.mode=contiguous"]),
+        ("accumulated", &["train.accumulation=2"]),
+        (
+            "all",
+            &[
+                "train.mode=contiguous",
+                "train.accumulation=2",
+                "train.recompute=1",
+            ],
+        ),
+        // Head and embedding are one weight: its gradient has a part from either end.
+        (
+            "tied",
+            &["model.tie_embeddings=true", "train.accumulation=3"],
+        ),
+        ("int8", &INT8),
+        ("unfused", &["model.use_fast_path=false"]),
+    ] {
+        let depth = "model.depth=3";
+        let without = format!("{name}-0");
+        workspace.train(&without, &[settings, &[depth]].concat(), "");
+        for every in 1..=3 {
+            let run = format!("{name}-{every}");
+            let setting = format!("train.checkpoint_every={every}");
+            workspace.train(&run, &[settings, &[depth, &setting]].concat(), "");
+            workspace.assert_same_runs(&without, &run, 20);
+        }
+    }
+}
+
+#[test]
+fn groups_of_layers_of_contiguous_lanes() {
+    split_run_equals_whole(&["train.mode=contiguous", "train.checkpoint_every=1"]);
+}
+
 #[test]
 fn two_fresh_runs_are_identical() {
     let workspace = Workspace::new();

@@ -73,6 +73,8 @@ struct Summary {
     depth: usize,
     /// `train.recompute` as configured.
     recompute: String,
+    /// `train.checkpoint_every` as configured.
+    checkpoint_every: usize,
     memory_limit: Option<u64>,
     /// The largest `train.batch` within the limit.
     largest_batch: Option<usize>,
@@ -114,6 +116,7 @@ impl Summary {
             precision: config.train.precision.to_string(),
             depth: config.model.depth,
             recompute: config.train.recompute.to_string(),
+            checkpoint_every: config.train.checkpoint_every,
             memory_limit: limit,
             largest_batch: limit.and_then(|limit| memory::largest_batch(config, limit)),
             estimates: batches.iter().map(row).collect::<Result<_>>()?,
@@ -126,9 +129,13 @@ impl Summary {
         let widest = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
         let widths: Vec<usize> = (0..=columns).map(widest).collect();
         let mut text = format!(
-            "peak of training, {} bytes a sequence, {}, of {} layers\n\n",
+            "peak of training, {} bytes a sequence, {}, of {} layers",
             self.length, self.precision, self.depth
         );
+        if self.checkpoint_every > 0 {
+            let _ = write!(text, " in groups of {}", self.checkpoint_every);
+        }
+        text.push_str("\n\n");
         for row in &rows {
             let mut line = format!("{:<1$}", row[0], widths[0]);
             for (cell, width) in row[1..].iter().zip(&widths[1..]) {

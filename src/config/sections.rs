@@ -49,6 +49,9 @@ pub struct TrainConfig {
     /// Layers run again in the backward pass: `"auto"` (the default, as few as fit the memory),
     /// `"none"`, `"all"`, or how many of the first.
     pub recompute: Recompute,
+    /// For very long sequences: layers of a group of which only the input is kept, and which is run
+    /// a second time in the backward pass. From 1; 0 (the default) is no groups.
+    pub checkpoint_every: usize,
     /// Number format of the computation; `"fp32"` only.
     pub precision: Precision,
     /// Device memory that training may use, for instance `"24GiB"`, with the driver's context and
@@ -109,6 +112,13 @@ impl TrainConfig {
             sample_prompt: section.string("sample_prompt", "The "),
             log_every: section.integer("log_every", 1, MOST_STEPS, Some(1), ""),
             recompute: section.recompute("recompute", Recompute::Auto),
+            checkpoint_every: section.size(
+                "checkpoint_every",
+                0,
+                4096,
+                Some(0),
+                "a number of layers; 0 means no groups",
+            ),
             precision: section.choice(
                 "precision",
                 Some(Precision::Fp32),

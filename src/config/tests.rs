@@ -173,6 +173,7 @@ fn values_out_of_range_are_refused() {
         "optimizer.beta1=1",
         "optimizer.clip=-1",
         "optimizer.state=fp16",
+        "train.checkpoint_every=-1",
         "optimizer.decay_steps=499",
         "data.path=",
         "checkpoint.keep_last=0",
@@ -283,6 +284,7 @@ fn warnings_name_settings_without_effect() {
         ),
         (&["train.validate_every=2000"], "train.validate_every"),
         (&["train.recompute=5"], "train.recompute"),
+        (&["train.checkpoint_every=4"], "train.checkpoint_every"),
         (&["optimizer.decay_steps=2000"], "optimizer.decay_steps"),
         (&["optimizer.decay_steps=800"], "optimizer.decay_steps"),
         (
@@ -380,6 +382,7 @@ fn assignment() -> impl Strategy<Value = String> {
         (1..i64::MAX).prop_map(|it| format!("train.seed={it}")),
         (1..i64::MAX).prop_map(|it| format!("train.validate_bytes={it}")),
         (0..99usize).prop_map(|it| format!("train.recompute={it}")),
+        (0..99usize).prop_map(|it| format!("train.checkpoint_every={it}")),
         prop_oneof![Just("auto"), Just("none"), Just("all")]
             .prop_map(|it| format!("train.recompute={it}")),
         ((1u64 << 30)..(1 << 50)).prop_map(|it| format!("train.memory_limit={it}B")),

@@ -41,6 +41,14 @@ impl Config {
             );
         }
         warn(
+            train.checkpoint_every >= self.model.depth,
+            format!(
+                "`train.checkpoint_every` is {}, not less than `model.depth`: one group of all \
+                 layers saves nothing",
+                train.checkpoint_every
+            ),
+        );
+        warn(
             optimizer.warmup_steps > train.steps,
             format!(
                 "`optimizer.warmup_steps` is {}, more than `train.steps`: the learning rate will \

@@ -206,6 +206,7 @@ impl Budget {
             batch: config.train.batch,
             length: config.train.length,
             recompute: recompute.to_string(),
+            checkpoint_every: config.train.checkpoint_every,
         }
     }
 

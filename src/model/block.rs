@@ -1,5 +1,7 @@
 //! Residual blocks and their stack.
 
+use std::ops::Range;
+
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use mambabyte_kernels::mamba_layer::{LayerSettings, MambaLayer, mamba_layer};
@@ -180,19 +182,35 @@ impl Mamba {
             before.len(),
             self.layers.len()
         );
+        let (stream, after) = self.forward_layers(0..self.layers.len(), x, before, resets);
+        (self.finish(stream), State { layers: after })
+    }
+
+    /// Runs the blocks `range`: from the stream before them to the stream behind, with the memories
+    /// before and after each. Without memories before they start from zero.
+    pub(crate) fn forward_layers(
+        &self,
+        range: Range<usize>,
+        mut stream: Tensor<3>,
+        before: Vec<LayerState>,
+        resets: Option<Tensor<2>>,
+    ) -> (Tensor<3>, Vec<LayerState>) {
         let mut before = before.into_iter();
-        let mut after = Vec::with_capacity(self.layers.len());
-        let mut stream = x;
-        for layer in &self.layers {
+        let mut after = Vec::with_capacity(range.len());
+        for layer in &self.layers[range] {
             let (next, state) = layer.forward(stream, before.next(), resets.clone());
             stream = next;
             after.push(state);
         }
-        let out = match &self.norm_f {
+        (stream, after)
+    }
+
+    /// The stack's output from the stream behind the last block.
+    pub(crate) fn finish(&self, stream: Tensor<3>) -> Tensor<3> {
+        match &self.norm_f {
             Some(norm) => norm.forward(stream),
             None => stream,
-        };
-        (out, State { layers: after })
+        }
     }
 
     /// One position of [`forward`](Self::forward).

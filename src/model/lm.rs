@@ -137,6 +137,17 @@ impl MambaLm {
         (Self::cross_entropy(logits, targets), state)
     }
 
+    /// Loss of every position from the residual stream behind the last block.
+    ///
+    /// # Shapes
+    ///
+    /// - stream: `[B, L, D]`
+    /// - targets: `[B, L]`
+    /// - losses: `[B · L]`
+    pub(crate) fn losses_behind(&self, stream: Tensor<3>, targets: Tensor<2, Int>) -> Tensor<1> {
+        Self::cross_entropy(self.head(self.backbone.finish(stream)), targets)
+    }
+
     /// Logits from the stack's output.
     fn head(&self, x: Tensor<3>) -> Tensor<3> {
         let logits = match &self.lm_head {

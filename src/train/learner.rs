@@ -6,6 +6,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use mambabyte_datasets::Batch;
 
 use super::optimizer::{AdamW, clip_factor, global_norm};
+use super::recompute;
 use crate::config::{Config, Mode};
 use crate::error::{Error, Result};
 use crate::model::{MambaLm, State};
@@ -125,8 +126,14 @@ impl Learner {
         for i in 0..count {
             let inputs = Inputs::of(batch, i * micro, (i + 1) * micro, carried, &self.device);
             let before = self.carried[i].take();
-            let (loss, grads, after) = self.gradients(inputs, before, 1.0 / count as f64);
-            accumulator.accumulate(self.weights(), grads);
+            let share = 1.0 / count as f64;
+            let (loss, after) = match self.config.train.checkpoint_every {
+                0 => self.gradients(inputs, before, share, &mut accumulator),
+                every => {
+                    let model = self.weights();
+                    recompute::gradients(model, every, inputs, before, share, &mut accumulator)
+                }
+            };
             losses.push(loss);
             self.carried[i] = carried.then_some(after);
         }
@@ -164,13 +171,15 @@ impl Learner {
         Ok(report)
     }
 
-    /// Gradients of one micro-batch: `(its share of the mean loss, gradients, memory after it)`.
+    /// Adds the gradients of one micro-batch to `sum`; returns its share of the mean loss, and the
+    /// memory after it.
     fn gradients(
         &self,
         inputs: Inputs,
         state: Option<State>,
         share: f64,
-    ) -> (Tensor<1>, GradientsParams, State) {
+        sum: &mut GradientsAccumulator<MambaLm>,
+    ) -> (Tensor<1>, State) {
         let Inputs {
             bytes,
             targets,
@@ -181,12 +190,13 @@ impl Learner {
         let loss = mean(losses).mul_scalar(share);
         let mut grads = loss.backward();
         let grads = GradientsParams::from_module(&mut grads, self.weights());
-        (loss.inner(), grads, state.inner())
+        sum.accumulate(self.weights(), grads);
+        (loss.inner(), state.inner())
     }
 }
 
 /// The mean, in two stages: a sum over one long axis keeps one plane of a GPU busy.
-fn mean(losses: Tensor<1>) -> Tensor<1> {
+pub(super) fn mean(losses: Tensor<1>) -> Tensor<1> {
     let [count] = losses.dims();
     let width = 1 << count.trailing_zeros().min(8);
     losses.reshape([count / width, width]).mean_dim(1).mean()

@@ -14,6 +14,7 @@ pub mod metrics;
 mod optimizer;
 mod parameters;
 mod progress;
+mod recompute;
 pub mod run;
 pub mod run_dir;
 mod schedule;
