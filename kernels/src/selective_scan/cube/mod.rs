@@ -46,7 +46,7 @@ use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::AddressType;
 
-use self::plan::{Chunks, ScanShape, sweep};
+use self::plan::{Alignment, Chunks, ScanShape, SweepConfig, sweep};
 use super::{ScanInputs, ScanOutputs};
 use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, empty, grid,
@@ -55,10 +55,6 @@ use crate::cube::{
 
 pub(crate) use self::backward::backward;
 
-/// Most units of a cube in forward: more would leave a unit too few registers.
-const FORWARD_UNITS: usize = 1024;
-/// Positions loaded ahead in forward.
-const FORWARD_AHEAD: usize = 2;
 /// Units of a cube in the carry.
 const CARRY_UNITS: usize = 128;
 
@@ -68,6 +64,8 @@ pub(crate) fn forward(inputs: ScanInputs<CubeTensor>) -> ScanOutputs<CubeTensor>
     let shape = ScanShape::of(&inputs);
     let device = DeviceTraits::of(&inputs.u);
     let chunks = Chunks::new(&shape, &device);
+    let alignment = alignment(&inputs, &strides, &shape, &[]);
+    let config = sweep(&shape, &chunks, &device, alignment, inputs.delta_softplus);
     let ScanShape {
         batch,
         length,
@@ -84,7 +82,7 @@ pub(crate) fn forward(inputs: ScanInputs<CubeTensor>) -> ScanOutputs<CubeTensor>
             &strides,
             &shape,
             &chunks,
-            &device,
+            &config,
             &saved,
             &last_state,
         );
@@ -94,7 +92,7 @@ pub(crate) fn forward(inputs: ScanInputs<CubeTensor>) -> ScanOutputs<CubeTensor>
         &strides,
         &shape,
         &chunks,
-        &device,
+        &config,
         &saved,
         &last_state,
         &y,
@@ -150,25 +148,48 @@ fn address(inputs: &ScanInputs<CubeTensor>, others: &[&CubeTensor]) -> AddressTy
     address_type(&[&inputs.u, &inputs.b, &inputs.c, z]).max(address_type(others))
 }
 
+/// How wide loads of the inputs and of `outputs` (rows of channels, like `z`) can be.
+fn alignment(
+    inputs: &ScanInputs<CubeTensor>,
+    strides: &RowStrides,
+    shape: &ScanShape,
+    outputs: &[(&CubeTensor, usize)],
+) -> Alignment {
+    // Several elements at once must begin at a multiple of their number.
+    let aligned = |tensor: &CubeTensor, stride: usize, count: usize| {
+        let offset = tensor.handle.offset_start.unwrap_or(0) as usize;
+        offset.is_multiple_of(count * tensor.dtype.size()) && stride.is_multiple_of(count)
+    };
+    let pairs = shape.inner.is_multiple_of(2)
+        && [&inputs.u, &inputs.delta]
+            .into_iter()
+            .all(|tensor| aligned(tensor, shape.inner, 2))
+        && inputs.z.as_ref().is_none_or(|z| aligned(z, strides.z, 2))
+        && outputs
+            .iter()
+            .all(|(tensor, stride)| aligned(tensor, *stride, 2));
+    let states = |count: usize| {
+        shape.state.is_multiple_of(count)
+            && aligned(&inputs.b, strides.b, count)
+            && aligned(&inputs.c, strides.c, count)
+    };
+    Alignment {
+        channels: if pairs { 2 } else { 1 },
+        states: [4, 2].into_iter().find(|count| states(*count)).unwrap_or(1),
+    }
+}
+
 /// Fills `saved` with the state entering every chunk, and `last_state`.
 fn launch_chunk_ends(
     inputs: &ScanInputs<CubeTensor>,
     strides: &RowStrides,
     shape: &ScanShape,
     chunks: &Chunks,
-    device: &DeviceTraits,
+    config: &SweepConfig,
     saved: &CubeTensor,
     last_state: &CubeTensor,
 ) {
     let client = &inputs.u.client;
-    let config = sweep(
-        shape,
-        chunks,
-        device,
-        inputs.delta_softplus,
-        FORWARD_AHEAD,
-        FORWARD_UNITS,
-    );
     let steps = empty(
         &inputs.u,
         [shape.batch, chunks.count, shape.inner],
@@ -184,6 +205,9 @@ fn launch_chunk_ends(
             grid(blocks),
             cube_dim(config.units),
             address,
+            config.vector,
+            config.source,
+            config.width(),
             buffer(&inputs.u),
             buffer(&inputs.delta),
             buffer(&inputs.b),
@@ -197,7 +221,7 @@ fn launch_chunk_ends(
             shape.inner,
             shape.state,
             strides.b,
-            config,
+            *config,
             [
                 elem(inputs.u.dtype),
                 elem(inputs.delta.dtype),
@@ -223,7 +247,7 @@ fn launch_chunk_ends(
             shape.inner,
             shape.state,
             false,
-            device.ptx,
+            config.ptx,
         );
     }
 }
@@ -234,19 +258,11 @@ fn launch_outputs(
     strides: &RowStrides,
     shape: &ScanShape,
     chunks: &Chunks,
-    device: &DeviceTraits,
+    config: &SweepConfig,
     saved: &CubeTensor,
     last_state: &CubeTensor,
     y: &CubeTensor,
 ) {
-    let config = sweep(
-        shape,
-        chunks,
-        device,
-        inputs.delta_softplus,
-        FORWARD_AHEAD,
-        FORWARD_UNITS,
-    );
     let rows = if chunks.walk { 1 } else { chunks.count };
     let blocks = config.cubes(shape.inner) * rows * shape.batch;
     let z_dtype = inputs.z.as_ref().map_or(inputs.u.dtype, |z| z.dtype);
@@ -258,6 +274,9 @@ fn launch_outputs(
             grid(blocks),
             cube_dim(config.units),
             address(inputs, &[saved]),
+            config.vector,
+            config.source,
+            config.width(),
             buffer(&inputs.u),
             buffer(&inputs.delta),
             buffer(&inputs.b),
@@ -279,7 +298,7 @@ fn launch_outputs(
             strides.c,
             strides.z,
             chunks.walk,
-            config,
+            *config,
             [
                 elem(inputs.u.dtype),
                 elem(inputs.delta.dtype),

@@ -2,7 +2,7 @@
 
 use burn_cubecl::tensor::CubeTensor;
 
-use crate::cube::{DeviceTraits, SHARED_BYTES, dims, power_of_two_below};
+use crate::cube::{DeviceTraits, dims, power_of_two_below};
 use crate::selective_scan::ScanInputs;
 
 /// Bounds of the positions in a chunk. Short chunks make the pass over chunk ends long, long ones
@@ -58,31 +58,27 @@ impl Chunks {
             .div_ceil(device.busy_units)
             .next_power_of_two()
             .clamp(CHUNK[0], CHUNK[1]);
+        let size = knob("CHUNK", size);
         let count = shape.length.div_ceil(size);
         Self {
             size,
             count,
             // Two passes cost two exponentials an element, so one pass pays before it fills the
             // device completely.
-            walk: count == 1 || 2 * channels >= device.busy_units,
-        }
-    }
-
-    /// The same chunks, each on its own, as backward always has them.
-    pub fn cut(&self) -> Self {
-        Self {
-            walk: false,
-            ..*self
+            walk: knob(
+                "WALK",
+                (count == 1 || 2 * channels >= device.busy_units) as usize,
+            ) == 1,
         }
     }
 }
 
-/// How a kernel spreads states over lanes, and its compile-time switches.
+/// How a kernel spreads channels and states over lanes, and its compile-time switches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct SweepConfig {
     /// Units of a cube.
     pub units: usize,
-    /// States of one lane, a multiple of 4 (the width of shared memory's vectors).
+    /// States of one lane, a power of two.
     pub per_lane: usize,
     /// Lanes that share a channel, a power of two.
     pub lanes: usize,
@@ -92,10 +88,14 @@ pub(super) struct SweepConfig {
     pub plane: usize,
     /// Positions of a chunk.
     pub chunk: usize,
-    /// Positions of B and C in shared memory at a time.
+    /// Positions of a stage.
     pub tile: usize,
-    /// Positions loaded ahead.
-    pub ahead: usize,
+    /// Neighbouring channels that are loaded at once.
+    pub vector: usize,
+    /// Neighbouring numbers of B and C that are loaded at once: `width()` or 1.
+    pub source: usize,
+    /// Whether a stage's recurrence is one piece of code without a loop.
+    pub unroll: bool,
     /// Whether the step size goes through softplus.
     pub softplus: bool,
     /// Whether kernels may hold PTX.
@@ -117,11 +117,77 @@ impl SweepConfig {
     pub fn cubes(&self, inner: usize) -> usize {
         inner.div_ceil(self.channels())
     }
+
+    /// From one channel of a unit to the next.
+    pub const fn spacing(&self) -> usize {
+        self.units / self.lanes
+    }
+
+    /// States that are read from shared memory at once.
+    pub const fn width(&self) -> usize {
+        if self.per_lane < 4 { self.per_lane } else { 4 }
+    }
+
+    /// From one position of a unit to the next, element-wise.
+    pub const fn stride(&self) -> usize {
+        self.units / (self.channels() / self.vector)
+    }
+
+    /// Positions of a unit in a stage, element-wise.
+    pub const fn passes(&self) -> usize {
+        self.tile.div_ceil(self.stride())
+    }
+
+    /// Whether all of them are in the stage.
+    pub const fn exact(&self) -> bool {
+        self.stride() <= self.tile
+    }
+
+    /// Vectors of a unit in a stage's B or C.
+    pub const fn tile_passes(&self) -> usize {
+        (self.tile * self.states() / self.width()).div_ceil(self.units)
+    }
+
+    /// Loads of a unit for them.
+    pub const fn tile_loads(&self) -> usize {
+        self.tile_passes() * self.width() / self.source
+    }
+
+    /// Positions whose sums over states are exchanged between lanes together.
+    pub const fn group(&self) -> usize {
+        let wanted = if self.lanes > SUB { self.lanes } else { SUB };
+        if wanted < self.tile {
+            wanted
+        } else {
+            self.tile
+        }
+    }
+
+    /// Shared memory of a sweep left to right that keeps `bytes` a position and channel.
+    const fn sweep_bytes(&self, bytes: usize) -> usize {
+        self.tile * (2 * 4 * self.states() + 4 + bytes * self.channels())
+    }
+}
+
+/// How wide the inputs can be loaded.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Alignment {
+    /// Neighbouring channels.
+    pub channels: usize,
+    /// Neighbouring numbers of B and C.
+    pub states: usize,
+}
+
+pub(super) fn knob(name: &str, default: usize) -> usize {
+    std::env::var(name)
+        .ok()
+        .and_then(|v| v.parse().ok())
+        .unwrap_or(default)
 }
 
 /// States of one lane and lanes of a channel for about `wanted` states a lane.
-fn spread_states(state: usize, wanted: usize, plane: usize) -> (usize, usize) {
-    let mut per_lane = wanted.min(state.next_power_of_two()).max(4);
+fn spread_states(state: usize, wanted: usize, least: usize, plane: usize) -> (usize, usize) {
+    let mut per_lane = wanted.min(state.next_power_of_two()).max(least);
     let mut lanes = state.div_ceil(per_lane).next_power_of_two();
     while lanes > plane {
         lanes /= 2;
@@ -130,40 +196,66 @@ fn spread_states(state: usize, wanted: usize, plane: usize) -> (usize, usize) {
     (per_lane, lanes)
 }
 
-/// The kernels that walk left to right, a channel's states in one lane where they fit.
-///
-/// `most_units` bounds the cube: the compiler shares 65,536 registers over it, and the cube's size
-/// is the only way to ask for fewer.
+/// The kernels of forward.
 pub(super) fn sweep(
     shape: &ScanShape,
     chunks: &Chunks,
     device: &DeviceTraits,
+    alignment: Alignment,
     softplus: bool,
-    ahead: usize,
-    most_units: usize,
 ) -> SweepConfig {
-    let (per_lane, lanes) = spread_states(shape.state, 16, device.plane);
-    let most_units = if per_lane > 16 { 128 } else { most_units };
+    let wanted = if chunks.walk {
+        knob("FS", 4)
+    } else {
+        knob("FCS", 4)
+    };
+    let (per_lane, lanes) = spread_states(shape.state, wanted, 2, device.plane);
     let rows = shape.batch * if chunks.walk { 1 } else { chunks.count };
-    let units = cube_units(shape.inner * lanes, rows, most_units, device).max(lanes);
-    // B and C of a tile, f32, in half of the shared memory.
-    let tile = (SHARED_BYTES / 2) / (2 * 4 * per_lane * lanes);
-    let tile = power_of_two_below(tile)
-        .min(chunks.size)
-        .min(shape.length.next_power_of_two())
-        .max(ahead);
-    SweepConfig {
+    let most = knob("FU", 128);
+    let units = cube_units(shape.inner * lanes, rows, most, device).max(lanes);
+    let mut config = SweepConfig {
         units,
         per_lane,
         lanes,
         per_unit: 1,
         plane: device.plane,
         chunk: chunks.size,
-        tile,
-        ahead,
+        tile: knob("FT", 32)
+            .min(chunks.size)
+            .min(shape.length.next_power_of_two()),
+        vector: alignment.channels.min(knob("FV", 2)),
+        source: 1,
+        unroll: knob("FUNROLL", 0) == 1,
         softplus,
         ptx: device.ptx,
+    };
+    fit(&mut config, alignment, 1, |c| {
+        c.sweep_bytes(12) <= device.shared_bytes
+    });
+    config
+}
+
+/// Shortens stages until `fits` holds, and settles what depends on the rest.
+fn fit(
+    config: &mut SweepConfig,
+    alignment: Alignment,
+    least: usize,
+    fits: impl Fn(&SweepConfig) -> bool,
+) {
+    while config.tile > least && !fits(config) {
+        config.tile /= 2;
     }
+    while config.vector > config.channels() || config.vector * config.lanes < config.per_unit {
+        if config.vector == 1 {
+            break;
+        }
+        config.vector /= 2;
+    }
+    config.source = if alignment.states >= config.width() {
+        config.width()
+    } else {
+        1
+    };
 }
 
 /// Units of a cube for `rows` rows of `row_units` units: the most that neither leave many idle at
@@ -182,56 +274,94 @@ fn cube_units(row_units: usize, rows: usize, most: usize, device: &DeviceTraits)
     units
 }
 
+/// The sweep of adjoint ends: it keeps four numbers a state.
+pub(super) fn adjoint_sweep(
+    shape: &ScanShape,
+    chunks: &Chunks,
+    device: &DeviceTraits,
+    alignment: Alignment,
+    softplus: bool,
+) -> SweepConfig {
+    let (per_lane, lanes) = spread_states(shape.state, knob("ES", 8), 4, device.plane);
+    let rows = shape.batch * chunks.count;
+    let units = cube_units(shape.inner * lanes, rows, knob("EU", 128), device).max(lanes);
+    let mut config = SweepConfig {
+        units,
+        per_lane,
+        lanes,
+        per_unit: 1,
+        plane: device.plane,
+        chunk: chunks.size,
+        tile: knob("ET", 16).min(chunks.size),
+        vector: alignment.channels.min(knob("EV", 2)),
+        source: 1,
+        unroll: false,
+        softplus,
+        ptx: device.ptx,
+    };
+    fit(&mut config, alignment, SUB, |c| {
+        c.sweep_bytes(20) <= device.shared_bytes
+    });
+    config
+}
+
 /// The main backward kernel: 4 states a lane, so that a sub-chunk's states stay in registers.
 pub(super) fn adjoint(
     shape: &ScanShape,
     chunks: &Chunks,
     device: &DeviceTraits,
+    alignment: Alignment,
     softplus: bool,
 ) -> SweepConfig {
-    let (per_lane, lanes) = spread_states(shape.state, 4, device.plane);
-    // Two channels a lane halve the shuffles; a third would not fit the registers.
-    let per_unit = if lanes > 1 && per_lane == 4 { 2 } else { 1 };
-    let states = per_lane * lanes;
-    let tile = power_of_two_below(SHARED_BYTES / 4 / (2 * 4 * states))
-        .min(chunks.size)
-        .max(SUB);
+    let (per_lane, lanes) = spread_states(shape.state, 4, 4, device.plane);
+    // Several channels a lane share the shuffles that sum over channels.
+    let per_unit = if lanes > 1 && per_lane == 4 {
+        knob("MM", 2).min(lanes)
+    } else {
+        1
+    };
     let mut config = SweepConfig {
-        units: 128.min(power_of_two_below(device.max_units)),
+        units: knob("MU", 128).min(power_of_two_below(device.max_units)),
         per_lane,
         lanes,
         per_unit,
         plane: device.plane,
         chunk: chunks.size,
-        tile,
-        ahead: SUB,
+        tile: knob("MT", 16).min(chunks.size),
+        vector: alignment.channels.min(knob("MV", 2)),
+        source: 1,
+        unroll: false,
         softplus,
         ptx: device.ptx,
     };
     let least = device.plane.max(lanes);
-    let fits = |c: &SweepConfig| {
-        adjoint_shared_bytes(c) <= SHARED_BYTES - 1024 && c.channels() < 2 * shape.inner.max(1)
-    };
-    while config.units > least && !fits(&config) {
+    while config.units > least
+        && (config.channels() >= 2 * shape.inner.max(1)
+            || adjoint_shared_bytes(&SweepConfig {
+                tile: SUB,
+                ..config
+            }) > device.shared_bytes)
+    {
         config.units /= 2;
     }
+    fit(&mut config, alignment, SUB, |c| {
+        adjoint_shared_bytes(c) <= device.shared_bytes
+    });
     config
 }
 
-/// Shared memory of the main backward kernel: tiles of B and C, two vectors for every position and
-/// channel of a sub-chunk, and the partial sums of dB and dC of every plane.
+/// Shared memory of the main backward kernel: tiles of B and C, six numbers for every position and
+/// channel of a stage, and the partial sums of dB and dC of every plane.
 pub(super) fn adjoint_shared_bytes(config: &SweepConfig) -> usize {
     let states = config.states();
-    let tiles = 2 * 4 * config.tile * states;
-    let vectors = 2 * 16 * SUB * config.channels();
-    let sums = 4 * 2 * states * SUB * config.units.div_ceil(config.plane);
-    tiles + vectors + sums
+    let planes = config.units.div_ceil(config.plane);
+    config.tile * (2 * 4 * states + 4 + 24 * config.channels() + 4 * 2 * states * planes)
 }
 
 /// Chunks that backward processes at once, right to left, to stay within its transient memory.
 pub(super) fn segment_chunks(shape: &ScanShape, chunks: &Chunks, main: &SweepConfig) -> usize {
-    let states = chunks.size / SUB * shape.state * shape.inner;
+    let states = chunks.size / SUB * shape.state.next_multiple_of(4) * shape.inner;
     let partials = chunks.size * 2 * main.states() * main.cubes(shape.inner);
     let bytes = 4 * shape.batch * (states + partials);
-    (TRANSIENT_BYTES / bytes.max(1)).clamp(1, chunks.count)
+    (knob("SEG", TRANSIENT_BYTES >> 10) * 1024 / bytes.max(1)).clamp(1, chunks.count)
 }
