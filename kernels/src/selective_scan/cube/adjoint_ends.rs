@@ -6,13 +6,13 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::common::{
-    CLEARED, V4, decay_step, elements, entries, fetch_tile, gate_at, load_rates, load_states,
-    output, place, put_clears, put_tile, store_states,
+    CLEARED, Place, V4, at_position, decay_step, entry, gate_at, load_rates, load_states,
+    load_tile, output, place, put_clears, store_states,
 };
 use super::plan::{SUB, SweepConfig};
 use crate::cube::OptionalInput;
 use crate::cube::math::{exp2, sigmoid, step_size};
-use crate::cube::reduce::{spread_start, spread_sum, spread_width, spread_writer};
+use crate::cube::reduce::lane_sum;
 
 /// Which results are wanted beyond the gradients of u, delta, A, B and C.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -35,23 +35,23 @@ pub(super) struct Wanted {
 /// The adjoint at the left end is `Σ_t (Π_{s≤t} a_s) · C_t · dy_t`: with the running product of the
 /// decays it is computed in the direction of the states, and needs no sweep of its own.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float, V: Size, S: Size>(
-    u: &[Vector<U, V>],
-    delta: &[Vector<D, V>],
+pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float, S: Size>(
+    u: &[U],
+    delta: &[D],
     b: &[Vector<P, S>],
     c: &[Vector<P, S>],
     a: &[f32],
     d: &OptionalInput,
-    z: &ComptimeOption<Box<[Vector<Z, V>]>>,
+    z: &ComptimeOption<Box<[Z]>>,
     bias: &OptionalInput,
     resets: &OptionalInput,
-    dy: &[Vector<U, V>],
+    dy: &[U],
     saved: &[f32],
     sub_states: &mut [V4],
     ends: &mut [f32],
-    steps_sum: &mut [f32],
-    dz: &mut [Vector<Z, V>],
-    y: &mut [Vector<U, V>],
+    steps: &mut [f32],
+    dz: &mut [Z],
+    y: &mut [U],
     sums_e: &mut [f32],
     batch: usize,
     length: usize,
@@ -67,28 +67,23 @@ pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
     #[comptime] config: SweepConfig,
     #[define(U, D, P, Z)] _types: [ElemType; 4],
 ) {
-    let columns = comptime!(config.channels());
-    let tile = comptime!(config.tile);
-    let per_lane = comptime!(config.per_lane);
-    let lanes = comptime!(config.lanes);
-    let vector = comptime!(config.vector);
     let place = place(inner, segment, config);
     if place.batch >= batch {
         terminate!();
     }
+    let per_lane = comptime!(config.per_lane);
     let chunks = length.div_ceil(comptime!(config.chunk));
     let skipped = (chunk0 + place.chunk) * comptime!(config.chunk);
     let first = place.batch * length + skipped;
     let count = min(comptime!(config.chunk).runtime(), length - skipped);
+    let base = first * inner + place.channel;
     let own_row = place.batch * segment + place.chunk;
     let row = place.batch * chunks + chunk0 + place.chunk;
+    let sub_row = own_row * comptime!(config.chunk / SUB);
 
-    let mut b_tile = Shared::<[V4]>::new_slice(comptime!(config.tile * config.states() / 4));
-    let mut c_tile = Shared::<[V4]>::new_slice(comptime!(config.tile * config.states() / 4));
-    // (Δ, Δ·u, gated dy, the gate's sigmoid) of every position and channel.
-    let mut steps = Shared::<[V4]>::new_slice(comptime!(config.tile * config.channels()));
-    let mut sums = Shared::<[f32]>::new_slice(comptime!(config.tile * config.channels()));
-    let mut clears = Shared::<[f32]>::new_slice(tile);
+    let mut b_tile = Shared::<[V4]>::new_slice(comptime!(config.tile_vectors()));
+    let mut c_tile = Shared::<[V4]>::new_slice(comptime!(config.tile_vectors()));
+    let mut clears = Shared::<[f32]>::new_slice(comptime!(config.tile));
     let mut rates = Array::<f32>::new(per_lane);
     let mut h = Array::<f32>::new(per_lane);
     let mut product = Array::<f32>::new(per_lane);
@@ -119,102 +114,57 @@ pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
         product[k] = 1.0f32;
         adjoint[k] = 0.0f32;
     }
+    let bias = entry(bias, place.channel, 0.0f32);
+    let skip = entry(d, place.channel, 0.0f32);
     let mut sum = 0.0f32;
+    let mut skipped_sum = 0.0f32;
 
-    let own = elements(place.channel0, inner, config);
-    let bias = entries::<V>(bias, own.channel, vector);
-    let skip = entries::<V>(d, own.channel, vector);
-    let mut skipped_sum = Array::<f32>::new(vector);
-    #[unroll]
-    for i in 0..vector {
-        skipped_sum[i] = 0.0f32;
-    }
-    let passes = comptime!(config.passes());
-
-    for stage in 0..count.div_ceil(tile) {
-        let t0 = stage * tile;
+    for tile in 0..count.div_ceil(comptime!(config.tile)) {
+        let t0 = tile * comptime!(config.tile);
         let rows = min(comptime!(config.tile).runtime(), count - t0);
-        let mut b_fetched = Array::<Vector<P, S>>::new(comptime!(config.tile_loads()));
-        let mut c_fetched = Array::<Vector<P, S>>::new(comptime!(config.tile_loads()));
-        fetch_tile(b, &mut b_fetched, first + t0, rows, b_stride, state, config);
-        fetch_tile(c, &mut c_fetched, first + t0, rows, c_stride, state, config);
-        #[unroll]
-        for p in 0..passes {
-            let t = own.turn + comptime!(p * config.stride());
-            let valid = own.inside && t < rows;
-            let position = first + t0 + min(t, rows - 1);
-            let at = (position * inner + own.channel) / vector;
-            let us = u[at];
-            let deltas = delta[at];
-            let dys = dy[at];
-            let gates = gate_at(z, (position * z_stride + own.channel) / vector);
-            #[unroll]
-            for i in 0..vector {
-                let raw = f32::cast_from(deltas.extract(i)) + bias.extract(i);
-                let dt = select(valid, step_size(raw, config.softplus, config.ptx), 0.0f32);
-                let mut w = f32::cast_from(dys.extract(i));
-                let mut step = V4::new(0.0f32);
-                if comptime!(z.is_some()) {
-                    let gate = f32::cast_from(gates.extract(i));
-                    let slope = sigmoid(gate, config.ptx);
-                    w = w * gate * slope;
-                    step.insert(3usize, slope);
-                }
-                let w = select(valid, w, 0.0f32);
-                let uf = f32::cast_from(us.extract(i));
-                step.insert(0usize, dt);
-                step.insert(1usize, dt * uf);
-                step.insert(2usize, w);
-                if wanted.d {
-                    skipped_sum[i] = fma(w, uf, skipped_sum[i]);
-                }
-                if comptime!(config.exact()) {
-                    steps[t * columns + own.column + i] = step;
-                } else {
-                    if t < tile {
-                        steps[t * columns + own.column + i] = step;
-                    }
-                }
-            }
-        }
-        put_tile(&b_fetched, &mut b_tile, rows, state, config);
-        put_tile(&c_fetched, &mut c_tile, rows, state, config);
+        sync_cube();
+        load_tile(b, &mut b_tile, first + t0, rows, b_stride, state, config);
+        load_tile(c, &mut c_tile, first + t0, rows, c_stride, state, config);
         put_clears(resets, &mut clears, first + t0, rows, config);
         sync_cube();
-
-        let width = comptime!(config.group());
-        for group in 0..comptime!(config.tile / config.group()) {
-            let mut values = Array::<f32>::new(width);
+        for group in 0..rows.div_ceil(SUB) {
+            let sub = sub_row + t0 / SUB + group;
+            store_sub_states(sub_states, &h, sub, &place, state, inner, per_lane);
+            // All loads of the sub-chunk before its first use of one.
+            let mut us = Array::<f32>::new(SUB);
+            let mut deltas = Array::<f32>::new(SUB);
+            let mut dys = Array::<f32>::new(SUB);
+            let mut gates = Array::<f32>::new(SUB);
             #[unroll]
-            for i in 0..width {
-                let t = group * width + i;
-                if comptime!(i % SUB == 0) {
-                    let sub = own_row * comptime!(config.chunk / SUB) + (t0 + t) / SUB;
-                    let quarters = state.div_ceil(4usize);
-                    #[unroll]
-                    for q in 0..comptime!(per_lane / 4) {
-                        let quarter = place.lane * comptime!(per_lane / 4) + q;
-                        let mut four = V4::new(0.0f32);
-                        #[unroll]
-                        for k in 0..4usize {
-                            four.insert(k, h[comptime!(q * 4 + k)]);
-                        }
-                        if place.inside && quarter < quarters {
-                            sub_states[(sub * quarters + quarter) * inner + place.channel] = four;
-                        }
-                    }
+            for i in 0..SUB {
+                let t = t0 + group * SUB + i;
+                let at = at_position(base, t, count, inner);
+                us[i] = f32::cast_from(u[at]);
+                deltas[i] = f32::cast_from(delta[at]);
+                dys[i] = f32::cast_from(dy[at]);
+                let z_base = first * z_stride + place.channel;
+                gates[i] = f32::cast_from(gate_at(z, at_position(z_base, t, count, z_stride)));
+            }
+            #[unroll]
+            for i in 0..SUB {
+                let t = group * SUB + i;
+                let valid = t < rows;
+                let dt = step_size(deltas[i] + bias, config.softplus, config.ptx);
+                // A position beyond the last leaves states and adjoints as they are.
+                let dt = select(valid, dt, 0.0f32);
+                let x = dt * us[i];
+                let mut w = select(valid, dys[i], 0.0f32);
+                let mut gate = 0.0f32;
+                if comptime!(z.is_some()) {
+                    gate = sigmoid(gates[i], config.ptx);
+                    w = w * gates[i] * gate;
                 }
-                let step = steps[t * columns + place.column];
-                let dt = decay_step(
-                    step.extract(0usize),
-                    &clears,
-                    t,
-                    comptime!(resets.is_some()),
-                );
-                let x = step.extract(1usize);
-                let w = step.extract(2usize);
+                if wanted.d {
+                    skipped_sum = fma(w, us[i], skipped_sum);
+                }
+                let dt = decay_step(dt, &clears, t, comptime!(resets.is_some()));
                 sum = min(sum + dt, CLEARED);
-                let row = (t * lanes + place.lane) * comptime!(per_lane / 4);
+                let row = (t * comptime!(config.lanes) + place.lane) * comptime!(per_lane / 4);
                 #[unroll]
                 for q in 0..comptime!(per_lane / 4) {
                     let bs = b_tile[row + q];
@@ -229,87 +179,57 @@ pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
                     }
                 }
                 if comptime!(wanted.z || wanted.y) {
-                    values[i] = output(&h, &c_tile, row, per_lane, 4usize);
-                }
-            }
-            if comptime!(wanted.z || wanted.y) {
-                spread_sum(&mut values, place.lane, width, lanes, 1usize);
-                let start = group * width + spread_start(place.lane, width, lanes, 1usize);
-                if spread_writer(place.lane, width, lanes, 1usize) {
-                    #[unroll]
-                    for j in 0..comptime!(spread_width(config.group(), config.lanes)) {
-                        sums[(start + j) * columns + place.column] = values[j];
-                    }
-                }
-            }
-        }
-        sync_cube();
-
-        if comptime!(wanted.z || wanted.y) {
-            #[unroll]
-            for p in 0..passes {
-                let t = own.turn + comptime!(p * config.stride());
-                if own.inside && t < rows {
-                    let position = first + t0 + t;
-                    let at = (position * inner + own.channel) / vector;
-                    let us = u[at];
-                    let dys = dy[at];
-                    let gates = gate_at(z, (position * z_stride + own.channel) / vector);
-                    let mut out = Vector::<U, V>::new(U::from_int(0));
-                    let mut dgates = Vector::<Z, V>::new(Z::from_int(0));
-                    #[unroll]
-                    for i in 0..vector {
-                        let place = t * columns + own.column + i;
-                        let uf = f32::cast_from(us.extract(i));
-                        let mut value = fma(skip.extract(i), uf, sums[place]);
-                        if comptime!(z.is_some()) {
-                            let gate = f32::cast_from(gates.extract(i));
-                            let s = steps[place].extract(3usize);
-                            let slope = s * fma(gate, 1.0f32 - s, 1.0f32);
-                            let dgate = f32::cast_from(dys.extract(i)) * value * slope;
-                            dgates.insert(i, Z::cast_from(dgate));
-                            value = value * gate * s;
+                    let sum = output(&h, &c_tile, t, place.lane, config);
+                    let value = fma(skip, us[i], lane_sum(sum, config.lanes, 1usize));
+                    if place.inside && place.lane == 0 && valid {
+                        let position = first + t0 + t;
+                        let mut gated = value;
+                        if wanted.z {
+                            let slope = gate * fma(gates[i], 1.0f32 - gate, 1.0f32);
+                            dz[position * dz_stride + place.channel] =
+                                Z::cast_from(dys[i] * value * slope);
+                            gated = value * gates[i] * gate;
                         }
-                        out.insert(i, U::cast_from(value));
-                    }
-                    if wanted.z {
-                        dz[(position * dz_stride + own.channel) / vector] = dgates;
-                    }
-                    if wanted.y {
-                        y[at] = out;
+                        if wanted.y {
+                            y[position * inner + place.channel] = U::cast_from(gated);
+                        }
                     }
                 }
             }
-            // The sums are read before the next stage's first write behind its barrier; the
-            // steps are read and written by the same unit.
         }
     }
 
     store_states(ends, &adjoint, own_row, &place, state, inner, per_lane);
     if place.inside && place.lane == 0 {
-        steps_sum[own_row * inner + place.channel] = sum;
-    }
-    if wanted.d {
-        // Units of one channel have different positions of it.
-        sync_cube();
-        let turns = comptime!(config.tile.min(config.stride()));
-        if own.turn < turns {
-            #[unroll]
-            for i in 0..vector {
-                sums[own.turn * columns + own.column + i] = skipped_sum[i];
-            }
+        steps[own_row * inner + place.channel] = sum;
+        if wanted.d {
+            sums_e[(row * (state + 2) + state) * inner + place.channel] = skipped_sum;
         }
-        sync_cube();
-        if own.turn == 0 && own.inside {
-            #[unroll]
-            for i in 0..vector {
-                let mut total = 0.0f32;
-                #[unroll]
-                for turn in 0..turns {
-                    total += sums[comptime!(turn * config.channels()) + own.column + i];
-                }
-                sums_e[(row * (state + 2) + state) * inner + own.channel + i] = total;
-            }
+    }
+}
+
+/// Writes the lane's states to row `row` of `[N / 4, E, 4]` rows.
+#[cube]
+fn store_sub_states(
+    rows: &mut [V4],
+    states: &Array<f32>,
+    row: usize,
+    place: &Place,
+    state: usize,
+    inner: usize,
+    #[comptime] per_lane: usize,
+) {
+    let quarters = state.div_ceil(4usize);
+    #[unroll]
+    for q in 0..comptime!(per_lane / 4) {
+        let quarter = place.lane * comptime!(per_lane / 4) + q;
+        let mut four = V4::new(0.0f32);
+        #[unroll]
+        for k in 0..4usize {
+            four.insert(k, states[comptime!(q * 4 + k)]);
+        }
+        if place.inside && quarter < quarters {
+            rows[(row * quarters + quarter) * inner + place.channel] = four;
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Main kernel of backward: right to left over the sub-chunks of a chunk.
+//! Main kernel of backward: right to left over the sub-chunks of a chunk, each of them a stage.
 //!
 //! Within a plane, neighbouring lanes are neighbouring channels and each quarter (half, …) of the
 //! plane has another part of the states, so sums over channels and sums over states are both sums
@@ -10,7 +10,8 @@ use cubecl::prelude::*;
 
 use super::adjoint_ends::Wanted;
 use super::adjoint_parts::{
-    Seat, channel, pass_sub_chunk, put_steps, seat, sum_channels, sum_planes, sum_states,
+    Activations, Seat, channel, fetch_activations, pass_sub_chunk, put_steps, seat, sum_channels,
+    sum_planes, sum_states,
 };
 use super::common::{
     V2, V4, elements, entries, fetch_tile, load_rates, load_states, put_clears, put_tile,
@@ -40,7 +41,7 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
     entering: &[f32],
     du: &mut [Vector<U, V>],
     ddelta: &mut [Vector<D, V>],
-    sums_bc: &mut [f32],
+    sums_bc: &mut [V4],
     sums_e: &mut [f32],
     batch: usize,
     length: usize,
@@ -84,8 +85,8 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
     let mut steps = Shared::<[V4]>::new_slice(comptime!(config.tile * config.channels()));
     // ... and the sums over states (dx, dΔ through the decay).
     let mut sums = Shared::<[V2]>::new_slice(comptime!(config.tile * config.channels()));
-    let mut plane_sums = Shared::<[f32]>::new_slice(comptime!(
-        config.units.div_ceil(config.plane) * config.tile * 2 * states
+    let mut plane_sums = Shared::<[V4]>::new_slice(comptime!(
+        config.units.div_ceil(config.plane) * config.tile * states / 2
     ));
     let mut clears = Shared::<[f32]>::new_slice(tile);
 
@@ -128,13 +129,23 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
     }
     let passes = comptime!(config.passes());
     let stages = count.div_ceil(tile);
-    // The states before the sub-chunk that comes next; those beyond the last are not there.
-    let last_sub = (count - 1) / SUB;
+    let last = count - 1;
+    let mut next = Activations::<U, D, Z, V> {
+        u: Array::new(passes),
+        delta: Array::new(passes),
+        dy: Array::new(passes),
+        z: Array::new(passes),
+    };
+    let last_stage = (stages - 1) * tile;
+    fetch_activations(
+        u, delta, z, dy, &mut next, &own, first, last_stage, last, inner, z_stride, config,
+    );
+    // The states before the sub-chunk that comes next.
     let mut next_h = Array::<V4>::new(comptime!(held / 4));
     fetch_states(
         sub_states,
         &mut next_h,
-        sub_row + last_sub,
+        sub_row + stages - 1,
         &seat,
         inner,
         quarters,
@@ -149,77 +160,64 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
         fetch_tile(b, &mut b_fetched, first + t0, rows, b_stride, state, config);
         fetch_tile(c, &mut c_fetched, first + t0, rows, c_stride, state, config);
         put_steps(
-            u,
-            delta,
-            z,
-            dy,
+            &next,
             bias,
             &mut steps,
             &own,
-            first + t0,
             rows,
-            inner,
-            z_stride,
+            comptime!(z.is_some()),
             config,
         );
         put_tile(&b_fetched, &mut b_tile, rows, state, config);
         put_tile(&c_fetched, &mut c_tile, rows, state, config);
         put_clears(resets, &mut clears, first + t0, rows, config);
         sync_cube();
+        // The stage that comes next; the first one again at the end.
+        let ahead0 = max(t0, SUB.runtime()) - SUB;
+        fetch_activations(
+            u, delta, z, dy, &mut next, &own, first, ahead0, last, inner, z_stride, config,
+        );
 
-        for back in 0..comptime!(config.tile / SUB) {
-            let block = comptime!(config.tile / SUB - 1).runtime() - back;
-            let sub = t0 / SUB + block;
-            let mut over = Array::<f32>::new(comptime!(SUB * 2 * per_lane));
-            let mut before = Array::<V4>::new(comptime!(held / 4));
-            #[unroll]
-            for i in 0..comptime!(held / 4) {
-                before[i] = next_h[i];
-            }
-            let ahead = min(max(sub, 1usize.runtime()) - 1, last_sub);
-            fetch_states(
-                sub_states,
-                &mut next_h,
-                sub_row + ahead,
+        let mut over = Array::<f32>::new(comptime!(SUB * 2 * per_lane));
+        let mut before = Array::<V4>::new(comptime!(held / 4));
+        #[unroll]
+        for i in 0..comptime!(held / 4) {
+            before[i] = next_h[i];
+        }
+        let ahead = sub_row + ahead0 / SUB;
+        fetch_states(
+            sub_states,
+            &mut next_h,
+            ahead,
+            &seat,
+            inner,
+            quarters,
+            config,
+        );
+        #[unroll]
+        for i in 0..per_unit {
+            let mut sum_x = Array::<f32>::new(SUB);
+            let mut sum_decay = Array::<f32>::new(SUB);
+            pass_sub_chunk(
+                &before,
+                &mut g,
+                &mut da,
+                &mut over,
+                &mut sum_x,
+                &mut sum_decay,
+                &rates,
+                &steps,
+                &b_tile,
+                &c_tile,
+                &clears,
                 &seat,
-                inner,
-                quarters,
+                i,
+                comptime!(resets.is_some()),
                 config,
             );
-            #[unroll]
-            for i in 0..per_unit {
-                let mut sum_x = Array::<f32>::new(SUB);
-                let mut sum_decay = Array::<f32>::new(SUB);
-                pass_sub_chunk(
-                    &before,
-                    &mut g,
-                    &mut da,
-                    &mut over,
-                    &mut sum_x,
-                    &mut sum_decay,
-                    &rates,
-                    &steps,
-                    &b_tile,
-                    &c_tile,
-                    &clears,
-                    &seat,
-                    block,
-                    i,
-                    comptime!(resets.is_some()),
-                    config,
-                );
-                sum_states(
-                    &mut sum_x,
-                    &mut sum_decay,
-                    &mut sums,
-                    &seat,
-                    block,
-                    i,
-                    config,
-                );
-            }
-            sum_channels(&mut over, &mut plane_sums, &seat, block, config);
+            sum_states(&mut sum_x, &mut sum_decay, &mut sums, &seat, i, config);
         }
+        sum_channels(&mut over, &mut plane_sums, &seat, config);
         sync_cube();
 
         #[unroll]

@@ -3,7 +3,7 @@
 
 use cubecl::prelude::*;
 
-use super::common::{Elements, V2, V4, decay_step, gate_at};
+use super::common::{Elements, V2, V4, decay_step, gates_at};
 use super::plan::{SUB, SweepConfig};
 use crate::cube::math::{exp2, sigmoid, softplus_exp, softplus_of, softplus_slope_of};
 use crate::cube::reduce::{spread_start, spread_sum, spread_width, spread_writer};
@@ -47,20 +47,53 @@ pub(super) fn channel(seat: &Seat, #[comptime] c: usize, #[comptime] config: Swe
     min(own, seat.inner - 1)
 }
 
-/// Puts (Δ, Δ·u, gated dy, slope of Δ) of the stage's positions into shared memory.
+/// What a stage needs of the activations at a unit's positions, element-wise, as it is stored.
+#[derive(CubeType)]
+pub(super) struct Activations<U: Float, D: Float, Z: Float, V: Size> {
+    pub u: Array<Vector<U, V>>,
+    pub delta: Array<Vector<D, V>>,
+    pub dy: Array<Vector<U, V>>,
+    pub z: Array<Vector<Z, V>>,
+}
+
+/// Loads the activations of the stage from position `t0` on. `first` is the chunk's first position,
+/// `last` the number of its last.
 #[cube]
-pub(super) fn put_steps<U: Float, D: Float, Z: Float, V: Size>(
+pub(super) fn fetch_activations<U: Float, D: Float, Z: Float, V: Size>(
     u: &[Vector<U, V>],
     delta: &[Vector<D, V>],
     z: &ComptimeOption<Box<[Vector<Z, V>]>>,
     dy: &[Vector<U, V>],
+    fetched: &mut Activations<U, D, Z, V>,
+    own: &Elements,
+    first: usize,
+    t0: usize,
+    last: usize,
+    inner: usize,
+    z_stride: usize,
+    #[comptime] config: SweepConfig,
+) {
+    let vector = comptime!(config.vector);
+    #[unroll]
+    for p in 0..comptime!(config.passes()) {
+        let position = first + min(t0 + own.turn + comptime!(p * config.stride()), last);
+        let at = (position * inner + own.channel) / vector;
+        fetched.u[p] = u[at];
+        fetched.delta[p] = delta[at];
+        fetched.dy[p] = dy[at];
+        fetched.z[p] = gates_at(z, (position * z_stride + own.channel) / vector);
+    }
+}
+
+/// Puts (Δ, Δ·u, gated dy, slope of Δ) of the stage's positions into shared memory.
+#[cube]
+pub(super) fn put_steps<U: Float, D: Float, Z: Float, V: Size>(
+    fetched: &Activations<U, D, Z, V>,
     bias: Vector<f32, V>,
     steps: &mut Shared<[V4]>,
     own: &Elements,
-    first: usize,
     rows: usize,
-    inner: usize,
-    z_stride: usize,
+    #[comptime] gated: bool,
     #[comptime] config: SweepConfig,
 ) {
     let vector = comptime!(config.vector);
@@ -69,12 +102,10 @@ pub(super) fn put_steps<U: Float, D: Float, Z: Float, V: Size>(
     for p in 0..comptime!(config.passes()) {
         let t = own.turn + comptime!(p * config.stride());
         let valid = own.inside && t < rows;
-        let position = first + min(t, rows - 1);
-        let at = (position * inner + own.channel) / vector;
-        let us = u[at];
-        let deltas = delta[at];
-        let dys = dy[at];
-        let gates = gate_at(z, (position * z_stride + own.channel) / vector);
+        let us = fetched.u[p];
+        let deltas = fetched.delta[p];
+        let dys = fetched.dy[p];
+        let gates = fetched.z[p];
         #[unroll]
         for i in 0..vector {
             let raw = f32::cast_from(deltas.extract(i)) + bias.extract(i);
@@ -86,7 +117,7 @@ pub(super) fn put_steps<U: Float, D: Float, Z: Float, V: Size>(
                 slope = softplus_slope_of(raw, e, config.ptx);
             }
             let mut w = f32::cast_from(dys.extract(i));
-            if comptime!(z.is_some()) {
+            if gated {
                 let gate = f32::cast_from(gates.extract(i));
                 w = w * gate * sigmoid(gate, config.ptx);
             }
@@ -107,8 +138,8 @@ pub(super) fn put_steps<U: Float, D: Float, Z: Float, V: Size>(
     }
 }
 
-/// One channel of the unit passes sub-chunk number `block` of the stage: states and decays left to
-/// right from the states `before` it, then adjoints right to left. `g` and `da` are updated, the
+/// One channel of the unit passes the sub-chunk: states and decays left to right from the states
+/// `before` it, then adjoints right to left. `g` and `da` are updated, the
 /// contributions to dB and dC put or added into `over` (`[SUB, 2, per_lane]`), the lane's parts of
 /// the sums over states, dx and dΔ through the decay, put into `sum_x` and `sum_decay`.
 #[cube]
@@ -125,16 +156,14 @@ pub(super) fn pass_sub_chunk(
     c_tile: &Shared<[V4]>,
     clears: &Shared<[f32]>,
     seat: &Seat,
-    block: usize,
     #[comptime] i: usize,
     #[comptime] resets: bool,
     #[comptime] config: SweepConfig,
 ) {
     let per_lane = comptime!(config.per_lane);
     let offset = comptime!(i * config.per_lane);
-    let step0 =
-        block * comptime!(SUB * config.channels()) + seat.column + comptime!(i * config.spacing());
-    let row0 = (block * comptime!(SUB * config.lanes) + seat.part) * comptime!(per_lane / 4);
+    let step0 = seat.column + comptime!(i * config.spacing());
+    let row0 = seat.part * comptime!(per_lane / 4);
     let mut h = Array::<f32>::new(comptime!((SUB + 1) * per_lane));
     let mut decays = Array::<f32>::new(comptime!(SUB * per_lane));
     #[unroll]
@@ -144,7 +173,7 @@ pub(super) fn pass_sub_chunk(
     #[unroll]
     for t in 0..SUB {
         let step = steps[step0 + comptime!(t * config.channels())];
-        let dt = decay_step(step.extract(0usize), clears, block * SUB + t, resets);
+        let dt = decay_step(step.extract(0usize), clears, t, resets);
         let x = step.extract(1usize);
         #[unroll]
         for q in 0..comptime!(per_lane / 4) {
@@ -209,22 +238,22 @@ pub(super) fn pass_sub_chunk(
 /// of `sums_bc` on.
 #[cube]
 pub(super) fn sum_planes(
-    sums_bc: &mut [f32],
-    plane_sums: &Shared<[f32]>,
+    sums_bc: &mut [V4],
+    plane_sums: &Shared<[V4]>,
     row: usize,
     #[comptime] config: SweepConfig,
 ) {
     let units = comptime!(config.units);
-    let width = comptime!(2 * config.states());
-    let numbers = comptime!(config.tile * 2 * config.states());
+    let width = comptime!(config.states() / 2);
+    let vectors = comptime!(config.tile * config.states() / 2);
     #[unroll]
-    for p in 0..comptime!(numbers.div_ceil(units)) {
+    for p in 0..comptime!(vectors.div_ceil(units)) {
         let at = UNIT_POS as usize + comptime!(p * units);
-        if at < numbers {
-            let mut sum = 0.0f32;
+        if at < vectors {
+            let mut sum = plane_sums[at];
             #[unroll]
-            for plane in 0..comptime!(units / config.plane) {
-                sum += plane_sums[at + comptime!(plane * numbers)];
+            for plane in 1..comptime!(units / config.plane) {
+                sum += plane_sums[at + comptime!(plane * vectors)];
             }
             sums_bc[row * width + at] = sum;
         }
@@ -236,28 +265,28 @@ pub(super) fn sum_planes(
 #[cube]
 pub(super) fn sum_channels(
     values: &mut Array<f32>,
-    plane_sums: &mut Shared<[f32]>,
+    plane_sums: &mut Shared<[V4]>,
     seat: &Seat,
-    block: usize,
     #[comptime] config: SweepConfig,
 ) {
     let per_lane = comptime!(config.per_lane);
-    let states = comptime!(config.states());
+    let quarters = comptime!(config.states() / 4);
     let width = comptime!(SUB * 2 * config.per_lane);
     let across = comptime!(config.plane / config.lanes);
     spread_sum(values, seat.lane, width, across, 1usize);
     let start = spread_start(seat.lane, width, across, 1usize);
-    if spread_writer(seat.lane, width, across, 1usize) {
-        let row0 = (seat.plane * comptime!(config.tile) + block * SUB) * 2;
+    let row0 = seat.plane * comptime!(2 * config.tile);
+    #[unroll]
+    for j in 0..comptime!(spread_width(SUB * 2 * config.per_lane, config.plane / config.lanes) / 4)
+    {
+        let at = start + comptime!(j * 4);
+        let mut four = V4::new(0.0f32);
         #[unroll]
-        for j in 0..comptime!(spread_width(
-            SUB * 2 * config.per_lane,
-            config.plane / config.lanes
-        )) {
-            let at = start + j;
-            let n = seat.part * per_lane + at % per_lane;
-            plane_sums[(row0 + at / per_lane) * states + n] = values[j];
+        for k in 0..4usize {
+            four.insert(k, values[comptime!(j * 4 + k)]);
         }
+        let n = seat.part * per_lane + at % per_lane;
+        plane_sums[(row0 + at / per_lane) * quarters + n / 4] = four;
     }
 }
 
@@ -268,7 +297,6 @@ pub(super) fn sum_states(
     ddecay: &mut Array<f32>,
     sums: &mut Shared<[V2]>,
     seat: &Seat,
-    block: usize,
     #[comptime] i: usize,
     #[comptime] config: SweepConfig,
 ) {
@@ -277,7 +305,7 @@ pub(super) fn sum_states(
     let column = seat.column + comptime!(i * config.spacing());
     spread_sum(dx, seat.lane, SUB, lanes, across);
     spread_sum(ddecay, seat.lane, SUB, lanes, across);
-    let start = block * SUB + spread_start(seat.lane, SUB, lanes, across);
+    let start = spread_start(seat.lane, SUB, lanes, across);
     if spread_writer(seat.lane, SUB, lanes, across) {
         #[unroll]
         for j in 0..comptime!(spread_width(SUB, config.lanes)) {

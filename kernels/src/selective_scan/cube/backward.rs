@@ -6,7 +6,7 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::AddressType;
 
 use super::adjoint_ends::Wanted;
-use super::plan::{Chunks, SUB, ScanShape, SweepConfig, adjoint, adjoint_sweep, segment_chunks};
+use super::plan::{Chunks, SUB, ScanShape, SweepConfig, adjoint, segment_chunks, sweep};
 use super::{
     CARRY_UNITS, RowStrides, address, adjoint_ends, adjoint_main, alignment, carry, prepare, sums,
 };
@@ -16,6 +16,9 @@ use crate::cube::{
 };
 use crate::selective_scan::{ScanGrads, ScanInputs, ScanRequest};
 
+/// Most units of a cube in the sweep of adjoint ends: it keeps four numbers a state, and just does
+/// with the 128 registers a unit that this leaves it.
+const ENDS_UNITS: usize = 512;
 /// Units of a cube in the sum kernels.
 const SUM_UNITS: usize = 128;
 
@@ -147,7 +150,14 @@ impl Pass {
         };
         let outputs = [(&dz, z_stride), (&dy, inner)];
         let alignment = alignment(&inputs, &strides, &shape, &outputs);
-        let ends = adjoint_sweep(&shape, &chunks, &device, alignment, softplus);
+        let ends = sweep(
+            &shape,
+            &chunks.cut(),
+            &device,
+            alignment,
+            softplus,
+            ENDS_UNITS,
+        );
         let main = adjoint(&shape, &chunks, &device, alignment, softplus);
         let segment = segment_chunks(&shape, &chunks, &main);
         let grads = Grads {
@@ -251,7 +261,6 @@ impl Pass {
                 grid(blocks),
                 cube_dim(self.ends.units),
                 address,
-                self.ends.vector,
                 self.ends.source,
                 buffer(&inputs.u),
                 buffer(&inputs.delta),

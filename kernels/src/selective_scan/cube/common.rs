@@ -1,12 +1,9 @@
 //! What all kernels of the scan share.
 //!
-//! A kernel goes through its positions in *stages* of [`SweepConfig::tile`] positions. Its units
-//! work in two arrangements, exchanging through shared memory:
-//!
-//! - *element-wise* (softplus, gates, activations in and out): a unit has a few neighbouring
-//!   channels ([`Elements`]) and every few-th position of the stage;
-//! - *state-wise* (the recurrences): a unit has [`SweepConfig::per_lane`] states of a channel
-//!   ([`Place`]).
+//! A kernel goes through its positions in *stages* of [`SweepConfig::tile`] positions, whose B and
+//! C are in shared memory. State-wise, a unit has [`SweepConfig::per_lane`] states of a channel
+//! ([`Place`]); where activations are worked on apart from the states, it has a few neighbouring
+//! channels and every few-th position of the stage ([`Elements`]).
 
 use cubecl::prelude::*;
 
@@ -24,21 +21,13 @@ pub(super) type V2 = Vector<f32, Const<2>>;
 /// that). Finite, because not every target has infinities.
 pub(super) const CLEARED: f32 = 1.0e30;
 
-/// States whose products with C are added one after the other; more are added in pairs, so that
-/// the sum over states has the same bits however the states are spread over lanes.
-const LEAF: usize = 2;
-
 /// The cube's sequence and chunk, and the unit's channel and lane, state-wise.
 #[derive(CubeType)]
 pub(super) struct Place {
     pub batch: usize,
     pub chunk: usize,
-    /// The cube's first channel.
-    pub channel0: usize,
     /// The lane's first state is `lane · per_lane`.
     pub lane: usize,
-    /// The unit's channel within the cube.
-    pub column: usize,
     /// The unit's channel, or the last one for units beyond it: they compute, but write nothing.
     pub channel: usize,
     pub inside: bool,
@@ -52,16 +41,13 @@ pub(super) fn place(inner: usize, chunks: usize, #[comptime] config: SweepConfig
     let cube = CUBE_POS % cubes;
     let row = CUBE_POS / cubes;
     let unit = UNIT_POS as usize;
-    let channel0 = cube * comptime!(config.channels());
-    let column = unit / comptime!(config.lanes);
+    let channel = cube * comptime!(config.channels()) + unit / comptime!(config.lanes);
     Place {
         batch: row / chunks,
         chunk: row % chunks,
-        channel0,
         lane: unit % comptime!(config.lanes),
-        column,
-        channel: min(channel0 + column, inner - 1),
-        inside: channel0 + column < inner,
+        channel: min(channel, inner - 1),
+        inside: channel < inner,
     }
 }
 
@@ -219,13 +205,12 @@ pub(super) fn fetch_tile<P: Float, S: Size>(
     state: usize,
     #[comptime] config: SweepConfig,
 ) {
-    let width = comptime!(config.width());
-    let loads = comptime!(config.width() / config.source);
+    let loads = comptime!(4 / config.source);
     #[unroll]
     for pass in 0..comptime!(config.tile_passes()) {
         let at = comptime!(pass * config.units) + UNIT_POS as usize;
-        let row = min(at / comptime!(config.states() / width), rows - 1);
-        let n0 = at % comptime!(config.states() / width) * width;
+        let row = min(at / comptime!(config.states() / 4), rows - 1);
+        let n0 = at % comptime!(config.states() / 4) * 4;
         #[unroll]
         for k in 0..loads {
             let n = min(
@@ -241,24 +226,23 @@ pub(super) fn fetch_tile<P: Float, S: Size>(
 /// Puts what [`fetch_tile`] loaded into shared memory as f32; zero beyond the last state and
 /// position.
 #[cube]
-pub(super) fn put_tile<P: Float, S: Size, W: Size>(
+pub(super) fn put_tile<P: Float, S: Size>(
     fetched: &Array<Vector<P, S>>,
-    tile: &mut Shared<[Vector<f32, W>]>,
+    tile: &mut Shared<[V4]>,
     rows: usize,
     state: usize,
     #[comptime] config: SweepConfig,
 ) {
-    let width = comptime!(config.width());
-    let vectors = comptime!(config.tile * config.states() / config.width());
-    let loads = comptime!(config.width() / config.source);
+    let vectors = comptime!(config.tile_vectors());
+    let loads = comptime!(4 / config.source);
     #[unroll]
     for pass in 0..comptime!(config.tile_passes()) {
         let at = comptime!(pass * config.units) + UNIT_POS as usize;
-        let row = at / comptime!(config.states() / width);
-        let n0 = at % comptime!(config.states() / width) * width;
-        let mut value = Vector::<f32, W>::new(0.0f32);
+        let row = at / comptime!(config.states() / 4);
+        let n0 = at % comptime!(config.states() / 4) * 4;
+        let mut value = V4::new(0.0f32);
         #[unroll]
-        for k in 0..width {
+        for k in 0..4usize {
             let of = fetched[comptime!(pass * loads + k / config.source)];
             let number = f32::cast_from(of.extract(comptime!(k % config.source)));
             value.insert(k, select(row < rows && n0 + k < state, number, 0.0f32));
@@ -310,32 +294,71 @@ pub(super) fn decay_step(
     if resets { dt + clears[t] } else { dt }
 }
 
-/// Σ h · c over a lane's states.
+/// Σ h · c over a lane's states at position `t` of the tile.
 #[cube]
-pub(super) fn output<W: Size>(
+pub(super) fn output(
     h: &Array<f32>,
-    c_tile: &Shared<[Vector<f32, W>]>,
-    row: usize,
-    #[comptime] per_lane: usize,
-    #[comptime] width: usize,
+    c_tile: &Shared<[V4]>,
+    t: usize,
+    lane: usize,
+    #[comptime] config: SweepConfig,
 ) -> f32 {
-    let leaf = comptime!(LEAF.min(width));
-    let mut parts = Array::<f32>::new(comptime!(per_lane / leaf));
+    let vectors = comptime!(config.per_lane / 4);
+    let row = (t * comptime!(config.lanes) + lane) * vectors;
+    let mut parts = Array::<f32>::new(vectors);
     #[unroll]
-    for q in 0..comptime!(per_lane / width) {
+    for q in 0..vectors {
         let cs = c_tile[row + q];
+        let mut part = h[comptime!(q * 4)] * cs.extract(0usize);
         #[unroll]
-        for p in 0..comptime!(width / leaf) {
-            let k = comptime!(p * leaf);
-            let n = comptime!(q * width + p * leaf);
-            let mut part = h[n] * cs.extract(k);
-            if comptime!(leaf == 2) {
-                part = fma(h[comptime!(n + 1)], cs.extract(comptime!(k + 1)), part);
-            }
-            parts[comptime!(n / leaf)] = part;
+        for k in 1..4usize {
+            part = fma(h[comptime!(q * 4 + k)], cs.extract(k), part);
         }
+        parts[q] = part;
     }
-    tree_sum(&mut parts, comptime!(per_lane / leaf))
+    tree_sum(&mut parts, vectors)
+}
+
+/// Where position `t` of `count` is in a buffer, the last position for those beyond it.
+#[cube]
+pub(super) fn at_position(base: usize, t: usize, count: usize, stride: usize) -> usize {
+    base + min(t, count - 1) * stride
+}
+
+/// Positions `first..first + rows` of B or C into shared memory; see [`put_tile`].
+#[cube]
+pub(super) fn load_tile<P: Float, S: Size>(
+    source: &[Vector<P, S>],
+    tile: &mut Shared<[V4]>,
+    first: usize,
+    rows: usize,
+    stride: usize,
+    state: usize,
+    #[comptime] config: SweepConfig,
+) {
+    let mut fetched = Array::<Vector<P, S>>::new(comptime!(config.tile_loads()));
+    fetch_tile(source, &mut fetched, first, rows, stride, state, config);
+    put_tile(&fetched, tile, rows, state, config);
+}
+
+/// The channel's entry of an optional `[E]` input, or `absent`.
+#[cube]
+pub(super) fn entry(input: &OptionalInput, channel: usize, absent: f32) -> f32 {
+    #[comptime]
+    match input {
+        ComptimeOption::Some(input) => input[channel],
+        ComptimeOption::None => absent,
+    }
+}
+
+/// The gate's entry, 0 where there is no gate.
+#[cube]
+pub(super) fn gate_at<Z: Float>(z: &ComptimeOption<Box<[Z]>>, at: usize) -> Z {
+    #[comptime]
+    match z {
+        ComptimeOption::Some(z) => z[at],
+        ComptimeOption::None => Z::from_int(0),
+    }
 }
 
 /// `width` channels' entries of an optional `[E]` input, or `absent`.
@@ -362,7 +385,7 @@ pub(super) fn entries<V: Size>(
 
 /// The gate's entries, 0 where there is no gate.
 #[cube]
-pub(super) fn gate_at<Z: Float, V: Size>(
+pub(super) fn gates_at<Z: Float, V: Size>(
     z: &ComptimeOption<Box<[Vector<Z, V>]>>,
     at: usize,
 ) -> Vector<Z, V> {

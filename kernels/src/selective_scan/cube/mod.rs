@@ -17,11 +17,17 @@
 //! Backward, in segments of chunks from the right (its transient memory is bounded):
 //!
 //! 1. *Adjoint ends*: one sweep left to right writes the states at every sub-chunk of 4 positions
-//!    and the chunk's own adjoint at its left end, `Σ_t (Π_{s≤t} a_s) · C_t · dy_t`.
+//!    and the chunk's own adjoint at its left end, `Σ_t (Π_{s≤t} a_s) · C_t · dy_t`. All states of a
+//!    channel are close by there, so it also computes the outputs again (with the bits of forward),
+//!    which the gradient of the gate needs.
 //! 2. *Carry* of the adjoints, right to left.
 //! 3. *Main*: right to left over sub-chunks, whose states are recomputed into registers. dB and dC
 //!    are summed over channels in the plane, then in the cube, then over cubes by a small sum
 //!    kernel; dA, dD and the gradient of the bias leave one partial a chunk.
+//!
+//! The sweeps left to right (forward, adjoint ends) have all of a channel in one unit and are bound
+//! by the special-function unit and by registers; the main kernel is bound by its number of
+//! instructions, most of them sums over channels and states.
 //!
 //! A reset clears the state: its decay is 0, and so is its chunk's whole decay. No atomics
 //! anywhere: two runs give the same bits.
@@ -55,6 +61,9 @@ use crate::cube::{
 
 pub(crate) use self::backward::backward;
 
+/// Most units of a cube in forward: the more units, the fewer registers each of them has, and here
+/// few registers and many units in flight are faster.
+const FORWARD_UNITS: usize = 1024;
 /// Units of a cube in the carry.
 const CARRY_UNITS: usize = 128;
 
@@ -65,7 +74,14 @@ pub(crate) fn forward(inputs: ScanInputs<CubeTensor>) -> ScanOutputs<CubeTensor>
     let device = DeviceTraits::of(&inputs.u);
     let chunks = Chunks::new(&shape, &device);
     let alignment = alignment(&inputs, &strides, &shape, &[]);
-    let config = sweep(&shape, &chunks, &device, alignment, inputs.delta_softplus);
+    let config = sweep(
+        &shape,
+        &chunks,
+        &device,
+        alignment,
+        inputs.delta_softplus,
+        FORWARD_UNITS,
+    );
     let ScanShape {
         batch,
         length,
@@ -168,14 +184,12 @@ fn alignment(
         && outputs
             .iter()
             .all(|(tensor, stride)| aligned(tensor, *stride, 2));
-    let states = |count: usize| {
-        shape.state.is_multiple_of(count)
-            && aligned(&inputs.b, strides.b, count)
-            && aligned(&inputs.c, strides.c, count)
-    };
+    let fours = shape.state.is_multiple_of(4)
+        && aligned(&inputs.b, strides.b, 4)
+        && aligned(&inputs.c, strides.c, 4);
     Alignment {
         channels: if pairs { 2 } else { 1 },
-        states: [4, 2].into_iter().find(|count| states(*count)).unwrap_or(1),
+        states: if fours { 4 } else { 1 },
     }
 }
 
@@ -205,9 +219,7 @@ fn launch_chunk_ends(
             grid(blocks),
             cube_dim(config.units),
             address,
-            config.vector,
             config.source,
-            config.width(),
             buffer(&inputs.u),
             buffer(&inputs.delta),
             buffer(&inputs.b),
@@ -274,9 +286,7 @@ fn launch_outputs(
             grid(blocks),
             cube_dim(config.units),
             address(inputs, &[saved]),
-            config.vector,
             config.source,
-            config.width(),
             buffer(&inputs.u),
             buffer(&inputs.delta),
             buffer(&inputs.b),

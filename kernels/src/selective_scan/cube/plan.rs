@@ -15,7 +15,7 @@ pub(super) const SUB: usize = 4;
 
 /// Transient memory that backward may use at a time, in bytes; at least one chunk of every
 /// sequence is processed at once. Tests have little, so that they run through several segments.
-const TRANSIENT_BYTES: usize = if cfg!(test) { 1 << 18 } else { 256 << 20 };
+const TRANSIENT_BYTES: usize = if cfg!(test) { 1 << 18 } else { 640 << 20 };
 
 /// The sizes of the problem.
 #[derive(Clone, Copy, Debug)]
@@ -58,17 +58,23 @@ impl Chunks {
             .div_ceil(device.busy_units)
             .next_power_of_two()
             .clamp(CHUNK[0], CHUNK[1]);
-        let size = knob("CHUNK", size);
         let count = shape.length.div_ceil(size);
         Self {
             size,
             count,
             // Two passes cost two exponentials an element, so one pass pays before it fills the
             // device completely.
-            walk: knob(
-                "WALK",
-                (count == 1 || 2 * channels >= device.busy_units) as usize,
-            ) == 1,
+            walk: count == 1 || 2 * channels >= device.busy_units,
+        }
+    }
+}
+
+impl Chunks {
+    /// The same chunks, each on its own, as backward always has them.
+    pub fn cut(&self) -> Self {
+        Self {
+            walk: false,
+            ..*self
         }
     }
 }
@@ -92,10 +98,8 @@ pub(super) struct SweepConfig {
     pub tile: usize,
     /// Neighbouring channels that are loaded at once.
     pub vector: usize,
-    /// Neighbouring numbers of B and C that are loaded at once: `width()` or 1.
+    /// Neighbouring numbers of B and C that are loaded at once: 4 or 1.
     pub source: usize,
-    /// Whether a stage's recurrence is one piece of code without a loop.
-    pub unroll: bool,
     /// Whether the step size goes through softplus.
     pub softplus: bool,
     /// Whether kernels may hold PTX.
@@ -123,11 +127,6 @@ impl SweepConfig {
         self.units / self.lanes
     }
 
-    /// States that are read from shared memory at once.
-    pub const fn width(&self) -> usize {
-        if self.per_lane < 4 { self.per_lane } else { 4 }
-    }
-
     /// From one position of a unit to the next, element-wise.
     pub const fn stride(&self) -> usize {
         self.units / (self.channels() / self.vector)
@@ -143,29 +142,19 @@ impl SweepConfig {
         self.stride() <= self.tile
     }
 
-    /// Vectors of a unit in a stage's B or C.
+    /// Vectors of a stage's B or C.
+    pub const fn tile_vectors(&self) -> usize {
+        self.tile * self.states() / 4
+    }
+
+    /// Those of one unit.
     pub const fn tile_passes(&self) -> usize {
-        (self.tile * self.states() / self.width()).div_ceil(self.units)
+        self.tile_vectors().div_ceil(self.units)
     }
 
     /// Loads of a unit for them.
     pub const fn tile_loads(&self) -> usize {
-        self.tile_passes() * self.width() / self.source
-    }
-
-    /// Positions whose sums over states are exchanged between lanes together.
-    pub const fn group(&self) -> usize {
-        let wanted = if self.lanes > SUB { self.lanes } else { SUB };
-        if wanted < self.tile {
-            wanted
-        } else {
-            self.tile
-        }
-    }
-
-    /// Shared memory of a sweep left to right that keeps `bytes` a position and channel.
-    const fn sweep_bytes(&self, bytes: usize) -> usize {
-        self.tile * (2 * 4 * self.states() + 4 + bytes * self.channels())
+        self.tile_passes() * 4 / self.source
     }
 }
 
@@ -178,16 +167,9 @@ pub(super) struct Alignment {
     pub states: usize,
 }
 
-pub(super) fn knob(name: &str, default: usize) -> usize {
-    std::env::var(name)
-        .ok()
-        .and_then(|v| v.parse().ok())
-        .unwrap_or(default)
-}
-
 /// States of one lane and lanes of a channel for about `wanted` states a lane.
-fn spread_states(state: usize, wanted: usize, least: usize, plane: usize) -> (usize, usize) {
-    let mut per_lane = wanted.min(state.next_power_of_two()).max(least);
+fn spread_states(state: usize, wanted: usize, plane: usize) -> (usize, usize) {
+    let mut per_lane = wanted.min(state.next_power_of_two()).max(4);
     let mut lanes = state.div_ceil(per_lane).next_power_of_two();
     while lanes > plane {
         lanes /= 2;
@@ -196,23 +178,22 @@ fn spread_states(state: usize, wanted: usize, least: usize, plane: usize) -> (us
     (per_lane, lanes)
 }
 
-/// The kernels of forward.
+/// The kernels that walk left to right, a channel's states in one lane where they fit.
+///
+/// `most_units` bounds the cube: the compiler shares 65,536 registers over it, and the cube's size
+/// is the only way to ask for fewer.
 pub(super) fn sweep(
     shape: &ScanShape,
     chunks: &Chunks,
     device: &DeviceTraits,
     alignment: Alignment,
     softplus: bool,
+    most_units: usize,
 ) -> SweepConfig {
-    let wanted = if chunks.walk {
-        knob("FS", 4)
-    } else {
-        knob("FCS", 4)
-    };
-    let (per_lane, lanes) = spread_states(shape.state, wanted, 2, device.plane);
+    let (per_lane, lanes) = spread_states(shape.state, 16, device.plane);
+    let most_units = if per_lane > 16 { 128 } else { most_units };
     let rows = shape.batch * if chunks.walk { 1 } else { chunks.count };
-    let most = knob("FU", 128);
-    let units = cube_units(shape.inner * lanes, rows, most, device).max(lanes);
+    let units = cube_units(shape.inner * lanes, rows, most_units, device).max(lanes);
     let mut config = SweepConfig {
         units,
         per_lane,
@@ -220,42 +201,21 @@ pub(super) fn sweep(
         per_unit: 1,
         plane: device.plane,
         chunk: chunks.size,
-        tile: knob("FT", 32)
+        tile: 128
             .min(chunks.size)
-            .min(shape.length.next_power_of_two()),
-        vector: alignment.channels.min(knob("FV", 2)),
-        source: 1,
-        unroll: knob("FUNROLL", 0) == 1,
+            .min(shape.length.next_power_of_two())
+            .max(SUB),
+        vector: 1,
+        source: alignment.states,
         softplus,
         ptx: device.ptx,
     };
-    fit(&mut config, alignment, 1, |c| {
-        c.sweep_bytes(12) <= device.shared_bytes
-    });
-    config
-}
-
-/// Shortens stages until `fits` holds, and settles what depends on the rest.
-fn fit(
-    config: &mut SweepConfig,
-    alignment: Alignment,
-    least: usize,
-    fits: impl Fn(&SweepConfig) -> bool,
-) {
-    while config.tile > least && !fits(config) {
+    // B and C of a stage, and which of its positions clear the state.
+    let bytes = |c: &SweepConfig| c.tile * (2 * 4 * c.states() + 4);
+    while config.tile > SUB && bytes(&config) > device.shared_bytes / 2 {
         config.tile /= 2;
     }
-    while config.vector > config.channels() || config.vector * config.lanes < config.per_unit {
-        if config.vector == 1 {
-            break;
-        }
-        config.vector /= 2;
-    }
-    config.source = if alignment.states >= config.width() {
-        config.width()
-    } else {
-        1
-    };
+    config
 }
 
 /// Units of a cube for `rows` rows of `row_units` units: the most that neither leave many idle at
@@ -274,37 +234,6 @@ fn cube_units(row_units: usize, rows: usize, most: usize, device: &DeviceTraits)
     units
 }
 
-/// The sweep of adjoint ends: it keeps four numbers a state.
-pub(super) fn adjoint_sweep(
-    shape: &ScanShape,
-    chunks: &Chunks,
-    device: &DeviceTraits,
-    alignment: Alignment,
-    softplus: bool,
-) -> SweepConfig {
-    let (per_lane, lanes) = spread_states(shape.state, knob("ES", 8), 4, device.plane);
-    let rows = shape.batch * chunks.count;
-    let units = cube_units(shape.inner * lanes, rows, knob("EU", 128), device).max(lanes);
-    let mut config = SweepConfig {
-        units,
-        per_lane,
-        lanes,
-        per_unit: 1,
-        plane: device.plane,
-        chunk: chunks.size,
-        tile: knob("ET", 16).min(chunks.size),
-        vector: alignment.channels.min(knob("EV", 2)),
-        source: 1,
-        unroll: false,
-        softplus,
-        ptx: device.ptx,
-    };
-    fit(&mut config, alignment, SUB, |c| {
-        c.sweep_bytes(20) <= device.shared_bytes
-    });
-    config
-}
-
 /// The main backward kernel: 4 states a lane, so that a sub-chunk's states stay in registers.
 pub(super) fn adjoint(
     shape: &ScanShape,
@@ -313,40 +242,37 @@ pub(super) fn adjoint(
     alignment: Alignment,
     softplus: bool,
 ) -> SweepConfig {
-    let (per_lane, lanes) = spread_states(shape.state, 4, 4, device.plane);
-    // Several channels a lane share the shuffles that sum over channels.
+    let (per_lane, lanes) = spread_states(shape.state, 4, device.plane);
+    // Sums over at most 8 lanes leave four neighbouring numbers in each lane.
+    let lanes = lanes.max(device.plane / 8);
+    // Several channels a lane share the shuffles that sum over channels: 4 are faster than 2 by a
+    // sixth. More units of a cube, or positions of a stage, wait longer for each other.
     let per_unit = if lanes > 1 && per_lane == 4 {
-        knob("MM", 2).min(lanes)
+        4.min(lanes)
     } else {
         1
     };
     let mut config = SweepConfig {
-        units: knob("MU", 128).min(power_of_two_below(device.max_units)),
+        units: 64.min(power_of_two_below(device.max_units)),
         per_lane,
         lanes,
         per_unit,
         plane: device.plane,
         chunk: chunks.size,
-        tile: knob("MT", 16).min(chunks.size),
-        vector: alignment.channels.min(knob("MV", 2)),
-        source: 1,
-        unroll: false,
+        tile: SUB,
+        vector: 1,
+        source: alignment.states,
         softplus,
         ptx: device.ptx,
     };
     let least = device.plane.max(lanes);
     while config.units > least
         && (config.channels() >= 2 * shape.inner.max(1)
-            || adjoint_shared_bytes(&SweepConfig {
-                tile: SUB,
-                ..config
-            }) > device.shared_bytes)
+            || adjoint_shared_bytes(&config) > device.shared_bytes)
     {
         config.units /= 2;
     }
-    fit(&mut config, alignment, SUB, |c| {
-        adjoint_shared_bytes(c) <= device.shared_bytes
-    });
+    config.vector = alignment.channels.min(config.channels());
     config
 }
 
@@ -363,5 +289,5 @@ pub(super) fn segment_chunks(shape: &ScanShape, chunks: &Chunks, main: &SweepCon
     let states = chunks.size / SUB * shape.state.next_multiple_of(4) * shape.inner;
     let partials = chunks.size * 2 * main.states() * main.cubes(shape.inner);
     let bytes = 4 * shape.batch * (states + partials);
-    (knob("SEG", TRANSIENT_BYTES >> 10) * 1024 / bytes.max(1)).clamp(1, chunks.count)
+    (TRANSIENT_BYTES / bytes.max(1)).clamp(1, chunks.count)
 }
