@@ -104,7 +104,7 @@ class Memory:
 class Lowest(threading.Thread):
     """The lowest free memory while it runs."""
 
-    def __init__(self, memory, interval=0.01):
+    def __init__(self, memory, interval=0.05):
         super().__init__(daemon=True)
         self.memory, self.interval = memory, interval
         self.before = self.lowest = memory.free()
