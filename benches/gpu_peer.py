@@ -474,6 +474,7 @@ def worker(task):
                 self.optimizer.zero_grad(set_to_none=True)
 
     def clear():
+        """Gives memory back: before a record is emitted, so that it is not in the next one's peak."""
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -495,9 +496,9 @@ def worker(task):
 
             ok = trainer.fits(work)
             ms = statistics.median(times) if ok else None
-            emit(batch=batch, checkpointed=checkpointed, ms=ms,
-                 rate=ok and batch * LENGTH / ms * 1e3 or None)
             clear()
+            emit(batch=batch, checkpointed=checkpointed, ms=ms,
+                 rate=batch * LENGTH / ms * 1e3 if ok else None)
 
     def longest():
         cap()
@@ -506,10 +507,11 @@ def worker(task):
         layers = PEER_MODELS[task["model"]]["n_layer"]
         # AdamW's moments come into being in the first step.
         trainer.step(1, layers)
+        clear()
 
         def fits(length):
-            clear()
             ok = trainer.fits(lambda: trainer.step(1, layers, length))
+            clear()
             emit(length=length, fits=ok)
             return ok
 
