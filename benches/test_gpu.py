@@ -17,7 +17,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
 
 import gpu_peer
-import gpu_profile
+import gpu_trace
 import sm86
 
 # Stands for the program: 12,345 bytes a second and sequence; batches above 4 and sequences above
@@ -175,56 +175,24 @@ class Peer(unittest.TestCase):
         self.assertEqual((lines[0][1], low, before), (60 << 30, 60 << 30, 90 << 30))
 
 
-HEADER = '"ID","Kernel Name","Stream","Metric Name","Metric Unit","Metric Value"'
+class Trace(unittest.TestCase):
+    def test_the_last_whole_step(self):
+        step = [("gather_x", 5), ("nvjet_sm90", 10), ("adjoint_main_u", 20), ("update_g", 3)]
+        events, at = [], 0
+        for name, length in step * 3:
+            events.append((at, at + length, name))
+            at += length + 1
+        found = gpu_trace.last_step(events)
+        self.assertEqual([name for _, _, name in found], [name for name, _ in step])
+        with self.assertRaises(SystemExit):
+            gpu_trace.last_step(events[:4])
 
-
-def ncu(layers, steps=3):
-    """What ncu prints of steps with so many layers."""
-    step = [("loss_forward_x_f32_00c0ffee", "1,000")]
-    step += [("adjoint_main_u_bf16_d_bf16_12345678", "2,000"), ("carry_086c1201", "500"),
-             ("void cublasLt::splitKreduce_kernel<32, 16>(int)", "250"),
-             ("fold_kernel_dfe168a4", "50"), ("normalize_rows_h_bf16_n_4_00000001", "100")] * layers
-    step += [("update_g_f32_n_4_00000002", "30")] * (2 * layers + 1)
-    rows = [f'"{i}","{name}","14","gpu__time_duration.sum","ns","{ns}"'
-            for i, (name, ns) in enumerate(step * steps)]
-    return "==PROF== Connected\n" + "\n".join([HEADER, *rows[3:]]) + "\nstep of 8 bytes   3 ms\n"
-
-
-class Profile(unittest.TestCase):
-    def test_kernels_of_a_model(self):
-        small, large = (
-            gpu_profile.sums(gpu_profile.last_step(gpu_profile.parse(ncu(n)))) for n in (2, 4)
-        )
-        self.assertEqual(small["scan backward", "adjoint_main_u_bf16_d_bf16"][1], 2)
-        whole = gpu_profile.by_kind(gpu_profile.scale(small, large, [2, 4], 53))
-        ms, launches = zip(*(whole[kind] for kind in
-                             ("scan backward", "products", "norm", "optimizer", "cross-entropy")))
-        for value, expected in zip(ms, (53 * 2.5e-3, 53 * 0.3e-3, 53 * 0.1e-3, 107 * 3e-5, 1e-3)):
-            self.assertAlmostEqual(value, expected, places=9)
-        self.assertEqual(launches, (106, 106, 53, 107, 1))
-
-    def test_names(self):
-        self.assertEqual(gpu_profile.short("carry_086c1201"), "carry")
-        self.assertEqual(gpu_profile.short("void cublasLt::splitKreduce_kernel<32, int>(T6 *)"),
-                         "cublasLt::splitKreduce_kernel")
-        names = ["outputs_u_bf16", "nvjet_sm90_tst", "conv_backward", "norm_forward", "cast_element_i",
-                 "square_sums_x", "loss_backward", "scatter_i_i32", "unary_float", "carry"]
-        kinds = gpu_profile.kinds([(name, 1.0) for name in names])
-        self.assertEqual(kinds, ["scan forward", "products", "convolution", "norm", "casts", "optimizer",
-                                 "cross-entropy", "embedding", "other", "other"])
-
-    def test_less_than_a_step_is_an_error(self):
-        with self.assertRaisesRegex(ValueError, "launch-count"):
-            gpu_profile.last_step(gpu_profile.parse(ncu(2, steps=1)))
-        self.assertEqual(gpu_profile.parse("==ERROR== no"), [])
-
-    def test_report(self):
-        options = types.SimpleNamespace(batch=2, length=8192, layers=53, parameters=353_945_600,
-                                        peak=811.0, step_ms=254.0, kernels=5)
-        text, result = gpu_profile.report({("products", "nvjet"): [100.0, 4]}, options)
-        self.assertAlmostEqual(result["mfu"], 0.169, places=3)
-        self.assertIn("| products | 100.00 | 100.0 % | 4 |", text)
-        self.assertIn("kernels take 39.4 % of it", text)
+    def test_kinds(self):
+        kinds = {"adjoint_main_u": "scan, backward", "outputs_u": "scan, forward",
+                 "nvjet_sm90_tst": "products (cuBLASLt)", "fill": "products (cuBLASLt)",
+                 "update_g": "AdamW + gradient norm", "unary_float": "other"}
+        for name, kind in kinds.items():
+            self.assertEqual(gpu_trace.kind_of(name), kind)
 
 
 SOURCE = """
