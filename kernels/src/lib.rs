@@ -44,6 +44,8 @@ pub mod pscan;
 pub mod selective_scan;
 
 pub use backend::MambaKernels;
+#[cfg(feature = "cube")]
+pub use cube::timing::kernel_times;
 
 #[cfg(test)]
 mod testing;

@@ -9,6 +9,7 @@
 
 pub(crate) mod math;
 pub(crate) mod reduce;
+pub(crate) mod timing;
 
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeDevice;
@@ -22,9 +23,6 @@ use cubecl::prelude::*;
 
 /// Blocks along one axis of a grid: the least that every runtime allows for each axis.
 const MAX_BLOCKS_PER_AXIS: usize = 65_535;
-
-/// Shared memory that kernels plan for, in bytes: what every runtime offers a cube.
-pub(crate) const SHARED_BYTES: usize = 32 * 1024;
 
 /// An optional f32 kernel input; absent, its code is not compiled.
 pub(crate) type OptionalInput = ComptimeOption<Box<[f32]>>;
@@ -41,6 +39,8 @@ pub(crate) struct DeviceTraits {
     pub max_units: usize,
     /// Units that keep the whole device busy.
     pub busy_units: usize,
+    /// Shared memory that a cube may use, in bytes.
+    pub shared_bytes: usize,
 }
 
 impl DeviceTraits {
@@ -66,6 +66,7 @@ impl DeviceTraits {
                 .min(hardware.max_cube_dim.0 as usize)
                 .min(1024),
             busy_units: processors * 1024,
+            shared_bytes: hardware.max_shared_memory_size.clamp(16 << 10, 48 << 10),
         }
     }
 }
@@ -122,7 +123,7 @@ pub(crate) fn columns(tensor: &CubeTensor, from: usize, to: usize) -> CubeTensor
     assert!(from < to && to <= width, "columns {from}..{to} of {width}");
     if !shares_columns(tensor, from) {
         let leading = shape[..shape.len() - 1].iter().map(|size| 0..*size);
-        let ranges: Vec<_> = leading.chain([from..to]).collect();
+        let ranges: Vec<_> = leading.chain(std::iter::once(from..to)).collect();
         return burn_cubecl::kernel::slice(tensor.clone(), &ranges);
     }
     let mut view = tensor.clone();
