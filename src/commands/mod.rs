@@ -8,6 +8,8 @@ pub mod doctor;
 pub mod estimate;
 pub mod eval;
 pub mod generate;
+pub mod import;
+pub mod logits;
 pub mod params;
 pub mod resume;
 pub mod train;
@@ -52,6 +54,10 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Measure bits per byte of a checkpoint on held-out data
     Eval(EvalArgs),
+    /// Write the logits at every byte of a file, as a NumPy array
+    Logits(LogitsArgs),
+    /// Make a checkpoint of one of another program: mamba_ssm, transformers, MambaByte
+    Import(ImportArgs),
     /// Fetch, prepare, check and describe data
     #[command(subcommand)]
     Data(data::DataCommand),
@@ -162,6 +168,40 @@ pub struct EvalArgs {
     pub json: bool,
 }
 
+/// Arguments of `logits`.
+#[derive(Clone, Debug, Args)]
+pub struct LogitsArgs {
+    /// Folder of the checkpoint, or of a run, whose newest is taken
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint: PathBuf,
+    /// File whose bytes are read
+    #[arg(long, value_name = "FILE")]
+    pub bytes: PathBuf,
+    /// File to write: float32, one row of logits for each byte
+    #[arg(long, value_name = "FILE.npy")]
+    pub out: PathBuf,
+    /// Bytes computed at once; the state is carried from piece to piece
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = positive)]
+    pub piece: usize,
+    /// Where to compute: auto, cpu, cuda, wgpu, with an index as in cuda:1
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
+    pub device: DeviceConfig,
+}
+
+/// Arguments of `import`.
+#[derive(Clone, Debug, Args)]
+pub struct ImportArgs {
+    /// Folder or file of the checkpoint: pytorch_model.bin or safetensors
+    #[arg(long, value_name = "PATH")]
+    pub from: PathBuf,
+    /// Its config, JSON or YAML, where it is not the `config.json` beside the weights
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Folder to make, which then is a checkpoint
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
 /// Arguments of `params`.
 #[derive(Clone, Debug, Args)]
 pub struct ParamsArgs {
@@ -184,6 +224,8 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Resume(args) => resume::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Logits(args) => logits::run(args),
+        Command::Import(args) => import::run(args),
         Command::Data(command) => data::run(command),
         Command::Params(args) => params::run(args),
         Command::Estimate(args) => estimate::run(args),
