@@ -1,5 +1,6 @@
 //! The command `import`: a checkpoint of another program as one of ours.
 
+use std::path::Path;
 use std::time::Instant;
 
 use super::{ImportArgs, grouped, scaled};
@@ -12,7 +13,9 @@ use crate::train::Checkpoint;
 pub fn run(args: &ImportArgs) -> Result<()> {
     if let Some(name) = args.from.to_str().and_then(|it| it.strip_prefix("hf:")) {
         return Err(Error::Usage {
-            message: format!("`hf:{name}` is a name on Hugging Face, and nothing is downloaded here"),
+            message: format!(
+                "`hf:{name}` is a name on Hugging Face, and nothing is downloaded here"
+            ),
             hint: format!(
                 "fetch it, for instance with `hf download {name} --local-dir {folder}`, and \
                  give `--from {folder}`",
@@ -20,12 +23,7 @@ pub fn run(args: &ImportArgs) -> Result<()> {
             ),
         });
     }
-    if args.out.exists() {
-        return Err(Error::Usage {
-            message: format!("`{}` exists already", args.out.display()),
-            hint: "name a folder that does not exist, or remove this one".to_owned(),
-        });
-    }
+    refuse_existing(&args.out)?;
     let started = Instant::now();
     let import = Import::open(&args.from, args.config.as_deref())?;
     for warning in &import.warnings {
@@ -53,6 +51,17 @@ pub fn run(args: &ImportArgs) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// Nothing that is there is replaced.
+pub(super) fn refuse_existing(out: &Path) -> Result<()> {
+    match out.exists() {
+        true => Err(Error::Usage {
+            message: format!("`{}` exists already", out.display()),
+            hint: "name a folder that does not exist, or remove this one".to_owned(),
+        }),
+        false => Ok(()),
+    }
 }
 
 /// A config of this model. What training needs besides has no meaning before there is a run.

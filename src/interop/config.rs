@@ -73,7 +73,10 @@ fn is_yaml(path: &Path) -> bool {
 pub(super) fn read(path: &Path, width: Option<usize>) -> Result<Described> {
     let length = fs::metadata(path).map_err(Error::io("read", path))?.len();
     if length > MOST_BYTES {
-        return Err(unreadable(path, format!("has {length} bytes, more than a config has")));
+        return Err(unreadable(
+            path,
+            format!("has {length} bytes, more than a config has"),
+        ));
     }
     let bytes = fs::read(path).map_err(Error::io("read", path))?;
     let described = match is_yaml(path) {
@@ -91,9 +94,11 @@ pub(super) fn json(bytes: &[u8]) -> Result<Described, String> {
         return Err("is not a config: it is no object with keys".to_owned());
     };
     if is_mamba2(&map) {
-        return Err("describes a Mamba-2 model, and this program has Mamba-1: the names of the \
+        return Err(
+            "describes a Mamba-2 model, and this program has Mamba-1: the names of the \
                     supported ones begin with `mamba-`, not `mamba2-`"
-            .to_owned());
+                .to_owned(),
+        );
     }
     let mut fields = Fields::new(&map);
     let described = match map.contains_key("hidden_size") {
@@ -295,9 +300,8 @@ pub(super) fn yaml(bytes: &[u8], width: Option<usize>) -> Result<Described, Stri
             _ => {}
         }
     }
-    let fits = |map: &Map<String, Value>| {
-        width.is_none() || map.get("d_model").and_then(whole) == width
-    };
+    let fits =
+        |map: &Map<String, Value>| width.is_none() || map.get("d_model").and_then(whole) == width;
     let names: Vec<String> = sizes.iter().map(|(name, _)| shown(name)).collect();
     let chosen = sizes.into_iter().find(|(_, map)| fits(map));
     let Some((_, size)) = chosen else {

@@ -40,7 +40,11 @@ impl Import {
                 "has the tensors of a Mamba-2 model, and this program has Mamba-1".to_owned(),
             ));
         }
-        let shape = |name: &str| tensors.get(name).map(|i| source.tensors[*i].shape.as_slice());
+        let shape = |name: &str| {
+            tensors
+                .get(name)
+                .map(|i| source.tensors[*i].shape.as_slice())
+        };
         let width = match shape("embedding.weight") {
             Some([_, width]) => Some(*width),
             _ => None,
@@ -55,7 +59,9 @@ impl Import {
             .model(&described, &mut warnings)
             .map_err(|reason| problem(reason + &listed(&problems)))?;
         config.validate().map_err(|errors| {
-            problem(format!("is of a model that this program cannot have: {errors}"))
+            problem(format!(
+                "is of a model that this program cannot have: {errors}"
+            ))
         })?;
         if config.tie_embeddings {
             // The head is stored once more where the program that wrote it shares it.
@@ -113,7 +119,10 @@ impl Import {
         match sum > 2 * self.source.bytes() {
             true => Err(unreadable(
                 &self.source.path,
-                format!("has tensors of {sum} bytes in {} bytes", self.source.bytes()),
+                format!(
+                    "has tensors of {sum} bytes in {} bytes",
+                    self.source.bytes()
+                ),
             )),
             false => Ok(()),
         }
@@ -153,7 +162,10 @@ fn by_our_names(source: &Source) -> (BTreeMap<String, usize>, Vec<String>) {
     let mut problems = Vec::new();
     for (i, tensor) in source.tensors.iter().enumerate() {
         match ours(&tensor.name) {
-            None => problems.push(format!("`{}` is not part of the model", shown(&tensor.name))),
+            None => problems.push(format!(
+                "`{}` is not part of the model",
+                shown(&tensor.name)
+            )),
             Some(name) => {
                 if let Some(first) = tensors.insert(name, i) {
                     problems.push(format!(
@@ -181,8 +193,10 @@ fn compare(
 ) -> Vec<String> {
     let table = config.parameter_table();
     let mut problems = Vec::new();
-    let mut left: BTreeMap<&str, usize> =
-        tensors.iter().map(|(name, i)| (name.as_str(), *i)).collect();
+    let mut left: BTreeMap<&str, usize> = tensors
+        .iter()
+        .map(|(name, i)| (name.as_str(), *i))
+        .collect();
     for parameter in &table {
         let Some(i) = left.remove(parameter.name.as_str()) else {
             problems.push(format!(
@@ -196,7 +210,9 @@ fn compare(
         let name = shown(&found.name);
         if found.shape != expected {
             let shape = &found.shape[..found.shape.len().min(8)];
-            problems.push(format!("`{name}` has the shape {shape:?}, expected {expected:?}"));
+            problems.push(format!(
+                "`{name}` has the shape {shape:?}, expected {expected:?}"
+            ));
         } else if let Format::Other(format) = found.format {
             problems.push(format!(
                 "`{name}` is {format}, expected float32, float16 or bfloat16"
@@ -239,7 +255,12 @@ impl<'a> Found<'a> {
 
     /// Layers, counted by the highest.
     fn layers(&self) -> usize {
-        let highest = self.tensors.keys().filter_map(|name| layer_of(name)).map(|(i, _)| i).max();
+        let highest = self
+            .tensors
+            .keys()
+            .filter_map(|name| layer_of(name))
+            .map(|(i, _)| i)
+            .max();
         highest.map_or(0, |highest| highest.saturating_add(1))
     }
 
@@ -257,9 +278,11 @@ impl<'a> Found<'a> {
         let width = described.width.or(embedding_width);
         let layers = self.depth(described, warnings);
         let (Some(width @ 1..=65_536), Some(layers @ 1..=4096)) = (width, layers) else {
-            return Err("has neither an embedding and layers nor a config that gives the model's \
+            return Err(
+                "has neither an embedding and layers nor a config that gives the model's \
                         width and depth (from 1 to 65536, and 1 to 4096)"
-                .to_owned());
+                    .to_owned(),
+            );
         };
         let mut config = MambaConfig::new(width, layers);
         let second = |name: &str, rank: usize| {
@@ -267,9 +290,17 @@ impl<'a> Found<'a> {
             shape.and_then(|shape| shape.last().copied())
         };
         let inner = self.shape("mixer.d");
-        let expand = inner.and_then(|shape| shape.first()).map(|inner| inner / width);
-        set(&mut config.d_state, described.state.or(second("mixer.a_log", 2)));
-        set(&mut config.d_conv, described.taps.or(second("mixer.conv1d.weight", 3)));
+        let expand = inner
+            .and_then(|shape| shape.first())
+            .map(|inner| inner / width);
+        set(
+            &mut config.d_state,
+            described.state.or(second("mixer.a_log", 2)),
+        );
+        set(
+            &mut config.d_conv,
+            described.taps.or(second("mixer.conv1d.weight", 3)),
+        );
         set(&mut config.expand_factor, described.expand.or(expand));
         if let Some(rank) = described.rank.or(second("mixer.dt_proj.weight", 2))
             && rank != config.dt_rank()
@@ -282,9 +313,15 @@ impl<'a> Found<'a> {
         config.norm_eps = described.epsilon.unwrap_or(config.norm_eps);
         config.residual_in_fp32 = described.residual_in_fp32.unwrap_or(true);
         set(&mut config.vocab_size, described.vocabulary.or(rows));
-        set(&mut config.pad_vocab_size_multiple, described.vocabulary_multiple);
+        set(
+            &mut config.pad_vocab_size_multiple,
+            described.vocabulary_multiple,
+        );
         // Padding that adds nothing is no padding.
-        if config.vocab_size.is_multiple_of(config.pad_vocab_size_multiple.max(1)) {
+        if config
+            .vocab_size
+            .is_multiple_of(config.pad_vocab_size_multiple.max(1))
+        {
             config.pad_vocab_size_multiple = 1;
         }
         config.tie_embeddings = described.tied.unwrap_or(!self.has("lm_head.weight"));

@@ -8,6 +8,7 @@
 //! Whatever a file says of lengths and places is compared with the file before memory is taken.
 
 mod config;
+mod export;
 mod file;
 mod import;
 mod names;
@@ -16,9 +17,11 @@ mod safetensors;
 mod source;
 mod tensor;
 mod torch;
+mod torch_writer;
 mod weights;
 mod zip;
 
+pub use export::{Format as ExportFormat, export};
 pub use import::Import;
 pub use weights::WeightsFile;
 

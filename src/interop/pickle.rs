@@ -91,7 +91,10 @@ const WRAPPERS: [&str; 4] = ["state_dict", "model_state_dict", "model", "module"
 pub(super) fn state_dict(bytes: &[u8]) -> Result<Vec<(String, Pickled)>, String> {
     let mut machine = Machine::new(bytes);
     let top = machine.run().map_err(|problem| {
-        format!("has a pickle that is not a state dict: {problem}, at byte {}", machine.at)
+        format!(
+            "has a pickle that is not a state dict: {problem}, at byte {}",
+            machine.at
+        )
     })?;
     let Value::Dict(entries) = machine.value(top) else {
         return Err("has a pickle that is not a dictionary of tensors".to_owned());
@@ -226,9 +229,7 @@ impl<'a> Machine<'a> {
     }
 
     fn take(&mut self, count: usize) -> Result<&'a [u8], String> {
-        let bytes = self.bytes[self.at..]
-            .get(..count)
-            .ok_or("it ends early")?;
+        let bytes = self.bytes[self.at..].get(..count).ok_or("it ends early")?;
         self.at += count;
         Ok(bytes)
     }
@@ -332,7 +333,10 @@ impl<'a> Machine<'a> {
             b'h' => self.byte()?.into(),
             _ => u32::from_le_bytes(self.array()?),
         };
-        let id = self.memo.get(&slot).ok_or("it recalls what it never stored")?;
+        let id = self
+            .memo
+            .get(&slot)
+            .ok_or("it recalls what it never stored")?;
         self.stack.push(*id);
         Ok(())
     }
@@ -444,8 +448,9 @@ impl<'a> Machine<'a> {
 
     fn count(&self, id: Id) -> Result<u64, String> {
         match self.value(id) {
-            Value::Int(number) => u64::try_from(*number)
-                .map_err(|_| format!("a tensor with the size {number}")),
+            Value::Int(number) => {
+                u64::try_from(*number).map_err(|_| format!("a tensor with the size {number}"))
+            }
             _ => Err("a tensor with a size that is not an integer".to_owned()),
         }
     }

@@ -46,8 +46,8 @@ pub(super) fn tensors(file: &impl RandomAccess, index: usize) -> Result<Vec<Stor
         ));
     }
     let bytes = file.read(8, length)?;
-    let header: Header = serde_json::from_slice(&bytes)
-        .map_err(|e| format!("has no safetensors header: {e}"))?;
+    let header: Header =
+        serde_json::from_slice(&bytes).map_err(|e| format!("has no safetensors header: {e}"))?;
     let begin = 8 + length;
     let mut tensors = Vec::with_capacity(header.tensors.len());
     for (name, entry) in header.tensors {
@@ -121,7 +121,10 @@ impl Outgoing<'_> {
 /// Writes a file of `tensors`, holding one in memory at a time.
 pub(super) fn write(path: &Path, tensors: &[Outgoing<'_>]) -> Result<()> {
     let mut header = serde_json::Map::new();
-    header.insert("__metadata__".to_owned(), serde_json::json!({"format": "pt"}));
+    header.insert(
+        "__metadata__".to_owned(),
+        serde_json::json!({"format": "pt"}),
+    );
     let mut offset = 0;
     for tensor in tensors {
         let entry = Entry {

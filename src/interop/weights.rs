@@ -24,7 +24,10 @@ impl WeightsFile {
         let tensors = safetensors::tensors(&file, 0).map_err(|reason| mismatch(path, reason))?;
         Ok(Self {
             file,
-            tensors: tensors.into_iter().map(|it| (it.name.clone(), it)).collect(),
+            tensors: tensors
+                .into_iter()
+                .map(|it| (it.name.clone(), it))
+                .collect(),
         })
     }
 

@@ -83,7 +83,9 @@ impl Zip {
         }
         let header = file.read(entry.header, 30)?;
         if u32_at(&header, 0) != Some(LOCAL) {
-            return Err(format!("its entry `{name}` is not where the directory says"));
+            return Err(format!(
+                "its entry `{name}` is not where the directory says"
+            ));
         }
         // Name and extra field have other lengths here than in the directory: `torch.save` pads.
         let lengths = u16_at(&header, 26).zip(u16_at(&header, 28));
@@ -154,11 +156,7 @@ fn central_entry(bytes: &[u8]) -> Option<(String, Entry, &[u8])> {
         return None;
     }
     let (flags, method) = (u16_at(bytes, 8)?, u16_at(bytes, 10)?);
-    let (packed, length, header) = (
-        u32_at(bytes, 20)?,
-        u32_at(bytes, 24)?,
-        u32_at(bytes, 42)?,
-    );
+    let (packed, length, header) = (u32_at(bytes, 20)?, u32_at(bytes, 24)?, u32_at(bytes, 42)?);
     let part = |at| u16_at(bytes, at).map(usize::from);
     let (name_length, extra_length, comment) = (part(28)?, part(30)?, part(32)?);
     let name_end = 46 + name_length;

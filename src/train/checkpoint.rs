@@ -206,6 +206,13 @@ impl Checkpoint {
     /// [`Error::Checkpoint`] where something does not fit the learner's config.
     pub fn restore(&self, learner: &mut Learner) -> Result<()> {
         self.check_optimizer(learner.config())?;
+        self.restore_weights(learner)?;
+        self.restore_optimizer(learner)?;
+        self.restore_states(learner)
+    }
+
+    /// Puts the weights alone into `learner`.
+    pub(super) fn restore_weights(&self, learner: &mut Learner) -> Result<()> {
         let mut loaded = Ok(());
         learner.map_model(|model| match self.load_weights(model.clone()) {
             Ok(model) => model,
@@ -214,9 +221,7 @@ impl Checkpoint {
                 model
             }
         });
-        loaded?;
-        self.restore_optimizer(learner)?;
-        self.restore_states(learner)
+        loaded
     }
 
     fn restore_optimizer(&self, learner: &mut Learner) -> Result<()> {
@@ -318,7 +323,7 @@ impl Checkpoint {
 
 /// Lets `write` fill a folder of another name and then gives it the name `folder`, which so is
 /// complete or not there.
-fn install(folder: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+pub(crate) fn install(folder: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let mut building = folder.as_os_str().to_owned();
     building.push(".tmp");
     let building = PathBuf::from(building);
