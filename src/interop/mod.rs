@@ -16,6 +16,8 @@ mod pickle;
 mod safetensors;
 mod source;
 mod tensor;
+#[cfg(test)]
+mod tests;
 mod torch;
 mod torch_writer;
 mod weights;
