@@ -37,6 +37,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     format: str = "bin"
     shards: int = 1
+    rename: tuple = ()
 
 
 def mamba_ssm(name, d_model, n_layer, stored=None, **config):
@@ -64,6 +65,9 @@ def transformers(name, hidden_size, num_hidden_layers, stored=None, **config):
     return Case(name, keys | config, **({"format": "safetensors"} | (stored or {})))
 
 
+# How a checkpoint of that repository names them (torch_utils.py undoes the first three).
+JXIW = (("backbone.", "mambabyte."), ("embedding", "token_embedding"), ("norm_f", "final_norm"),
+        ("", "module."))
 BF16 = {"dtype": torch.bfloat16}
 CASES = [
     mamba_ssm("RMSNorm, tied head", 64, 2),
@@ -73,6 +77,8 @@ CASES = [
     mamba_ssm("the same, safetensors in 3 files", 96, 3, {"format": "safetensors", "shards": 3},
               rms_norm=False, tie_embeddings=False),
     mamba_ssm("the same, .bin in 3 files", 96, 3, {"shards": 3},
+              rms_norm=False, tie_embeddings=False),
+    mamba_ssm("the same, names of jxiw/MambaByte, out of DataParallel", 96, 3, {"rename": JXIW},
               rms_norm=False, tie_embeddings=False),
     mamba_ssm("vocabulary 1003, padded to 1008", 48, 2, vocab_size=1003),
     mamba_ssm("vocabulary 260, padded to 320, untied", 48, 2, vocab_size=260,
@@ -107,9 +113,11 @@ def write(case, folder, seed):
             del tensors["lm_head.weight"]
     else:
         (folder / "config.json").write_text(json.dumps(case.config))
-    stem, save = ("pytorch_model", save_bin)
+    for old, new in case.rename:
+        tensors = {name.replace(old, new, 1): tensor for name, tensor in tensors.items()}
+    stem, save = "pytorch_model", save_bin
     if case.format == "safetensors":
-        stem, save = ("model", save_safetensors)
+        stem, save = "model", save_safetensors
     if case.shards == 1:
         save(tensors, folder / f"{stem}.{case.format}")
     else:
@@ -200,7 +208,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--program", required=True)
     parser.add_argument("--work", required=True, type=Path)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     program = Program(options.program)
