@@ -27,6 +27,10 @@ const MOST_INDEX: u64 = 16 << 20;
 /// Most such files.
 const MOST_FILES: usize = 512;
 
+/// What is said of a file that is a pickle and no zip file with one.
+const OLD_PICKLE: &str = "was saved by PyTorch before 1.6 or with \
+                          `_use_new_zipfile_serialization=False`: load it there and save it again";
+
 /// A checkpoint's tensors, and the files they are in.
 #[derive(Debug)]
 pub(super) struct Source {
@@ -89,10 +93,7 @@ impl Source {
                 start if start.starts_with(zip::MAGIC) => torch::tensors(&file, index),
                 // A bare pickle: PROTO, and a version. The length of a safetensors header may begin
                 // with the same bytes, but the header follows it.
-                [0x80, 0..=5, .., next] if *next != b'{' => Err("was saved by PyTorch before 1.6 or with \
-                                          `_use_new_zipfile_serialization=False`: load it there \
-                                          and save it again"
-                    .to_owned()),
+                [0x80, 0..=5, .., next] if *next != b'{' => Err(OLD_PICKLE.to_owned()),
                 _ => safetensors::tensors(&file, index),
             });
         self.tensors
