@@ -20,6 +20,7 @@
 use std::fmt;
 use std::ops::Range;
 
+use mambabyte_kernels::selective_scan::BACKWARD_TRANSIENT_BYTES;
 use serde::Serialize;
 
 use crate::config::{Config, DeviceKind, MambaConfig, Mode, Precision, Recompute};
@@ -54,11 +55,11 @@ const OUTER_BUFFERS: [u64; 2] = [1, 1];
 /// Bytes and targets (i32) and resets (f32) of a position.
 const INPUTS: u64 = 12;
 
-/// What the scan's backward pass may use at a time; as `TRANSIENT_BYTES` in
-/// `kernels/src/selective_scan/cube/plan.rs`.
-const SCAN_TRANSIENT: u64 = 256 << 20;
+/// What the scan's backward pass may use at a time.
+const SCAN_TRANSIENT: u64 = BACKWARD_TRANSIENT_BYTES as u64;
 
-/// Positions between the states it recomputes from; as `SUB` there.
+/// Positions between the states it recomputes from; as `SUB` in
+/// `kernels/src/selective_scan/cube/plan.rs`.
 const SCAN_SUB: u64 = 4;
 
 /// Channels whose gradients of B and C one cube sums there.
@@ -513,7 +514,9 @@ fn scan_transient(
     let sums = chunk * 2 * state * inner.div_ceil(SCAN_CHANNELS);
     let ends = (state + 1) * inner;
     let budget = SCAN_TRANSIENT / (F32 * batch * (inside + sums));
-    let chunks = budget.clamp(1, length.div_ceil(chunk));
+    let count = length.div_ceil(chunk);
+    // Segments of one size.
+    let chunks = count.div_ceil(count.div_ceil(budget.clamp(1, count)));
     let unit = F32 * batch * chunks;
     (unit * (inside + sums + ends), unit * inside)
 }
@@ -599,12 +602,12 @@ mod tests {
         // 2048 norm, 1024 · 4096, 2048 · (4 + 1), 2048 · 96, (64 + 1) · 2048, 2048 · 16, 2048,
         // 2048 · 1024.
         assert_eq!(sizes.layer_parameters, 6_668_288);
-        // A chunk: 32 states, sums of 32 cubes, ends. 56 of them fit 256 MiB.
+        // A chunk: 32 states, sums of 32 cubes, ends. All 64 of them fit 640 MiB.
         let (states, sums, ends) = (32 * 2048 * 16, 128 * 32 * 32, 17 * 2048);
-        assert_eq!((256 << 20) / (4 * (states + sums)), 56);
+        assert!((640 << 20) / (4 * (states + sums)) >= 64);
         let inside = 2 * 8192 * (6 * 2048 + 2 * 1024 + 96 + 4096)
             + 4 * 8192 * 1024
-            + 56 * 4 * (states + sums + ends)
+            + 64 * 4 * (states + sums + ends)
             + 2 * 1024 * 4096;
         assert_eq!(sizes.inside, inside);
         assert_eq!(sizes.page, 384 << 20);

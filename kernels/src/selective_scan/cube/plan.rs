@@ -3,6 +3,7 @@
 use burn_cubecl::tensor::CubeTensor;
 
 use crate::cube::{DeviceTraits, dims, power_of_two_below};
+use crate::selective_scan::BACKWARD_TRANSIENT_BYTES;
 use crate::selective_scan::ScanInputs;
 
 /// Bounds of the positions in a chunk. Short chunks make the pass over chunk ends long, long ones
@@ -13,9 +14,13 @@ const CHUNK: [usize; 2] = [32, 256];
 /// decays are in registers: with 8 the kernel spills or loses occupancy.
 pub(super) const SUB: usize = 4;
 
-/// Transient memory that backward may use at a time, in bytes; at least one chunk of every
-/// sequence is processed at once. Tests have little, so that they run through several segments.
-const TRANSIENT_BYTES: usize = if cfg!(test) { 1 << 18 } else { 640 << 20 };
+/// Transient memory that backward may use at a time, in bytes. Tests have little, so that they run
+/// through several segments.
+const TRANSIENT_BYTES: usize = if cfg!(test) {
+    1 << 18
+} else {
+    BACKWARD_TRANSIENT_BYTES
+};
 
 /// The sizes of the problem.
 #[derive(Clone, Copy, Debug)]
@@ -289,5 +294,7 @@ pub(super) fn segment_chunks(shape: &ScanShape, chunks: &Chunks, main: &SweepCon
     let states = chunks.size / SUB * shape.state.next_multiple_of(4) * shape.inner;
     let partials = chunks.size * 2 * main.states() * main.cubes(shape.inner);
     let bytes = 4 * shape.batch * (states + partials);
-    (TRANSIENT_BYTES / bytes.max(1)).clamp(1, chunks.count)
+    let most = (TRANSIENT_BYTES / bytes.max(1)).clamp(1, chunks.count);
+    // Segments of one size: a shorter last one would leave the device half idle.
+    chunks.count.div_ceil(chunks.count.div_ceil(most))
 }
