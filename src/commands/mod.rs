@@ -196,7 +196,12 @@ pub fn run(cli: &Cli) -> Result<()> {
 /// with each `-v`.
 pub fn start_logging(verbose: u8) {
     let default = match verbose {
-        0 => "warn,mambabyte=info,mambabyte_datasets=info,mambabyte_kernels=info",
+        // CubeCL says of every failed allocation that it is tried again, and of everything that
+        // needed it that it failed: the error at the end says it once.
+        0 => {
+            "warn,cubecl_common=error,cubecl_server=error,cubecl_runtime=error,\
+             mambabyte=info,mambabyte_datasets=info,mambabyte_kernels=info"
+        }
         1 => "info,mambabyte=debug,mambabyte_datasets=debug,mambabyte_kernels=debug",
         _ => "trace",
     };

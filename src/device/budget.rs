@@ -7,12 +7,12 @@
 //! try again before it gives up. The price: another program cannot have that memory either.
 //!
 //! CubeCL reports a failed allocation to whoever reads what would have been computed, and Burn
-//! panics there. [`Budget::guard`] turns that panic into [`Error::OutOfMemory`].
+//! panics there; on Vulkan the device's own thread panics first. [`Budget::guard`] turns both into
+//! [`Error::OutOfMemory`].
 
 use std::any::Any;
 use std::panic::{self, AssertUnwindSafe, PanicHookInfo};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::{Device, Tensor};
 
@@ -88,6 +88,11 @@ impl Budget {
         let config = budget.settle(config)?;
         set_page_size(&device, memory::page_bytes(&config));
         Ok((device, budget, config))
+    }
+
+    /// Whether the run is on a GPU.
+    pub fn on_gpu(&self) -> bool {
+        !self.device.starts_with(DeviceKind::Cpu.name())
     }
 
     /// The device with its limit, enforced as far as that is possible.
@@ -212,31 +217,34 @@ impl Budget {
     ///
     /// What `work` says, and [`Error::OutOfMemory`]. Any other panic goes on.
     pub fn guard<T>(&self, config: &Config, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        let in_use = Arc::new(AtomicU64::new(0));
+        let first = Arc::new(Mutex::new(None));
         let result = {
-            let _quiet = QuietHook::install(self.gpu.clone(), Arc::clone(&in_use));
+            let _quiet = QuietHook::install(self.gpu.clone(), Arc::clone(&first));
             panic::catch_unwind(AssertUnwindSafe(work))
         };
-        match result {
-            Ok(result) => result,
-            Err(payload) => match failure(&*payload) {
-                Some(text) => {
-                    tracing::debug!("{text}");
-                    let reason = self.describe(text, in_use.load(Ordering::Relaxed));
-                    Err(self.out_of_memory(reason, config))
-                }
-                None => panic::resume_unwind(payload),
-            },
+        let noted = first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let failure = match &result {
+            Ok(Err(Error::Other(error))) => Failure::of(&format!("{error:#}")),
+            Ok(_) => None,
+            Err(_) => noted,
+        };
+        match (failure, result) {
+            (Some(failure), _) => {
+                tracing::debug!("{}", failure.text);
+                Err(self.out_of_memory(self.describe(&failure), config))
+            }
+            (None, Ok(result)) => result,
+            (None, Err(payload)) => panic::resume_unwind(payload),
         }
     }
 
-    /// One line for a failed allocation; `in_use` is 0 where that is not known.
-    fn describe(&self, failure: &str, in_use: u64) -> String {
-        let mut reason = match requested(failure) {
+    /// One line for a failed allocation.
+    fn describe(&self, failure: &Failure) -> String {
+        let mut reason = match requested(&failure.text) {
             Some(bytes) => format!("{} more could not be had", size(bytes)),
             None => "an allocation failed".to_owned(),
         };
-        if in_use > 0 {
+        if let Some(in_use) = failure.in_use {
             reason += &format!(", {} are in use", size(in_use));
         }
         if let Some(limit) = self.limit {
@@ -251,12 +259,23 @@ impl Budget {
 /// By itself it makes pages as large as the largest tensor so far, and how many others fit beside
 /// that one is luck: up to a third of the memory is lost. It never makes pages smaller, so one large
 /// allocation at the start decides.
+///
+/// A device that does not have pages of that size gets the largest half, quarter, … it has.
 fn set_page_size(device: &Device, bytes: u64) {
     /// What CubeCL adds to an allocation to get the size of its page.
     const SLACK: u64 = 1 << 20;
-    if bytes > SLACK && device_memory(device).is_some() {
-        let elements = ((bytes - SLACK) / 4) as usize;
+    /// Smaller pages are not worth setting.
+    const LEAST: u64 = 16 << 20;
+    let pages = || device.memory_pool_report().unwrap_or_default();
+    let mut wanted = bytes;
+    while wanted >= LEAST && device_memory(device).is_some() {
+        // A failure stays with this tensor, which nobody reads.
+        let elements = ((wanted - SLACK) / 4) as usize;
         drop(Tensor::<1>::empty([elements], device));
+        if pages().iter().any(|pool| pool.page_size + SLACK >= wanted) {
+            return;
+        }
+        wanted /= 2;
     }
 }
 
@@ -291,8 +310,29 @@ impl Plan {
     }
 }
 
-/// Keeps the default message of out-of-memory panics from being printed, and notes how much was in
-/// use then: when the panic is caught, much has been given back. Ends with the value.
+/// A failed allocation.
+struct Failure {
+    /// What its panic says.
+    text: String,
+    /// Bytes that the run used then, where known: when the panic is caught, much has been given
+    /// back.
+    in_use: Option<u64>,
+}
+
+impl Failure {
+    /// The failure that `text` speaks of, if it is about memory.
+    fn of(text: &str) -> Option<Self> {
+        let lower = text.to_lowercase();
+        let found = SIGNS.iter().any(|sign| lower.contains(sign));
+        found.then(|| Self {
+            text: text.to_owned(),
+            in_use: None,
+        })
+    }
+}
+
+/// Notes the first out-of-memory panic of any thread, and keeps its default message and those of
+/// what follows from it from being printed. Ends with the value.
 struct QuietHook {
     previous: Arc<Hook>,
 }
@@ -301,18 +341,22 @@ type Hook = dyn Fn(&PanicHookInfo<'_>) + Send + Sync;
 
 impl QuietHook {
     /// `gpu` is the one in use and the bytes there that are not this run's.
-    fn install(gpu: Option<(Arc<Gpu>, u64)>, in_use: Arc<AtomicU64>) -> Self {
+    fn install(gpu: Option<(Arc<Gpu>, u64)>, first: Arc<Mutex<Option<Failure>>>) -> Self {
         let previous: Arc<Hook> = Arc::from(panic::take_hook());
         let others = Arc::clone(&previous);
         panic::set_hook(Box::new(move |info| {
-            if failure(info.payload()).is_none() {
+            let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
+            if first.is_some() {
+                return;
+            }
+            let Some(failure) = panic_text(info.payload()).and_then(Failure::of) else {
                 return others(info);
-            }
-            if let Some((gpu, foreign)) = &gpu
-                && let Some((free, total)) = gpu.memory()
-            {
-                in_use.store(total.saturating_sub(free + foreign), Ordering::Relaxed);
-            }
+            };
+            let in_use = gpu.as_ref().and_then(|(gpu, foreign)| {
+                let (free, total) = gpu.memory()?;
+                Some(total.saturating_sub(free + foreign))
+            });
+            *first = Some(Failure { in_use, ..failure });
         }));
         Self { previous }
     }
@@ -325,17 +369,12 @@ impl Drop for QuietHook {
     }
 }
 
-/// A panic's text, if memory is what it is about.
-fn failure(payload: &(dyn Any + Send)) -> Option<&str> {
-    let text = payload
+/// What a panic says.
+fn panic_text(payload: &(dyn Any + Send)) -> Option<&str> {
+    payload
         .downcast_ref::<String>()
         .map(String::as_str)
-        .or_else(|| payload.downcast_ref::<&str>().copied())?;
-    let lower = text.to_lowercase();
-    SIGNS
-        .iter()
-        .any(|sign| lower.contains(sign))
-        .then_some(text)
+        .or_else(|| payload.downcast_ref::<&str>().copied())
 }
 
 /// The number of bytes that a failure speaks of.
@@ -366,6 +405,19 @@ mod tests {
         Config::parse("config", text, &settings).expect("valid")
     }
 
+    /// The hook of panics is one for all threads: tests that set it take turns.
+    static TURN: Mutex<()> = Mutex::new(());
+
+    /// As [`Budget::guard`], alone.
+    fn guarded<T>(
+        limit: Option<u64>,
+        config: &Config,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        budget(limit).guard(config, work)
+    }
+
     fn budget(limit: Option<u64>) -> Budget {
         Budget {
             device: "cuda:0".to_owned(),
@@ -377,8 +429,7 @@ mod tests {
     #[test]
     fn a_failed_allocation_becomes_an_error_with_what_was_asked_for() {
         let config = config(&["train.batch=2", "train.recompute=4"]);
-        let error = budget(Some(24 * GIB))
-            .guard::<()>(&config, || panic!("{CUBECL}"))
+        let error = guarded::<()>(Some(24 * GIB), &config, || panic!("{CUBECL}"))
             .expect_err("out of memory");
         assert_eq!(error.exit_code(), 6);
         let report = error.report();
@@ -396,14 +447,27 @@ mod tests {
     }
 
     #[test]
-    fn results_and_other_panics_pass_through() {
-        let (budget, config) = (budget(None), config(&[]));
-        assert_eq!(budget.guard(&config, || Ok(3)).expect("fine"), 3);
-        let error = budget.guard::<()>(&config, || Err(anyhow::anyhow!("odd").into()));
+    fn other_results_and_panics_pass_through() {
+        let config = config(&[]);
+        assert_eq!(guarded(None, &config, || Ok(3)).expect("fine"), 3);
+        let error = guarded::<()>(None, &config, || Err(anyhow::anyhow!("odd").into()));
         assert_eq!(error.expect_err("given").exit_code(), 1);
-        let panic = panic::catch_unwind(|| budget.guard::<()>(&config, || panic!("index 7")));
+        let error = guarded::<()>(None, &config, || Err(anyhow::anyhow!("{CUBECL}").into()));
+        assert_eq!(error.expect_err("out of memory").exit_code(), 6);
+        let panic = panic::catch_unwind(|| guarded::<()>(None, &config, || panic!("index 7")));
         let payload = panic.expect_err("not about memory");
         assert_eq!(payload.downcast_ref::<&str>(), Some(&"index 7"));
+    }
+
+    #[test]
+    fn a_failure_of_the_device_s_thread_explains_what_follows_from_it() {
+        let error = guarded::<()>(None, &config(&[]), || {
+            let device = std::thread::spawn(|| panic!("wgpu error: Out of Memory"));
+            assert!(device.join().is_err());
+            panic!("couldn't find resource for that handle")
+        });
+        let report = error.expect_err("out of memory").report();
+        assert!(report.contains("an allocation failed"), "{report}");
     }
 
     #[test]
@@ -415,10 +479,11 @@ mod tests {
             "CublasError(CUBLAS_STATUS_ALLOC_FAILED)",
             "An out-of-memory error happened during launch",
         ] {
-            assert!(failure(&text.to_owned()).is_some(), "{text}");
+            assert!(Failure::of(text).is_some(), "{text}");
         }
-        assert!(failure(&"index out of bounds".to_owned()).is_none());
-        assert!(failure(&7u8).is_none());
+        assert!(Failure::of("index out of bounds").is_none());
+        assert_eq!(panic_text(&"text".to_owned()), Some("text"));
+        assert_eq!(panic_text(&7u8), None);
         assert_eq!(requested(CUBECL), Some(402_653_184));
         assert_eq!(requested("can't allocate buffer of size: 70\n"), Some(70));
         assert_eq!(requested("CUDA_ERROR_OUT_OF_MEMORY"), None);

@@ -8,6 +8,12 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 /// Between lines where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
+/// Between two looks of the bar at the clock, before the first step.
+const TICK: Duration = Duration::from_millis(200);
+
+/// What is going on before a GPU's first step.
+const COMPILING: &str = "first step: compiling kernels where they are not in the cache";
+
 /// Shows the course of a run on standard error.
 pub(super) struct Display {
     bar: ProgressBar,
@@ -17,8 +23,9 @@ pub(super) struct Display {
 }
 
 impl Display {
-    /// A display of a run of `steps` that has done `done`.
-    pub(super) fn new(steps: u64, done: u64) -> Self {
+    /// A display of a run of `steps` that has done `done`. Before its first step a GPU's kernels are
+    /// compiled, which takes seconds: `compiles` says so.
+    pub(super) fn new(steps: u64, done: u64, compiles: bool) -> Self {
         let terminal = std::io::stderr().is_terminal();
         let bar = ProgressBar::with_draw_target(
             Some(steps),
@@ -28,11 +35,18 @@ impl Display {
             },
         )
         .with_position(done);
-        let template = "{bar:24} {pos}/{len} steps  {msg}  ETA {eta}";
+        let template = "{bar:24} {pos}/{len} steps  {msg}  {elapsed}, ETA {eta}";
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
         bar.reset_eta();
+        if compiles {
+            bar.set_message(COMPILING);
+            bar.enable_steady_tick(TICK);
+            if !terminal {
+                eprintln!("{COMPILING}");
+            }
+        }
         Self {
             bar,
             terminal,
@@ -47,6 +61,7 @@ impl Display {
             "{bpb:.3} bpb  lr {lr:.1e}  {:.1} kB/s",
             bytes_per_second / 1e3
         );
+        self.bar.disable_steady_tick();
         self.bar.set_position(step);
         self.bar.set_message(text.clone());
         let due = self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY);

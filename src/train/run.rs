@@ -114,7 +114,14 @@ fn restore(
     };
     let progress = checkpoint.progress();
     check_data(&progress, sampler.shards(), config)?;
-    checkpoint.restore(learner)?;
+    let device = learner.inner_device();
+    // What stays for the whole run does not belong between activations, where it would keep pages
+    // from being used whole.
+    device.memory_persistent_allocations((checkpoint, learner), |(checkpoint, learner)| {
+        checkpoint.restore(learner)
+    })?;
+    // The initial weights are gone; the allocator keeps their memory until it is asked.
+    device.memory_cleanup();
     Ok(progress)
 }
 
@@ -181,7 +188,8 @@ impl Run<'_> {
         let first = self.progress.step;
         let last = stop_after.map_or(total, |n| total.min(first + n));
         let mut loader = Loader::spawn(Arc::clone(&self.sampler), first, QUEUE)?;
-        let mut display = Display::new(total, first);
+        let compiles = self.budget.on_gpu();
+        let mut display = Display::new(total, first, compiles);
         for step in first + 1..=last {
             let started = Instant::now();
             let batch = loader.next()?;

@@ -122,7 +122,7 @@ pub(crate) fn columns(tensor: &CubeTensor, from: usize, to: usize) -> CubeTensor
     assert!(from < to && to <= width, "columns {from}..{to} of {width}");
     if !shares_columns(tensor, from) {
         let leading = shape[..shape.len() - 1].iter().map(|size| 0..*size);
-        let ranges: Vec<_> = leading.chain([from..to]).collect();
+        let ranges: Vec<_> = leading.chain(std::iter::once(from..to)).collect();
         return burn_cubecl::kernel::slice(tensor.clone(), &ranges);
     }
     let mut view = tensor.clone();

@@ -19,19 +19,16 @@ pub(super) struct Matrix {
     pub tensor: CubeTensor,
     pub rows: usize,
     pub columns: usize,
-    /// Elements between the starts of neighbouring rows.
-    pub stride: usize,
 }
 
 impl Matrix {
     pub fn of(tensor: CubeTensor) -> Self {
-        let (tensor, stride) = rows(tensor);
+        let (tensor, _) = rows(tensor);
         let shape = tensor.meta.shape();
         let columns = shape[shape.num_dims() - 1];
         Self {
             rows: shape.num_elements() / columns.max(1),
             columns,
-            stride,
             tensor,
         }
     }

@@ -22,6 +22,7 @@ use cudarc::driver::{result as driver, sys as cu};
 
 use super::Product;
 use super::cube::Matrix;
+use crate::cube::row_stride;
 
 type Server = <CudaRuntime as cubecl_runtime::runtime::Runtime>::Server;
 
@@ -94,10 +95,14 @@ pub(super) fn product(
     if add.is_some_and(|add| add.dtype != out.dtype) || a.tensor.dtype != b.tensor.dtype {
         return false;
     }
-    let (out_tensor, out_stride) = crate::cube::rows(out.clone());
+    let [Some(a_stride), Some(b_stride), Some(out_stride)] =
+        [&a.tensor, &b.tensor, out].map(row_stride)
+    else {
+        return false;
+    };
     let shape = Shape {
-        a: [a.rows, a.columns, a.stride],
-        b: [b.rows, b.columns, b.stride],
+        a: [a.rows, a.columns, a_stride],
+        b: [b.rows, b.columns, b_stride],
         out_stride,
         types: [types[0], types[1], types[2]],
         how,
@@ -107,8 +112,8 @@ pub(super) fn product(
     let handles = Handles {
         a: a.tensor.handle.clone(),
         b: b.tensor.handle.clone(),
-        add: add.map_or_else(|| out_tensor.handle.clone(), |add| add.handle.clone()),
-        out: out_tensor.handle.clone(),
+        add: add.map_or_else(|| out.handle.clone(), |add| add.handle.clone()),
+        out: out.handle.clone(),
     };
     // All CUDA calls are made on the device's own thread, where its context is current and the
     // buffers' addresses are to be had without another hop.
