@@ -10,6 +10,7 @@ CONFIG := quickstart
 RUN :=
 SET :=
 PG19 :=
+PYTHON := python3
 
 # Configs that are meant for an NVIDIA GPU; the others run anywhere.
 GPU_CONFIGS := pg19_353m pg19_972m pg19_1_6b
@@ -24,7 +25,7 @@ RUNS = $(or $(patsubst checkpoint.dir=%,%,$(filter checkpoint.dir=%,$(SET))),che
 # Cargo knows where the program is. It is built before, so that this takes no time and says nothing.
 MAMBABYTE = cargo run --quiet --release --features $(FEATURES) --
 
-.PHONY: help train resume data test lint check-gpu doctor
+.PHONY: help train resume data test lint check-gpu bench-gpu doctor
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s  %s\n", $$1, $$2 }'
@@ -33,6 +34,7 @@ help: ## Show this list
 	echo 'FEATURES=cuda       what to build for: flex (CPU), cuda or wgpu; follows the config if left out'
 	echo 'RUN=first           name of the run; made from config and time, or the newest, if left out'
 	echo 'SET="a.b=1 c.d=2"   changes to the config'
+	echo 'PYTHON=python3      the Python that has PyTorch and mamba-ssm, for bench-gpu'
 	echo 'PG19=DIR            a copy of PG-19 that is already there'
 
 train: ## Train a model, then show where it is and what it writes [CONFIG, FEATURES, RUN, SET]
@@ -125,6 +127,28 @@ check-gpu: ## Type-check the builds for NVIDIA GPUs (cuda) and for any GPU (wgpu
 	@set -x
 	cargo check --release --workspace --features cuda
 	cargo check --release --workspace --features wgpu
+
+# The peer is not part of this project: build or install mamba-ssm and causal-conv1d, and set PYTHONPATH
+# where Python does not find them by itself.
+bench-gpu: ## Measure on an NVIDIA GPU, beside PyTorch + mamba-ssm if they are there [PYTHON]
+	@cargo build --release --features cuda
+	target=$$(cargo metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
+	program=$$target/release/mambabyte
+	"$$program" bench scan --dtype bf16 --device cuda --json
+	"$$program" bench gemm --rows 16384 --dtype bf16 --device cuda --json
+	"$$program" bench step --config configs/pg19_353m.toml --set train.batch=2 \
+		--set train.accumulation=1 --set train.precision=bf16 --set train.recompute=auto --json
+	missing=$$($(PYTHON) -c 'from importlib.util import find_spec as find
+	print(*(n for n in ("torch", "mamba_ssm", "causal_conv1d", "selective_scan_cuda") if not find(n)))' \
+		|| echo $(PYTHON))
+	if [ -z "$$missing" ]; then
+		$(PYTHON) benches/gpu_peer.py --mambabyte "$$program" --out "$$target/gpu_peer.json"
+	else
+		echo '=============================================================='
+		echo "SKIPPED: the comparison with PyTorch + mamba-ssm: no $$missing"
+		echo 'install them for $(PYTHON), or set PYTHONPATH to their folder'
+		echo '=============================================================='
+	fi
 
 doctor: ## Say what this machine has and what is missing [FEATURES]
 	@cargo run --release --features $(FEATURES) -- doctor

@@ -54,6 +54,8 @@ pub mod selective_scan;
 pub mod sum_squares;
 
 pub use backend::MambaKernels;
+#[cfg(feature = "cube")]
+pub use cube::timing::kernel_times;
 
 #[cfg(test)]
 mod testing;

@@ -9,7 +9,8 @@ use burn::tensor::{DType, Device, Distribution, Tensor};
 use clap::{Args, Subcommand, ValueEnum};
 use mambabyte_datasets::Batch;
 use mambabyte_kernels::linear::{Product, product};
-use mambabyte_kernels::selective_scan::{Scan, selective_scan};
+use mambabyte_kernels::selective_scan::Scan;
+use mambabyte_kernels::selective_scan::measure::passes;
 use serde::Serialize;
 
 use super::{ConfigArgs, print, print_json};
@@ -21,7 +22,7 @@ use crate::train::Learner;
 /// What to measure.
 #[derive(Clone, Debug, Subcommand)]
 pub enum BenchCommand {
-    /// The selective scan, forward, and forward with backward
+    /// The selective scan, forward and backward, and on a GPU each of its kernels
     Scan(ScanArgs),
     /// The model's matrix products, with their error against f64
     Gemm(GemmArgs),
@@ -190,33 +191,38 @@ fn scan(args: &ScanArgs) -> Result<Vec<Line>> {
     let device = device::open(&args.place.device)?;
     let (b, l, e, n) = (args.batch, args.length, args.inner, args.state);
     let dtype = args.place.dtype.dtype();
-    let build = |device: &Device, tracked: bool| {
-        let wide = || random([b, l, e], dtype, device).set_require_grad(tracked);
-        let narrow = || random([b, l, n], dtype, device).set_require_grad(tracked);
-        Scan {
-            d: Some(Tensor::ones([e], device).set_require_grad(tracked)),
-            z: Some(wide()),
-            delta_bias: Some(Tensor::full([e], -3.0, device).set_require_grad(tracked)),
-            ..Scan::new(
-                wide(),
-                wide(),
-                Tensor::full([e, n], -1.0, device).set_require_grad(tracked),
-                narrow(),
-                narrow(),
-            )
-        }
+    let wide = || random([b, l, e], dtype, &device);
+    let narrow = || random([b, l, n], dtype, &device);
+    let scan = Scan {
+        d: Some(Tensor::ones([e], &device)),
+        z: Some(wide()),
+        delta_bias: Some(Tensor::full([e], -3.0, &device)),
+        ..Scan::new(
+            wide(),
+            wide(),
+            Tensor::full([e, n], -1.0, &device),
+            narrow(),
+            narrow(),
+        )
     };
-    let plain = build(&device, false);
-    let forward = measure(&device, args.common.repeat, || {
-        let _ = selective_scan(plain.clone());
-        Ok(())
-    })?;
-    let tracked = build(&device.clone().autodiff(), true);
-    let both = measure(&device, args.common.repeat, || {
-        let (y, _) = selective_scan(tracked.clone());
-        let _ = y.sum().backward();
-        Ok(())
-    })?;
+    let Some(passes) = passes(scan, wide()) else {
+        return Err(Error::Device {
+            device: format!("{device:?}"),
+            reason: "it has no kernels of ours".to_owned(),
+            hint: "`mambabyte doctor` says what this machine has".to_owned(),
+        });
+    };
+    // Several passes between waits, so that the wait is no part of the time.
+    const BETWEEN_WAITS: usize = 10;
+    let time = |pass: &dyn Fn()| -> Result<f64> {
+        let many = measure(&device, args.common.repeat, || {
+            (0..BETWEEN_WAITS).for_each(|_| pass());
+            Ok(())
+        })?;
+        Ok(many / BETWEEN_WAITS as f64)
+    };
+    let forward = time(&passes.forward)?;
+    let backward = time(&passes.backward)?;
     let elements = (b * l * e * n) as f64;
     let line = |name: &str, milliseconds: f64| Line {
         name: name.to_owned(),
@@ -225,10 +231,40 @@ fn scan(args: &ScanArgs) -> Result<Vec<Line>> {
         unit: "G states/s",
         relative_error: None,
     };
-    Ok(vec![
-        line("forward", forward),
-        line("forward + sum + backward", both),
-    ])
+    let mut lines = vec![line("forward", forward), line("backward", backward)];
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    for (pass, run) in [("forward", &passes.forward), ("backward", &passes.backward)] {
+        for (kernel, milliseconds) in kernel_medians(args.common.repeat, run) {
+            lines.push(line(&format!("{pass}: {kernel}"), milliseconds));
+        }
+    }
+    Ok(lines)
+}
+
+/// Median time in milliseconds of each kernel that `pass` launches; those of one name are added up.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+fn kernel_medians(repeat: usize, pass: &dyn Fn()) -> Vec<(String, f64)> {
+    let mut samples: Vec<(String, Vec<f64>)> = Vec::new();
+    for turn in 0..repeat {
+        for (name, time) in mambabyte_kernels::kernel_times(pass) {
+            let at = samples.iter().position(|(known, _)| *known == name);
+            let at = at.unwrap_or_else(|| {
+                samples.push((name, Vec::new()));
+                samples.len() - 1
+            });
+            let times = &mut samples[at].1;
+            times.resize(turn + 1, 0.0);
+            times[turn] += time.as_secs_f64() * 1e3;
+        }
+    }
+    let median = |mut times: Vec<f64>| {
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    };
+    samples
+        .into_iter()
+        .map(|(name, times)| (name, median(times)))
+        .collect()
 }
 
 /// Calls between two waits for the device: one alone would measure the wait.

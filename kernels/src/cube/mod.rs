@@ -10,6 +10,7 @@
 
 pub(crate) mod math;
 pub(crate) mod reduce;
+pub(crate) mod timing;
 
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeDevice;
@@ -23,9 +24,6 @@ use cubecl::prelude::*;
 
 /// Blocks along one axis of a grid: the least that every runtime allows for each axis.
 const MAX_BLOCKS_PER_AXIS: usize = 65_535;
-
-/// Shared memory that kernels plan for, in bytes: what every runtime offers a cube.
-pub(crate) const SHARED_BYTES: usize = 32 * 1024;
 
 /// An optional f32 kernel input; absent, its code is not compiled.
 pub(crate) type OptionalInput = ComptimeOption<Box<[f32]>>;
@@ -42,6 +40,8 @@ pub(crate) struct DeviceTraits {
     pub max_units: usize,
     /// Units that keep the whole device busy.
     pub busy_units: usize,
+    /// Shared memory that a cube may use, in bytes.
+    pub shared_bytes: usize,
 }
 
 impl DeviceTraits {
@@ -67,6 +67,7 @@ impl DeviceTraits {
                 .min(hardware.max_cube_dim.0 as usize)
                 .min(1024),
             busy_units: processors * 1024,
+            shared_bytes: hardware.max_shared_memory_size.clamp(16 << 10, 48 << 10),
         }
     }
 }

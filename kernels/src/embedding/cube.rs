@@ -13,8 +13,8 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use crate::cube::{
-    DeviceTraits, SHARED_BYTES, address_type, buffer, contiguous_f32, cube_dim, dims, elem, empty,
-    fold_rows, grid, integers, sum_columns, vector_width,
+    DeviceTraits, address_type, buffer, contiguous_f32, cube_dim, dims, elem, empty, fold_rows,
+    grid, integers, sum_columns, vector_width,
 };
 
 /// Units of a cube, forward.
@@ -23,8 +23,8 @@ const UNITS: usize = 256;
 const VECTOR: usize = 4;
 /// Columns of a cube, backward: one a unit.
 const COLUMNS: usize = 32;
-/// Rows of the table in shared memory.
-const TABLE: usize = SHARED_BYTES / (4 * COLUMNS);
+/// Rows of the table in shared memory: 32 KiB, what every runtime offers a cube.
+const TABLE: usize = 32 * 1024 / (4 * COLUMNS);
 /// Rows of the gradient whose loads are in flight together.
 const AHEAD: usize = 16;
 /// Cubes, backward, for every thousand units that the device can keep busy: as many tables as the

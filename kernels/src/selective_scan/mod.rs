@@ -20,6 +20,7 @@ pub(crate) mod autodiff;
 pub(crate) mod cube;
 #[cfg(feature = "flex")]
 pub(crate) mod flex;
+pub mod measure;
 pub mod reference;
 #[cfg(test)]
 mod tests;

@@ -531,6 +531,53 @@ fn stepping_equals_scanning() {
     }
 }
 
+/// On the CPU; the GPU's form of this is with its views.
+#[test]
+#[cfg(feature = "flex")]
+fn backward_returns_the_outputs_again() {
+    use super::{ScanInputs, ScanRequest};
+    use crate::MambaKernels;
+    use burn::backend::Flex;
+
+    let dims = [2, 70, 19];
+    let raw = |seed, dims: [usize; 3]| {
+        let values = Rng::new(seed).normals(dims.iter().product(), 0.5);
+        tensor(&values, dims, &cpu())
+            .try_into_primitive::<Flex>()
+            .expect("a tensor on the CPU")
+    };
+    let rates = tensor(&[-1.0; 19 * 4], [19, 4], &cpu());
+    let inputs = ScanInputs {
+        u: raw(1, dims),
+        delta: raw(2, dims),
+        a: rates.try_into_primitive::<Flex>().expect("as above"),
+        b: raw(3, [2, 70, 4]),
+        c: raw(4, [2, 70, 4]),
+        d: None,
+        z: Some(raw(5, dims)),
+        delta_bias: None,
+        initial_state: None,
+        resets: None,
+        delta_softplus: true,
+    };
+    let forward = Flex::selective_scan(inputs.clone());
+    let backward = |y| {
+        let request = ScanRequest {
+            y,
+            ..ScanRequest::none()
+        };
+        let (inputs, saved) = (inputs.clone(), forward.saved.clone());
+        Flex::selective_scan_backward(inputs, saved, raw(6, dims), request).y
+    };
+    assert!(backward(false).is_none());
+    let values = |y| read(Tensor::<3>::from_primitive::<Flex>(y));
+    assert_same_bits(
+        "y",
+        &values(backward(true).expect("asked for")),
+        &values(forward.y.clone()),
+    );
+}
+
 /// The inputs are not changed: the caller's tensors read the same before and after.
 #[test]
 fn inputs_are_left_alone() {

@@ -1,37 +1,58 @@
 //! First kernel of backward: one sweep left to right, for one exponential a state element, leaves
-//! the states that the main kernel recomputes from and the adjoint that leaves each chunk.
+//! the states that the main kernel recomputes from and the adjoint that leaves each chunk. What
+//! needs the outputs before the gate is done here too: all states of a channel are close by.
 
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::common::{
-    CLEARED, V4, entry, gate_at, is_reset, load_rates, load_states, load_tile, place, store_states,
+    CLEARED, Place, V4, at_position, decay_step, entry, gate_at, load_rates, load_states,
+    load_tile, output, place, put_clears, store_states,
 };
 use super::plan::{SUB, SweepConfig};
 use crate::cube::OptionalInput;
 use crate::cube::math::{exp2, sigmoid, step_size};
+use crate::cube::reduce::lane_sum;
+
+/// Which results are wanted beyond the gradients of u, delta, A, B and C.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Wanted {
+    /// The skip connection's gradient.
+    pub d: bool,
+    /// The gate's.
+    pub z: bool,
+    /// The bias's.
+    pub bias: bool,
+    /// The outputs, computed once more.
+    pub y: bool,
+}
 
 /// For the `segment` chunks from `chunk0` on: the states at the start of every sub-chunk,
-/// `[B, segment · chunk / SUB, N, E]`; what the chunk's own outputs send to its left end,
-/// `[B, segment, N, E]`; and the sum of its steps, `[B, segment, E]`.
+/// `[B, segment · chunk / SUB, N / 4, E, 4]`; what the chunk's own outputs send to its left end,
+/// `[B, segment, N, E]`; the sum of its steps, `[B, segment, E]`; the gradient of the gate, the
+/// outputs, and the chunk's partial of dD in row N of `sums_e`, `[B, chunks, N + 2, E]`.
 ///
 /// The adjoint at the left end is `Σ_t (Π_{s≤t} a_s) · C_t · dy_t`: with the running product of the
 /// decays it is computed in the direction of the states, and needs no sweep of its own.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float>(
+pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float, S: Size>(
     u: &[U],
     delta: &[D],
-    b: &[P],
-    c: &[P],
+    b: &[Vector<P, S>],
+    c: &[Vector<P, S>],
     a: &[f32],
+    d: &OptionalInput,
     z: &ComptimeOption<Box<[Z]>>,
     bias: &OptionalInput,
     resets: &OptionalInput,
     dy: &[U],
     saved: &[f32],
-    sub_states: &mut [f32],
+    sub_states: &mut [V4],
     ends: &mut [f32],
     steps: &mut [f32],
+    dz: &mut [Z],
+    y: &mut [U],
+    sums_e: &mut [f32],
     batch: usize,
     length: usize,
     inner: usize,
@@ -39,8 +60,10 @@ pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float>(
     b_stride: usize,
     c_stride: usize,
     z_stride: usize,
+    dz_stride: usize,
     chunk0: usize,
     segment: usize,
+    #[comptime] wanted: Wanted,
     #[comptime] config: SweepConfig,
     #[define(U, D, P, Z)] _types: [ElemType; 4],
 ) {
@@ -55,10 +78,12 @@ pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float>(
     let count = min(comptime!(config.chunk).runtime(), length - skipped);
     let base = first * inner + place.channel;
     let own_row = place.batch * segment + place.chunk;
+    let row = place.batch * chunks + chunk0 + place.chunk;
     let sub_row = own_row * comptime!(config.chunk / SUB);
 
-    let mut b_tile = Shared::<[V4]>::new_slice(comptime!(config.tile * config.states() / 4));
-    let mut c_tile = Shared::<[V4]>::new_slice(comptime!(config.tile * config.states() / 4));
+    let mut b_tile = Shared::<[V4]>::new_slice(comptime!(config.tile_vectors()));
+    let mut c_tile = Shared::<[V4]>::new_slice(comptime!(config.tile_vectors()));
+    let mut clears = Shared::<[f32]>::new_slice(comptime!(config.tile));
     let mut rates = Array::<f32>::new(per_lane);
     let mut h = Array::<f32>::new(per_lane);
     let mut product = Array::<f32>::new(per_lane);
@@ -70,9 +95,9 @@ pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float>(
         place.lane,
         state,
         0usize,
+        comptime!(resets.is_some()),
         per_lane,
     );
-    let row = place.batch * chunks + chunk0 + place.chunk;
     load_states(
         saved,
         &mut h,
@@ -90,18 +115,21 @@ pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float>(
         adjoint[k] = 0.0f32;
     }
     let bias = entry(bias, place.channel, 0.0f32);
+    let skip = entry(d, place.channel, 0.0f32);
     let mut sum = 0.0f32;
+    let mut skipped_sum = 0.0f32;
 
     for tile in 0..count.div_ceil(comptime!(config.tile)) {
         let t0 = tile * comptime!(config.tile);
         let rows = min(comptime!(config.tile).runtime(), count - t0);
         sync_cube();
-        load_tile::<P>(b, &mut b_tile, first + t0, rows, b_stride, state, config);
-        load_tile::<P>(c, &mut c_tile, first + t0, rows, c_stride, state, config);
+        load_tile(b, &mut b_tile, first + t0, rows, b_stride, state, config);
+        load_tile(c, &mut c_tile, first + t0, rows, c_stride, state, config);
+        put_clears(resets, &mut clears, first + t0, rows, config);
         sync_cube();
         for group in 0..rows.div_ceil(SUB) {
             let sub = sub_row + t0 / SUB + group;
-            store_states(sub_states, &h, sub, &place, state, inner, per_lane);
+            store_sub_states(sub_states, &h, sub, &place, state, inner, per_lane);
             // All loads of the sub-chunk before its first use of one.
             let mut us = Array::<f32>::new(SUB);
             let mut deltas = Array::<f32>::new(SUB);
@@ -109,53 +137,99 @@ pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float>(
             let mut gates = Array::<f32>::new(SUB);
             #[unroll]
             for i in 0..SUB {
-                let t = min(t0 + group * SUB + i, count - 1);
-                let at = base + t * inner;
+                let t = t0 + group * SUB + i;
+                let at = at_position(base, t, count, inner);
                 us[i] = f32::cast_from(u[at]);
                 deltas[i] = f32::cast_from(delta[at]);
                 dys[i] = f32::cast_from(dy[at]);
-                gates[i] = gate_at(z, (first + t) * z_stride + place.channel);
+                let z_base = first * z_stride + place.channel;
+                gates[i] = f32::cast_from(gate_at(z, at_position(z_base, t, count, z_stride)));
             }
             #[unroll]
             for i in 0..SUB {
                 let t = group * SUB + i;
-                if t < rows {
-                    let dt = step_size(deltas[i] + bias, config.softplus, config.ptx);
-                    let x = dt * us[i];
-                    let mut w = dys[i];
-                    if comptime!(z.is_some()) {
-                        w = w * gates[i] * sigmoid(gates[i], config.ptx);
-                    }
-                    if is_reset(resets, first + t0 + t) {
-                        sum = CLEARED;
-                        #[unroll]
-                        for k in 0..per_lane {
-                            h[k] = 0.0f32;
-                            product[k] = 0.0f32;
-                        }
-                    } else if sum < CLEARED {
-                        sum += dt;
-                    }
-                    let row = (t * comptime!(config.lanes) + place.lane) * comptime!(per_lane / 4);
+                let valid = t < rows;
+                let dt = step_size(deltas[i] + bias, config.softplus, config.ptx);
+                // A position beyond the last leaves states and adjoints as they are.
+                let dt = select(valid, dt, 0.0f32);
+                let x = dt * us[i];
+                let mut w = select(valid, dys[i], 0.0f32);
+                let mut gate = 0.0f32;
+                if comptime!(z.is_some()) {
+                    gate = sigmoid(gates[i], config.ptx);
+                    w = w * gates[i] * gate;
+                }
+                if wanted.d {
+                    skipped_sum = fma(w, us[i], skipped_sum);
+                }
+                let dt = decay_step(dt, &clears, t, comptime!(resets.is_some()));
+                sum = min(sum + dt, CLEARED);
+                let row = (t * comptime!(config.lanes) + place.lane) * comptime!(per_lane / 4);
+                #[unroll]
+                for q in 0..comptime!(per_lane / 4) {
+                    let bs = b_tile[row + q];
+                    let cs = c_tile[row + q];
                     #[unroll]
-                    for q in 0..comptime!(per_lane / 4) {
-                        let bs = b_tile[row + q];
-                        let cs = c_tile[row + q];
-                        #[unroll]
-                        for k in 0..4usize {
-                            let n = comptime!(q * 4 + k);
-                            let decay = exp2(dt * rates[n], config.ptx);
-                            h[n] = fma(decay, h[n], x * bs.extract(k));
-                            product[n] *= decay;
-                            adjoint[n] = fma(product[n], w * cs.extract(k), adjoint[n]);
+                    for k in 0..4usize {
+                        let n = comptime!(q * 4 + k);
+                        let decay = exp2(dt * rates[n], config.ptx);
+                        h[n] = fma(decay, h[n], x * bs.extract(k));
+                        product[n] *= decay;
+                        adjoint[n] = fma(product[n], w * cs.extract(k), adjoint[n]);
+                    }
+                }
+                if comptime!(wanted.z || wanted.y) {
+                    let sum = output(&h, &c_tile, t, place.lane, config);
+                    let value = fma(skip, us[i], lane_sum(sum, config.lanes, 1usize));
+                    if place.inside && place.lane == 0 && valid {
+                        let position = first + t0 + t;
+                        let mut gated = value;
+                        if wanted.z {
+                            let slope = gate * fma(gates[i], 1.0f32 - gate, 1.0f32);
+                            dz[position * dz_stride + place.channel] =
+                                Z::cast_from(dys[i] * value * slope);
+                            gated = value * gates[i] * gate;
+                        }
+                        if wanted.y {
+                            y[position * inner + place.channel] = U::cast_from(gated);
                         }
                     }
                 }
             }
         }
     }
+
     store_states(ends, &adjoint, own_row, &place, state, inner, per_lane);
     if place.inside && place.lane == 0 {
         steps[own_row * inner + place.channel] = sum;
+        if wanted.d {
+            sums_e[(row * (state + 2) + state) * inner + place.channel] = skipped_sum;
+        }
+    }
+}
+
+/// Writes the lane's states to row `row` of `[N / 4, E, 4]` rows.
+#[cube]
+fn store_sub_states(
+    rows: &mut [V4],
+    states: &Array<f32>,
+    row: usize,
+    place: &Place,
+    state: usize,
+    inner: usize,
+    #[comptime] per_lane: usize,
+) {
+    let quarters = state.div_ceil(4usize);
+    #[unroll]
+    for q in 0..comptime!(per_lane / 4) {
+        let quarter = place.lane * comptime!(per_lane / 4) + q;
+        let mut four = V4::new(0.0f32);
+        #[unroll]
+        for k in 0..4usize {
+            four.insert(k, states[comptime!(q * 4 + k)]);
+        }
+        if place.inside && quarter < quarters {
+            rows[(row * quarters + quarter) * inner + place.channel] = four;
+        }
     }
 }

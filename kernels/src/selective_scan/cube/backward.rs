@@ -5,17 +5,20 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::AddressType;
 
-use super::adjoint_main::Wanted;
+use super::adjoint_ends::Wanted;
 use super::plan::{Chunks, SUB, ScanShape, SweepConfig, adjoint, segment_chunks, sweep};
-use super::{CARRY_UNITS, RowStrides, address, adjoint_ends, adjoint_main, carry, prepare, sums};
+use super::{
+    CARRY_UNITS, RowStrides, address, adjoint_ends, adjoint_main, alignment, carry, prepare, sums,
+};
 use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, dims, elem, empty,
     grid, optional, row_stride,
 };
 use crate::selective_scan::{ScanGrads, ScanInputs, ScanRequest};
 
-/// Most units of a cube in the sweep of adjoint ends: it keeps four numbers a state.
-const ENDS_UNITS: usize = 128;
+/// Most units of a cube in the sweep of adjoint ends: it keeps four numbers a state, and just does
+/// with the 128 registers a unit that this leaves it.
+const ENDS_UNITS: usize = 512;
 /// Units of a cube in the sum kernels.
 const SUM_UNITS: usize = 128;
 
@@ -118,9 +121,6 @@ impl Pass {
         let device = DeviceTraits::of(&inputs.u);
         let chunks = Chunks::new(&shape, &device);
         let softplus = inputs.delta_softplus;
-        let ends = sweep(&shape, &chunks.cut(), &device, softplus, SUB, ENDS_UNITS);
-        let main = adjoint(&shape, &chunks, &device, softplus);
-        let segment = segment_chunks(&shape, &chunks, &main);
         let ScanShape {
             batch,
             length,
@@ -148,6 +148,18 @@ impl Pass {
             Some(z) => target("z", request.z, [batch, length, inner], || wide(z.dtype)),
             None => (du.clone(), 0),
         };
+        let outputs = [(&dz, z_stride), (&dy, inner)];
+        let alignment = alignment(&inputs, &strides, &shape, &outputs);
+        let ends = sweep(
+            &shape,
+            &chunks.cut(),
+            &device,
+            alignment,
+            softplus,
+            ENDS_UNITS,
+        );
+        let main = adjoint(&shape, &chunks, &device, alignment, softplus);
+        let segment = segment_chunks(&shape, &chunks, &main);
         let grads = Grads {
             delta: wide(inputs.delta.dtype),
             a: empty(like, [inner, state], DType::F32),
@@ -213,7 +225,8 @@ impl Pass {
         let positions = count * self.chunks.size;
         let cubes = self.main.cubes(inner);
         let transient = |shape: [usize; 4]| empty(&self.inputs.u, shape, DType::F32);
-        let sub_states = transient([batch, positions / SUB, state, inner]);
+        let padded = state.next_multiple_of(4);
+        let sub_states = transient([batch, positions / SUB, padded, inner]);
         let ends = transient([batch, count, state, inner]);
         let steps = transient([batch, count, 1, inner]);
         let sums_bc = transient([batch, cubes, positions, 2 * self.main.states()]);
@@ -238,7 +251,7 @@ impl Pass {
         ends: &CubeTensor,
         steps: &CubeTensor,
     ) {
-        let (inputs, shape) = (&self.inputs, &self.shape);
+        let (inputs, shape, grads) = (&self.inputs, &self.shape, &self.grads);
         let blocks = self.ends.cubes(shape.inner) * count * shape.batch;
         // SAFETY: every position is derived from the shapes passed along, whose buffers are
         // contiguous and of just these sizes; units beyond the last channel or cube write nothing.
@@ -248,11 +261,13 @@ impl Pass {
                 grid(blocks),
                 cube_dim(self.ends.units),
                 address,
+                self.ends.source,
                 buffer(&inputs.u),
                 buffer(&inputs.delta),
                 buffer(&inputs.b),
                 buffer(&inputs.c),
                 buffer(&inputs.a),
+                optional(&inputs.d),
                 optional(&inputs.z),
                 optional(&inputs.delta_bias),
                 optional(&inputs.resets),
@@ -261,6 +276,9 @@ impl Pass {
                 buffer(sub_states),
                 buffer(ends),
                 buffer(steps),
+                buffer(&grads.z),
+                buffer(&grads.y),
+                buffer(&self.sums_e),
                 shape.batch,
                 shape.length,
                 shape.inner,
@@ -268,8 +286,10 @@ impl Pass {
                 self.strides.b,
                 self.strides.c,
                 self.strides.z,
+                grads.strides.z,
                 begin,
                 count,
+                self.wanted,
                 self.ends,
                 self.types,
             );
@@ -328,13 +348,15 @@ impl Pass {
                 grid(blocks),
                 cube_dim(self.main.units),
                 address,
+                self.main.vector,
+                self.main.source,
                 buffer(&inputs.u),
                 buffer(&inputs.delta),
                 buffer(&inputs.b),
                 buffer(&inputs.c),
                 buffer(&inputs.a),
                 optional(&inputs.d),
-                buffer(inputs.z.as_ref().unwrap_or(&inputs.u)),
+                optional(&inputs.z),
                 optional(&inputs.delta_bias),
                 optional(&inputs.resets),
                 buffer(&self.dy),
@@ -342,8 +364,6 @@ impl Pass {
                 buffer(entering),
                 buffer(&grads.u),
                 buffer(&grads.delta),
-                buffer(&grads.z),
-                buffer(&grads.y),
                 buffer(sums_bc),
                 buffer(&self.sums_e),
                 shape.batch,
@@ -353,7 +373,6 @@ impl Pass {
                 self.strides.b,
                 self.strides.c,
                 self.strides.z,
-                grads.strides.z,
                 begin,
                 count,
                 self.wanted,

@@ -8,7 +8,7 @@ use crate::cube::OptionalInput;
 use crate::cube::math::{LOG2E, exp2};
 
 /// Chunks loaded at once: their latencies overlap.
-const GROUP: usize = 4;
+const GROUP: usize = 16;
 
 /// Replaces the end of every chunk of `ends` (`[B, chunks, N, E]`) by what enters the chunk.
 ///

@@ -17,11 +17,17 @@
 //! Backward, in segments of chunks from the right (its transient memory is bounded):
 //!
 //! 1. *Adjoint ends*: one sweep left to right writes the states at every sub-chunk of 4 positions
-//!    and the chunk's own adjoint at its left end, `Σ_t (Π_{s≤t} a_s) · C_t · dy_t`.
+//!    and the chunk's own adjoint at its left end, `Σ_t (Π_{s≤t} a_s) · C_t · dy_t`. All states of a
+//!    channel are close by there, so it also computes the outputs again (with the bits of forward),
+//!    which the gradient of the gate needs.
 //! 2. *Carry* of the adjoints, right to left.
 //! 3. *Main*: right to left over sub-chunks, whose states are recomputed into registers. dB and dC
 //!    are summed over channels in the plane, then in the cube, then over cubes by a small sum
 //!    kernel; dA, dD and the gradient of the bias leave one partial a chunk.
+//!
+//! The sweeps left to right (forward, adjoint ends) have all of a channel in one unit and are bound
+//! by the special-function unit and by registers; the main kernel is bound by its number of
+//! instructions, most of them sums over channels and states.
 //!
 //! A reset clears the state: its decay is 0, and so is its chunk's whole decay. No atomics
 //! anywhere: two runs give the same bits.
@@ -46,7 +52,7 @@ use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::AddressType;
 
-use self::plan::{Chunks, ScanShape, sweep};
+use self::plan::{Alignment, Chunks, ScanShape, SweepConfig, sweep};
 use super::{ScanInputs, ScanOutputs};
 use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, empty, grid,
@@ -55,10 +61,9 @@ use crate::cube::{
 
 pub(crate) use self::backward::backward;
 
-/// Most units of a cube in forward: more would leave a unit too few registers.
+/// Most units of a cube in forward: the more units, the fewer registers each of them has, and here
+/// few registers and many units in flight are faster.
 const FORWARD_UNITS: usize = 1024;
-/// Positions loaded ahead in forward.
-const FORWARD_AHEAD: usize = 2;
 /// Units of a cube in the carry.
 const CARRY_UNITS: usize = 128;
 
@@ -68,6 +73,15 @@ pub(crate) fn forward(inputs: ScanInputs<CubeTensor>) -> ScanOutputs<CubeTensor>
     let shape = ScanShape::of(&inputs);
     let device = DeviceTraits::of(&inputs.u);
     let chunks = Chunks::new(&shape, &device);
+    let alignment = alignment(&inputs, &strides, &shape, &[]);
+    let config = sweep(
+        &shape,
+        &chunks,
+        &device,
+        alignment,
+        inputs.delta_softplus,
+        FORWARD_UNITS,
+    );
     let ScanShape {
         batch,
         length,
@@ -84,7 +98,7 @@ pub(crate) fn forward(inputs: ScanInputs<CubeTensor>) -> ScanOutputs<CubeTensor>
             &strides,
             &shape,
             &chunks,
-            &device,
+            &config,
             &saved,
             &last_state,
         );
@@ -94,7 +108,7 @@ pub(crate) fn forward(inputs: ScanInputs<CubeTensor>) -> ScanOutputs<CubeTensor>
         &strides,
         &shape,
         &chunks,
-        &device,
+        &config,
         &saved,
         &last_state,
         &y,
@@ -150,25 +164,46 @@ fn address(inputs: &ScanInputs<CubeTensor>, others: &[&CubeTensor]) -> AddressTy
     address_type(&[&inputs.u, &inputs.b, &inputs.c, z]).max(address_type(others))
 }
 
+/// How wide loads of the inputs and of `outputs` (rows of channels, like `z`) can be.
+fn alignment(
+    inputs: &ScanInputs<CubeTensor>,
+    strides: &RowStrides,
+    shape: &ScanShape,
+    outputs: &[(&CubeTensor, usize)],
+) -> Alignment {
+    // Several elements at once must begin at a multiple of their number.
+    let aligned = |tensor: &CubeTensor, stride: usize, count: usize| {
+        let offset = tensor.handle.offset_start.unwrap_or(0) as usize;
+        offset.is_multiple_of(count * tensor.dtype.size()) && stride.is_multiple_of(count)
+    };
+    let pairs = shape.inner.is_multiple_of(2)
+        && [&inputs.u, &inputs.delta]
+            .into_iter()
+            .all(|tensor| aligned(tensor, shape.inner, 2))
+        && inputs.z.as_ref().is_none_or(|z| aligned(z, strides.z, 2))
+        && outputs
+            .iter()
+            .all(|(tensor, stride)| aligned(tensor, *stride, 2));
+    let fours = shape.state.is_multiple_of(4)
+        && aligned(&inputs.b, strides.b, 4)
+        && aligned(&inputs.c, strides.c, 4);
+    Alignment {
+        channels: if pairs { 2 } else { 1 },
+        states: if fours { 4 } else { 1 },
+    }
+}
+
 /// Fills `saved` with the state entering every chunk, and `last_state`.
 fn launch_chunk_ends(
     inputs: &ScanInputs<CubeTensor>,
     strides: &RowStrides,
     shape: &ScanShape,
     chunks: &Chunks,
-    device: &DeviceTraits,
+    config: &SweepConfig,
     saved: &CubeTensor,
     last_state: &CubeTensor,
 ) {
     let client = &inputs.u.client;
-    let config = sweep(
-        shape,
-        chunks,
-        device,
-        inputs.delta_softplus,
-        FORWARD_AHEAD,
-        FORWARD_UNITS,
-    );
     let steps = empty(
         &inputs.u,
         [shape.batch, chunks.count, shape.inner],
@@ -184,6 +219,7 @@ fn launch_chunk_ends(
             grid(blocks),
             cube_dim(config.units),
             address,
+            config.source,
             buffer(&inputs.u),
             buffer(&inputs.delta),
             buffer(&inputs.b),
@@ -197,7 +233,7 @@ fn launch_chunk_ends(
             shape.inner,
             shape.state,
             strides.b,
-            config,
+            *config,
             [
                 elem(inputs.u.dtype),
                 elem(inputs.delta.dtype),
@@ -223,7 +259,7 @@ fn launch_chunk_ends(
             shape.inner,
             shape.state,
             false,
-            device.ptx,
+            config.ptx,
         );
     }
 }
@@ -234,19 +270,11 @@ fn launch_outputs(
     strides: &RowStrides,
     shape: &ScanShape,
     chunks: &Chunks,
-    device: &DeviceTraits,
+    config: &SweepConfig,
     saved: &CubeTensor,
     last_state: &CubeTensor,
     y: &CubeTensor,
 ) {
-    let config = sweep(
-        shape,
-        chunks,
-        device,
-        inputs.delta_softplus,
-        FORWARD_AHEAD,
-        FORWARD_UNITS,
-    );
     let rows = if chunks.walk { 1 } else { chunks.count };
     let blocks = config.cubes(shape.inner) * rows * shape.batch;
     let z_dtype = inputs.z.as_ref().map_or(inputs.u.dtype, |z| z.dtype);
@@ -258,6 +286,7 @@ fn launch_outputs(
             grid(blocks),
             cube_dim(config.units),
             address(inputs, &[saved]),
+            config.source,
             buffer(&inputs.u),
             buffer(&inputs.delta),
             buffer(&inputs.b),
@@ -279,7 +308,7 @@ fn launch_outputs(
             strides.c,
             strides.z,
             chunks.walk,
-            config,
+            *config,
             [
                 elem(inputs.u.dtype),
                 elem(inputs.delta.dtype),

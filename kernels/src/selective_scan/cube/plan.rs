@@ -2,7 +2,7 @@
 
 use burn_cubecl::tensor::CubeTensor;
 
-use crate::cube::{DeviceTraits, SHARED_BYTES, dims, power_of_two_below};
+use crate::cube::{DeviceTraits, dims, power_of_two_below};
 use crate::selective_scan::ScanInputs;
 
 /// Bounds of the positions in a chunk. Short chunks make the pass over chunk ends long, long ones
@@ -15,7 +15,7 @@ pub(super) const SUB: usize = 4;
 
 /// Transient memory that backward may use at a time, in bytes; at least one chunk of every
 /// sequence is processed at once. Tests have little, so that they run through several segments.
-const TRANSIENT_BYTES: usize = if cfg!(test) { 1 << 18 } else { 256 << 20 };
+const TRANSIENT_BYTES: usize = if cfg!(test) { 1 << 18 } else { 640 << 20 };
 
 /// The sizes of the problem.
 #[derive(Clone, Copy, Debug)]
@@ -67,7 +67,9 @@ impl Chunks {
             walk: count == 1 || 2 * channels >= device.busy_units,
         }
     }
+}
 
+impl Chunks {
     /// The same chunks, each on its own, as backward always has them.
     pub fn cut(&self) -> Self {
         Self {
@@ -77,12 +79,12 @@ impl Chunks {
     }
 }
 
-/// How a kernel spreads states over lanes, and its compile-time switches.
+/// How a kernel spreads channels and states over lanes, and its compile-time switches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct SweepConfig {
     /// Units of a cube.
     pub units: usize,
-    /// States of one lane, a multiple of 4 (the width of shared memory's vectors).
+    /// States of one lane, a power of two.
     pub per_lane: usize,
     /// Lanes that share a channel, a power of two.
     pub lanes: usize,
@@ -92,10 +94,12 @@ pub(super) struct SweepConfig {
     pub plane: usize,
     /// Positions of a chunk.
     pub chunk: usize,
-    /// Positions of B and C in shared memory at a time.
+    /// Positions of a stage.
     pub tile: usize,
-    /// Positions loaded ahead.
-    pub ahead: usize,
+    /// Neighbouring channels that are loaded at once.
+    pub vector: usize,
+    /// Neighbouring numbers of B and C that are loaded at once: 4 or 1.
+    pub source: usize,
     /// Whether the step size goes through softplus.
     pub softplus: bool,
     /// Whether kernels may hold PTX.
@@ -117,6 +121,50 @@ impl SweepConfig {
     pub fn cubes(&self, inner: usize) -> usize {
         inner.div_ceil(self.channels())
     }
+
+    /// From one channel of a unit to the next.
+    pub const fn spacing(&self) -> usize {
+        self.units / self.lanes
+    }
+
+    /// From one position of a unit to the next, element-wise.
+    pub const fn stride(&self) -> usize {
+        self.units / (self.channels() / self.vector)
+    }
+
+    /// Positions of a unit in a stage, element-wise.
+    pub const fn passes(&self) -> usize {
+        self.tile.div_ceil(self.stride())
+    }
+
+    /// Whether all of them are in the stage.
+    pub const fn exact(&self) -> bool {
+        self.stride() <= self.tile
+    }
+
+    /// Vectors of a stage's B or C.
+    pub const fn tile_vectors(&self) -> usize {
+        self.tile * self.states() / 4
+    }
+
+    /// Those of one unit.
+    pub const fn tile_passes(&self) -> usize {
+        self.tile_vectors().div_ceil(self.units)
+    }
+
+    /// Loads of a unit for them.
+    pub const fn tile_loads(&self) -> usize {
+        self.tile_passes() * 4 / self.source
+    }
+}
+
+/// How wide the inputs can be loaded.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Alignment {
+    /// Neighbouring channels.
+    pub channels: usize,
+    /// Neighbouring numbers of B and C.
+    pub states: usize,
 }
 
 /// States of one lane and lanes of a channel for about `wanted` states a lane.
@@ -138,32 +186,36 @@ pub(super) fn sweep(
     shape: &ScanShape,
     chunks: &Chunks,
     device: &DeviceTraits,
+    alignment: Alignment,
     softplus: bool,
-    ahead: usize,
     most_units: usize,
 ) -> SweepConfig {
     let (per_lane, lanes) = spread_states(shape.state, 16, device.plane);
     let most_units = if per_lane > 16 { 128 } else { most_units };
     let rows = shape.batch * if chunks.walk { 1 } else { chunks.count };
     let units = cube_units(shape.inner * lanes, rows, most_units, device).max(lanes);
-    // B and C of a tile, f32, in half of the shared memory.
-    let tile = (SHARED_BYTES / 2) / (2 * 4 * per_lane * lanes);
-    let tile = power_of_two_below(tile)
-        .min(chunks.size)
-        .min(shape.length.next_power_of_two())
-        .max(ahead);
-    SweepConfig {
+    let mut config = SweepConfig {
         units,
         per_lane,
         lanes,
         per_unit: 1,
         plane: device.plane,
         chunk: chunks.size,
-        tile,
-        ahead,
+        tile: 128
+            .min(chunks.size)
+            .min(shape.length.next_power_of_two())
+            .max(SUB),
+        vector: 1,
+        source: alignment.states,
         softplus,
         ptx: device.ptx,
+    };
+    // B and C of a stage, and which of its positions clear the state.
+    let bytes = |c: &SweepConfig| c.tile * (2 * 4 * c.states() + 4);
+    while config.tile > SUB && bytes(&config) > device.shared_bytes / 2 {
+        config.tile /= 2;
     }
+    config
 }
 
 /// Units of a cube for `rows` rows of `row_units` units: the most that neither leave many idle at
@@ -187,50 +239,54 @@ pub(super) fn adjoint(
     shape: &ScanShape,
     chunks: &Chunks,
     device: &DeviceTraits,
+    alignment: Alignment,
     softplus: bool,
 ) -> SweepConfig {
     let (per_lane, lanes) = spread_states(shape.state, 4, device.plane);
-    // Two channels a lane halve the shuffles; a third would not fit the registers.
-    let per_unit = if lanes > 1 && per_lane == 4 { 2 } else { 1 };
-    let states = per_lane * lanes;
-    let tile = power_of_two_below(SHARED_BYTES / 4 / (2 * 4 * states))
-        .min(chunks.size)
-        .max(SUB);
+    // Sums over at most 8 lanes leave four neighbouring numbers in each lane.
+    let lanes = lanes.max(device.plane / 8);
+    // Several channels a lane share the shuffles that sum over channels: 4 are faster than 2 by a
+    // sixth. More units of a cube, or positions of a stage, wait longer for each other.
+    let per_unit = if lanes > 1 && per_lane == 4 {
+        4.min(lanes)
+    } else {
+        1
+    };
     let mut config = SweepConfig {
-        units: 128.min(power_of_two_below(device.max_units)),
+        units: 64.min(power_of_two_below(device.max_units)),
         per_lane,
         lanes,
         per_unit,
         plane: device.plane,
         chunk: chunks.size,
-        tile,
-        ahead: SUB,
+        tile: SUB,
+        vector: 1,
+        source: alignment.states,
         softplus,
         ptx: device.ptx,
     };
     let least = device.plane.max(lanes);
-    let fits = |c: &SweepConfig| {
-        adjoint_shared_bytes(c) <= SHARED_BYTES - 1024 && c.channels() < 2 * shape.inner.max(1)
-    };
-    while config.units > least && !fits(&config) {
+    while config.units > least
+        && (config.channels() >= 2 * shape.inner.max(1)
+            || adjoint_shared_bytes(&config) > device.shared_bytes)
+    {
         config.units /= 2;
     }
+    config.vector = alignment.channels.min(config.channels());
     config
 }
 
-/// Shared memory of the main backward kernel: tiles of B and C, two vectors for every position and
-/// channel of a sub-chunk, and the partial sums of dB and dC of every plane.
+/// Shared memory of the main backward kernel: tiles of B and C, six numbers for every position and
+/// channel of a stage, and the partial sums of dB and dC of every plane.
 pub(super) fn adjoint_shared_bytes(config: &SweepConfig) -> usize {
     let states = config.states();
-    let tiles = 2 * 4 * config.tile * states;
-    let vectors = 2 * 16 * SUB * config.channels();
-    let sums = 4 * 2 * states * SUB * config.units.div_ceil(config.plane);
-    tiles + vectors + sums
+    let planes = config.units.div_ceil(config.plane);
+    config.tile * (2 * 4 * states + 4 + 24 * config.channels() + 4 * 2 * states * planes)
 }
 
 /// Chunks that backward processes at once, right to left, to stay within its transient memory.
 pub(super) fn segment_chunks(shape: &ScanShape, chunks: &Chunks, main: &SweepConfig) -> usize {
-    let states = chunks.size / SUB * shape.state * shape.inner;
+    let states = chunks.size / SUB * shape.state.next_multiple_of(4) * shape.inner;
     let partials = chunks.size * 2 * main.states() * main.cubes(shape.inner);
     let bytes = 4 * shape.batch * (states + partials);
     (TRANSIENT_BYTES / bytes.max(1)).clamp(1, chunks.count)

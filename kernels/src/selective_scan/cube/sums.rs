@@ -3,7 +3,7 @@
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
-use super::adjoint_main::Wanted;
+use super::adjoint_ends::Wanted;
 use crate::cube::reduce::sum_strided;
 
 /// dB and dC of a segment: the sum of `sums` (`[B, cubes, positions, 2 · states]`) over the cubes.

@@ -4,9 +4,11 @@ use burn_cubecl::ops::into_data_sync;
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 
-use super::plan::{Chunks, SUB, ScanShape, adjoint, adjoint_shared_bytes, segment_chunks, sweep};
+use super::plan::{
+    Alignment, Chunks, SUB, ScanShape, adjoint, adjoint_shared_bytes, segment_chunks, sweep,
+};
 use crate::MambaKernels;
-use crate::cube::{DeviceTraits, SHARED_BYTES, columns, contiguous, shares_columns};
+use crate::cube::{DeviceTraits, columns, contiguous, shares_columns};
 use crate::selective_scan::{Scan, ScanGrads, ScanInputs, ScanRequest, reference, selective_scan};
 use crate::testing::{ATOL, RTOL, Rng, assert_close, assert_same_bits, cpu, devices, read, tensor};
 
@@ -19,6 +21,7 @@ fn kinds_of_device() -> impl Iterator<Item = DeviceTraits> {
             plane,
             max_units,
             busy_units: 132 * 1024,
+            shared_bytes: 32 * 1024,
         })
 }
 
@@ -47,28 +50,33 @@ fn plans_cover_every_state_within_every_limit() {
             let chunks = Chunks::new(&shape, &device);
             assert!((chunks.count - 1) * chunks.size < shape.length);
             assert!(chunks.count * chunks.size >= shape.length);
-            for most in [128, 1024] {
-                let config = sweep(&shape, &chunks, &device, true, SUB, most);
+            let alignment = Alignment {
+                channels: 2,
+                states: 4,
+            };
+            for config in [
+                sweep(&shape, &chunks, &device, alignment, true, 1024),
+                sweep(&shape, &chunks.cut(), &device, alignment, true, 128),
+            ] {
                 let what = format!("{device:?} {shape:?} {config:?}");
                 assert!(config.states() >= shape.state, "{what}");
                 assert!(config.lanes <= device.plane, "{what}");
-                assert!(config.units <= device.max_units.min(most), "{what}");
-                assert!(config.units.is_multiple_of(device.plane), "{what}");
+                assert!(config.units <= device.max_units, "{what}");
                 assert!(config.tile.is_multiple_of(SUB), "{what}");
+                assert!(config.units.is_multiple_of(device.plane), "{what}");
                 assert!(chunks.size.is_multiple_of(config.tile), "{what}");
-                assert!(
-                    2 * 4 * config.tile * config.states() <= SHARED_BYTES,
-                    "{what}"
-                );
             }
-            let config = adjoint(&shape, &chunks, &device, true);
+            let config = adjoint(&shape, &chunks, &device, alignment, true);
             let what = format!("{device:?} {shape:?} {config:?}");
             assert!(config.states() >= shape.state, "{what}");
             assert!(config.lanes <= device.plane, "{what}");
             assert!(config.per_unit <= config.lanes, "{what}");
             assert!(config.units.is_multiple_of(device.plane), "{what}");
             assert!(chunks.size.is_multiple_of(config.tile), "{what}");
-            assert!(adjoint_shared_bytes(&config) <= SHARED_BYTES, "{what}");
+            assert!(
+                adjoint_shared_bytes(&config) <= device.shared_bytes,
+                "{what}"
+            );
             let segment = segment_chunks(&shape, &chunks, &config);
             assert!(segment >= 1 && segment <= chunks.count, "{what}");
         }
