@@ -18,12 +18,15 @@
 //! all. What groups of layers add and save was compared there as well (6 layers in groups of 2, 5 and
 //! 6, 4 · 512 positions): the same to the MiB.
 
+mod pages;
+
 use std::fmt;
 use std::ops::Range;
 
 use mambabyte_kernels::selective_scan::BACKWARD_TRANSIENT_BYTES;
 use serde::Serialize;
 
+use self::pages::Step;
 use crate::config::{Config, DeviceKind, MambaConfig, Mode, Precision, Recompute};
 
 /// Bytes of a number of weights, gradients, moments, the residual stream, logits and states.
@@ -75,12 +78,6 @@ const SCAN_BUSY_UNITS: u64 = 128 * 1024;
 
 /// Positions of a chunk on the CPU; as `CHUNK` in `kernels/src/selective_scan/flex/mod.rs`.
 const SCAN_CHUNK_CPU: u64 = 32;
-
-/// Least size of the pages that tensors are cut from on a GPU.
-const LEAST_PAGE: u64 = 384 << 20;
-
-/// One part in so many of a page is lost between tensors.
-const PAGE_LOSS: u64 = 32;
 
 /// What `"auto"` leaves unused of a limit, in percent: an estimate that is a little short must not
 /// end a run.
@@ -161,7 +158,7 @@ pub fn estimate_with(config: &Config, layers: usize) -> Estimate {
 /// does.
 pub fn fewest_recomputed(config: &Config, limit: u64) -> Option<usize> {
     let sizes = Sizes::new(config);
-    (0..=config.model.depth).find(|&layers| sizes.peak(layers).total() <= limit)
+    (0..=config.model.depth).find(|&layers| sizes.fits(layers, limit))
 }
 
 /// The number that `train.recompute = "auto"` stands for where training may use `limit` bytes: the
@@ -230,10 +227,10 @@ pub fn excess(config: &Config, limit: u64) -> Option<String> {
     ))
 }
 
-/// Size of the pages that tensors should be cut from on a GPU: large beside the largest tensor, so
-/// that pages are used to the end whatever the mixture of sizes; small beside the device.
+/// Size of the pages that tensors should be cut from on a GPU: that with the least loss; 0 on the CPU.
 pub fn page_bytes(config: &Config) -> u64 {
-    Sizes::new(config).page
+    let best = Sizes::new(config).pages(recomputed(config));
+    best.map_or(0, |(page, _)| page)
 }
 
 /// `bytes` for people, with the largest of GiB, MiB and KiB that leaves at least 1.
@@ -297,8 +294,8 @@ struct Sizes {
     inside: u64,
     /// What products need on the side.
     products: u64,
-    /// Size of a page; 0 where the allocator has none.
-    page: u64,
+    /// The step as a GPU's allocator sees it.
+    step: Option<Step>,
     context: u64,
 }
 
@@ -320,7 +317,8 @@ impl Sizes {
         .map(|n| n as u64);
         let positions = batch * length;
         let vocabulary = model.padded_vocab() as u64;
-        let projections = model.dt_rank() as u64 + 2 * state;
+        let rank = model.dt_rank() as u64;
+        let projections = rank + 2 * state;
         let chunk = chunk(batch * inner * length, gpu);
         let chunk_states = F32 * batch * length.div_ceil(chunk) * inner * state;
         let carried = match train.mode {
@@ -329,7 +327,8 @@ impl Sizes {
             Mode::Contiguous => (train.accumulation as u64 + 1) * batch * model.state_bytes(),
         };
         let (layer_parameters, tail_parameters) = parameters_by_place(model);
-        let (scan, scan_states) = scan_transient(batch, length, inner, state, chunk, gpu);
+        let (scan, scan_states, scan_ends) =
+            scan_transient(batch, length, inner, state, chunk, gpu);
         let stream = F32 * positions * dim;
         let projected = s * positions * 2 * inner;
         let logits = F32 * positions * vocabulary;
@@ -343,7 +342,6 @@ impl Sizes {
                 s * positions * vocabulary,
             ),
         };
-        let largest = projected.max(stream).max(logits).max(scan_states);
         Self {
             depth: model.depth as u64,
             group: match train.checkpoint_every {
@@ -374,17 +372,76 @@ impl Sizes {
                 + scan
                 + cast,
             products: if gpu { MATMUL_WORKSPACE } else { 0 },
-            page: if gpu {
-                LEAST_PAGE.max(largest.saturating_mul(3) / 2)
-            } else {
-                0
-            },
+            step: gpu.then(|| Step {
+                stream,
+                outer: s * positions * dim,
+                statistics: F32 * positions,
+                projected,
+                inner: s * positions * inner,
+                low: s * positions * projections,
+                states: chunk_states,
+                scan: [
+                    scan_states,
+                    scan.saturating_sub(scan_states + scan_ends),
+                    scan_ends,
+                ],
+                casts: (s != F32).then(|| {
+                    [
+                        s * 2 * inner * dim,
+                        s * inner * projections,
+                        s * rank * inner,
+                        s * inner * dim,
+                    ]
+                }),
+                gradients: [
+                    F32 * inner * dim,
+                    F32 * rank * inner,
+                    F32 * inner * projections,
+                    F32 * 2 * inner * dim,
+                ],
+                logits: [logits, rounded_logits],
+                table: F32 * vocabulary * dim,
+                layers: model.depth,
+                group: match train.checkpoint_every {
+                    0 => model.depth,
+                    every => every,
+                },
+                recomputed: 0,
+                accumulates: train.accumulation > 1,
+            }),
             context: if gpu { CUDA_CONTEXT } else { 0 },
         }
     }
 
-    /// The greatest of all moments with the first `recomputed` layers recomputed.
+    /// The greatest of all moments with the first `recomputed` layers recomputed, and the room that
+    /// the allocator loses by then.
     fn peak(&self, recomputed: usize) -> Estimate {
+        let tensors = self.tensors(recomputed);
+        let cut = tensors.gradients + tensors.activations + tensors.workspace - self.products;
+        let reserved = self.pages(recomputed).map_or(0, |(_, reserved)| reserved);
+        Estimate {
+            pages: reserved.saturating_sub(cut),
+            ..tensors
+        }
+    }
+
+    /// The best page size and what is reserved with it; none where the allocator has no pages.
+    fn pages(&self, recomputed: usize) -> Option<(u64, u64)> {
+        let step = Step {
+            recomputed,
+            ..self.step.clone()?
+        };
+        Some(step.best_page())
+    }
+
+    /// Whether the peak is within `limit`. What tensors alone take is looked at first: it is had
+    /// for nothing.
+    fn fits(&self, recomputed: usize, limit: u64) -> bool {
+        self.tensors(recomputed).total() <= limit && self.peak(recomputed).total() <= limit
+    }
+
+    /// The greatest of all moments, without what the allocator loses.
+    fn tensors(&self, recomputed: usize) -> Estimate {
         // From one layer of a group to the next the sum changes by the same amount, but for the step
         // from recomputed layers to others: the ends are enough.
         let recomputed = recomputed as u64;
@@ -396,8 +453,7 @@ impl Sizes {
             .filter(|&layer| layer < self.depth)
             .map(|layer| self.in_layer(layer, recomputed))
             .chain([self.at_update(), self.at_head(recomputed)])
-            // By tensors: whole pages can be as many at two moments.
-            .max_by_key(|it| it.total() - it.pages)
+            .max_by_key(Estimate::total)
             .unwrap_or_else(|| self.at_update())
     }
 
@@ -456,11 +512,6 @@ impl Sizes {
 
     fn moment(&self, moment: Moment, gradients: u64, activations: u64, inside: u64) -> Estimate {
         let gradients = gradients + self.accumulated;
-        let cut = gradients + activations + inside;
-        let pages = match self.page {
-            0 => 0,
-            page => (cut + cut / PAGE_LOSS).next_multiple_of(page) - cut,
-        };
         Estimate {
             moment,
             weights: F32 * self.parameters,
@@ -468,7 +519,7 @@ impl Sizes {
             optimizer: self.moments,
             activations,
             workspace: inside + self.products,
-            pages,
+            pages: 0,
             context: self.context,
         }
     }
@@ -503,7 +554,7 @@ fn chunk(elements: u64, gpu: bool) -> u64 {
 
 /// What the scan's backward pass uses besides its inputs and outputs, for as many chunks as fit its
 /// budget, one at least: states inside chunks, partial sums of the gradients of B and C, and states
-/// between chunks. The first alone is the second number. On the CPU all stay in the cache.
+/// between chunks. The first and the last alone are the other numbers. On the CPU all stay in the cache.
 fn scan_transient(
     batch: u64,
     length: u64,
@@ -511,9 +562,9 @@ fn scan_transient(
     state: u64,
     chunk: u64,
     gpu: bool,
-) -> (u64, u64) {
+) -> (u64, u64, u64) {
     if !gpu {
-        return (0, 0);
+        return (0, 0, 0);
     }
     let inside = chunk / SCAN_SUB * state * inner;
     let sums = chunk * 2 * state * inner.div_ceil(SCAN_CHANNELS);
@@ -523,7 +574,7 @@ fn scan_transient(
     // Segments of one size.
     let chunks = count.div_ceil(count.div_ceil(budget.clamp(1, count)));
     let unit = F32 * batch * chunks;
-    (unit * (inside + sums + ends), unit * inside)
+    (unit * (inside + sums + ends), unit * inside, unit * ends)
 }
 
 #[cfg(test)]
@@ -615,12 +666,13 @@ mod tests {
             + 64 * 4 * (states + sums + ends)
             + 2 * 1024 * 4096;
         assert_eq!(sizes.inside, inside);
-        assert_eq!(sizes.page, 384 << 20);
         assert_eq!(sizes.logits, 8192 * 256 * (4 + 4 + 2));
-        let peak = sizes.in_layer(52, 53);
+        let peak = sizes.peak(53);
         let cut = peak.gradients + peak.activations + peak.workspace - MATMUL_WORKSPACE;
-        assert_eq!((cut + peak.pages) % sizes.page, 0);
-        assert!(peak.pages >= cut / PAGE_LOSS && peak.pages < cut / PAGE_LOSS + sizes.page);
+        let (page, reserved) = sizes.pages(53).expect("a GPU has pages");
+        assert_eq!(cut + peak.pages, reserved);
+        assert_eq!(reserved % page, 0);
+        assert!(peak.pages < cut / 5, "{} of {cut} lost", peak.pages);
         assert_eq!(peak.context, CUDA_CONTEXT);
     }
 
@@ -722,9 +774,7 @@ mod tests {
                 let all: Vec<_> = all
                     .chain([sizes.at_update(), sizes.at_head(recomputed)])
                     .collect();
-                let peak = sizes.peak(recomputed as usize);
-                let in_tensors = |it: &Estimate| it.total() - it.pages;
-                assert_eq!(Some(in_tensors(&peak)), all.iter().map(in_tensors).max());
+                let peak = sizes.tensors(recomputed as usize);
                 assert_eq!(Some(peak.total()), all.iter().map(Estimate::total).max());
             }
         }
