@@ -40,8 +40,13 @@ const STREAMS: u64 = 3;
 /// output. The one of its input comes when most else is gone.
 const STREAM_GRADIENTS: u64 = 1;
 
-/// Buffers `[B, L, E]` inside the backward pass of a layer: u, Δ, y and the gradients of the three.
-const INNER_BUFFERS: u64 = 6;
+/// Buffers `[B, L, E]` inside the backward pass of a layer on the CPU: u, Δ, y and the gradients of
+/// the three.
+const INNER_BUFFERS_CPU: u64 = 6;
+
+/// The same on a GPU: u; Δ, whose gradient takes its place; the gradient of y, whose place that of u
+/// takes. y is where the gradient of the convolution's input will be.
+const INNER_BUFFERS: u64 = 3;
 
 /// Buffers `[B, L, 2E]` there: the gradient of the input projection's output. Its value is one more
 /// in a layer that is recomputed, and is counted with what is kept in one that is not.
@@ -56,7 +61,7 @@ const INPUTS: u64 = 12;
 
 /// What the scan's backward pass may use at a time; as `TRANSIENT_BYTES` in
 /// `kernels/src/selective_scan/cube/plan.rs`.
-const SCAN_TRANSIENT: u64 = 256 << 20;
+const SCAN_TRANSIENT: u64 = 640 << 20;
 
 /// Positions between the states it recomputes from; as `SUB` there.
 const SCAN_SUB: u64 = 4;
@@ -341,6 +346,11 @@ impl Sizes {
                 s * positions * vocabulary,
             ),
         };
+        let inner_buffers = if gpu {
+            INNER_BUFFERS
+        } else {
+            INNER_BUFFERS_CPU
+        };
         let largest = projected.max(stream).max(logits).max(scan_states);
         Self {
             depth: model.depth as u64,
@@ -366,7 +376,7 @@ impl Sizes {
             inputs: positions * INPUTS + carried,
             streams: STREAMS * stream + positions * (s * dim + F32),
             logits: 2 * logits + rounded_logits,
-            inside: s * positions * (INNER_BUFFERS * inner + outer * dim + projections)
+            inside: s * positions * (inner_buffers * inner + outer * dim + projections)
                 + PROJECTED_BUFFERS * projected
                 + STREAM_GRADIENTS * stream
                 + scan
@@ -513,7 +523,8 @@ fn scan_transient(
     let sums = chunk * 2 * state * inner.div_ceil(SCAN_CHANNELS);
     let ends = (state + 1) * inner;
     let budget = SCAN_TRANSIENT / (F32 * batch * (inside + sums));
-    let chunks = budget.clamp(1, length.div_ceil(chunk));
+    let all = length.div_ceil(chunk);
+    let chunks = all.div_ceil(all.div_ceil(budget.clamp(1, all)));
     let unit = F32 * batch * chunks;
     (unit * (inside + sums + ends), unit * inside)
 }
@@ -599,12 +610,12 @@ mod tests {
         // 2048 norm, 1024 · 4096, 2048 · (4 + 1), 2048 · 96, (64 + 1) · 2048, 2048 · 16, 2048,
         // 2048 · 1024.
         assert_eq!(sizes.layer_parameters, 6_668_288);
-        // A chunk: 32 states, sums of 32 cubes, ends. 56 of them fit 256 MiB.
+        // A chunk: 32 states, sums of 32 cubes, ends. All 64 of them fit 640 MiB.
         let (states, sums, ends) = (32 * 2048 * 16, 128 * 32 * 32, 17 * 2048);
-        assert_eq!((256 << 20) / (4 * (states + sums)), 56);
-        let inside = 2 * 8192 * (6 * 2048 + 2 * 1024 + 96 + 4096)
+        assert_eq!((640 << 20) / (4 * (states + sums)), 142);
+        let inside = 2 * 8192 * (3 * 2048 + 2 * 1024 + 96 + 4096)
             + 4 * 8192 * 1024
-            + 56 * 4 * (states + sums + ends)
+            + 64 * 4 * (states + sums + ends)
             + 2 * 1024 * 4096;
         assert_eq!(sizes.inside, inside);
         assert_eq!(sizes.page, 384 << 20);

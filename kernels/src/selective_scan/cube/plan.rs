@@ -394,5 +394,7 @@ pub(super) fn segment_chunks(shape: &ScanShape, chunks: &Chunks, main: &SweepCon
     let states = chunks.size / SUB * shape.state.next_multiple_of(4) * shape.inner;
     let partials = chunks.size * 2 * main.states() * main.cubes(shape.inner);
     let bytes = 4 * shape.batch * (states + partials);
-    (TRANSIENT_BYTES / bytes.max(1)).clamp(1, chunks.count)
+    let most = (TRANSIENT_BYTES / bytes.max(1)).clamp(1, chunks.count);
+    // Segments of one length: a short last one would leave the device idle.
+    chunks.count.div_ceil(chunks.count.div_ceil(most))
 }

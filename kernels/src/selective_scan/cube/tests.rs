@@ -266,6 +266,7 @@ fn columns_of_wider_tensors_equal_tensors_of_their_own() {
         let dbc = raw(&mut Rng::new(5), [batch, length, 64 + 2 * state], &device);
         let view =
             |of: &CubeTensor, from, to| shares_columns(of, from).then(|| columns(of, from, to));
+        let wide = raw(&mut Rng::new(6), [batch, length, 2 * inner], &device);
         let rest = columns(&dxz, 0, inner);
         let before = values(&rest);
         let got = CubeBackend::selective_scan_backward(
@@ -277,6 +278,7 @@ fn columns_of_wider_tensors_equal_tensors_of_their_own() {
                 b: view(&dbc, 64, 64 + state),
                 c: view(&dbc, 64 + state, 64 + 2 * state),
                 y: true,
+                y_into: Some(columns(&wide, 0, inner)),
             },
         );
         for (i, (got, expected)) in all_values(&got)
@@ -292,6 +294,45 @@ fn columns_of_wider_tensors_equal_tensors_of_their_own() {
             let expected = values(expected.z.as_ref().expect("there is a gate"));
             assert_same_bits("the view", &written, &expected);
         }
+    }
+}
+
+/// Where nothing else holds delta and dy, gradients take their place, with the same bits.
+#[test]
+fn gradients_in_the_place_of_inputs_have_the_same_bits() {
+    for (device, dims) in cube_devices().into_iter().flat_map(|device| {
+        [
+            [2, 70, 64, 16],
+            [1, 301, 37, 16],
+            [3, 33, 5, 1],
+            [1, 41, 66, 9],
+        ]
+        .map(|dims| (device.clone(), dims))
+    }) {
+        let [batch, length, inner, _] = dims;
+        let fresh = || {
+            let dy = raw(&mut Rng::new(9), [batch, length, inner], &device);
+            (inputs_with_columns(dims, &device), dy)
+        };
+        let (inputs, dy) = fresh();
+        let saved = CubeBackend::selective_scan(inputs.clone()).saved;
+        let request = ScanRequest::none();
+        let held = (inputs.clone(), dy.clone());
+        let expected = CubeBackend::selective_scan_backward(inputs, saved.clone(), dy, request);
+        let (inputs, dy) = fresh();
+        assert!(inputs.delta.can_mut() && dy.can_mut());
+        let request = ScanRequest::none();
+        let got = CubeBackend::selective_scan_backward(inputs, saved, dy, request);
+        for (i, (got, expected)) in all_values(&got)
+            .iter()
+            .zip(all_values(&expected))
+            .enumerate()
+        {
+            assert_same_bits(&format!("{device:?} {dims:?} {i}"), got, &expected);
+        }
+        let (inputs, dy) = fresh();
+        assert_same_bits("delta", &values(&held.0.delta), &values(&inputs.delta));
+        assert_same_bits("dy", &values(&held.1), &values(&dy));
     }
 }
 
