@@ -45,8 +45,13 @@ const STREAMS: u64 = 3;
 /// output. The one of its input comes when most else is gone.
 const STREAM_GRADIENTS: u64 = 1;
 
-/// Buffers `[B, L, E]` inside the backward pass of a layer: u, Δ, y and the gradients of the three.
-const INNER_BUFFERS: u64 = 6;
+/// Buffers `[B, L, E]` inside the backward pass of a layer on the CPU: u, Δ, y and the gradients of
+/// the three.
+const INNER_BUFFERS_CPU: u64 = 6;
+
+/// The same on a GPU: u; Δ, whose gradient takes its place; the gradient of y, whose place that of u
+/// takes. y is where the gradient of the convolution's input will be.
+const INNER_BUFFERS: u64 = 3;
 
 /// Buffers `[B, L, 2E]` there: the gradient of the input projection's output. Its value is one more
 /// in a layer that is recomputed, and is counted with what is kept in one that is not.
@@ -342,6 +347,11 @@ impl Sizes {
                 s * positions * vocabulary,
             ),
         };
+        let inner_buffers = if gpu {
+            INNER_BUFFERS
+        } else {
+            INNER_BUFFERS_CPU
+        };
         Self {
             depth: model.depth as u64,
             group: match train.checkpoint_every {
@@ -366,7 +376,7 @@ impl Sizes {
             inputs: positions * INPUTS + carried,
             streams: STREAMS * stream + positions * (s * dim + F32),
             logits: 2 * logits + rounded_logits,
-            inside: s * positions * (INNER_BUFFERS * inner + outer * dim + projections)
+            inside: s * positions * (inner_buffers * inner + outer * dim + projections)
                 + PROJECTED_BUFFERS * projected
                 + STREAM_GRADIENTS * stream
                 + scan
@@ -380,7 +390,7 @@ impl Sizes {
                 inner: s * positions * inner,
                 low: s * positions * projections,
                 states: chunk_states,
-                scan: [
+                scan: vec![
                     scan_states,
                     scan.saturating_sub(scan_states + scan_ends),
                     scan_ends,
@@ -661,7 +671,7 @@ mod tests {
         // A chunk: 32 states, sums of 32 cubes, ends. All 64 of them fit 640 MiB.
         let (states, sums, ends) = (32 * 2048 * 16, 128 * 32 * 32, 17 * 2048);
         assert!((640 << 20) / (4 * (states + sums)) >= 64);
-        let inside = 2 * 8192 * (6 * 2048 + 2 * 1024 + 96 + 4096)
+        let inside = 2 * 8192 * (3 * 2048 + 2 * 1024 + 96 + 4096)
             + 4 * 8192 * 1024
             + 64 * 4 * (states + sums + ends)
             + 2 * 1024 * 4096;

@@ -111,6 +111,8 @@ pub struct ScanRequest<T> {
     pub c: Option<T>,
     /// Whether to return the forward pass's output too.
     pub y: bool,
+    /// The same as `z` for that output.
+    pub y_into: Option<T>,
 }
 
 impl<T> ScanRequest<T> {
@@ -121,6 +123,7 @@ impl<T> ScanRequest<T> {
             b: None,
             c: None,
             y: false,
+            y_into: None,
         }
     }
 }
