@@ -11,6 +11,7 @@
 //! | [`train`] | one step, the loop around it, checkpoints, metrics |
 //! | [`eval`] | bits per byte |
 //! | [`generate`] | prefill, step, sampling |
+//! | [`interop`] | checkpoints of other programs |
 //! | [`commands`] | one file a command |
 //!
 //! The operations are in [`mambabyte_kernels`], the data in [`mambabyte_datasets`].
@@ -21,6 +22,7 @@ pub mod device;
 pub mod error;
 pub mod eval;
 pub mod generate;
+pub mod interop;
 mod library;
 pub mod memory;
 pub mod model;

@@ -7,7 +7,10 @@ pub mod data;
 pub mod doctor;
 pub mod estimate;
 pub mod eval;
+pub mod export;
 pub mod generate;
+pub mod import;
+pub mod logits;
 pub mod params;
 pub mod resume;
 pub mod train;
@@ -22,6 +25,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::{Config, DeviceConfig, DeviceKind};
 use crate::error::{Error, Result, print_warning};
+use crate::interop::ExportFormat;
 
 /// Train, evaluate and run byte-level Mamba language models on one GPU.
 #[derive(Debug, Parser)]
@@ -52,6 +56,12 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Measure bits per byte of a checkpoint on held-out data
     Eval(EvalArgs),
+    /// Write the logits at every byte of a file, as a NumPy array
+    Logits(LogitsArgs),
+    /// Make a checkpoint of one of another program: mamba_ssm, transformers, MambaByte
+    Import(ImportArgs),
+    /// Write a checkpoint in the form of another program
+    Export(ExportArgs),
     /// Fetch, prepare, check and describe data
     #[command(subcommand)]
     Data(data::DataCommand),
@@ -97,6 +107,9 @@ pub struct TrainArgs {
     /// Name of the run, which is its folder in `checkpoint.dir`; made from the time if left out
     #[arg(long, value_name = "NAME", value_parser = run_name)]
     pub run: Option<String>,
+    /// Start from the weights of this checkpoint, or of a run, whose newest is taken
+    #[arg(long, value_name = "DIR")]
+    pub init: Option<PathBuf>,
     /// Stop with a checkpoint after so many optimizer steps; the schedule stays that of the config
     #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(1..))]
     pub stop_after: Option<u64>,
@@ -162,12 +175,66 @@ pub struct EvalArgs {
     pub json: bool,
 }
 
+/// Arguments of `logits`.
+#[derive(Clone, Debug, Args)]
+pub struct LogitsArgs {
+    /// Folder of the checkpoint, or of a run, whose newest is taken
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint: PathBuf,
+    /// File whose bytes are read
+    #[arg(long, value_name = "FILE")]
+    pub bytes: PathBuf,
+    /// File to write: float32, one row of logits for each byte
+    #[arg(long, value_name = "FILE.npy")]
+    pub out: PathBuf,
+    /// Bytes computed at once; the state is carried from piece to piece
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = positive)]
+    pub piece: usize,
+    /// Where to compute: auto, cpu, cuda, wgpu, with an index as in cuda:1
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
+    pub device: DeviceConfig,
+}
+
+/// Arguments of `import`.
+#[derive(Clone, Debug, Args)]
+pub struct ImportArgs {
+    /// Folder or file of the checkpoint: pytorch_model.bin or safetensors
+    #[arg(long, value_name = "PATH")]
+    pub from: PathBuf,
+    /// Its config, JSON or YAML, where it is not the `config.json` beside the weights
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Folder to make, which then is a checkpoint
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
+/// Arguments of `export`.
+#[derive(Clone, Debug, Args)]
+pub struct ExportArgs {
+    /// Folder of the checkpoint, or of a run, whose newest is taken
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint: PathBuf,
+    /// What it is for: mamba-ssm or transformers
+    #[arg(long, value_name = "FORMAT")]
+    pub format: ExportFormat,
+    /// Folder to make
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
 /// Arguments of `params`.
 #[derive(Clone, Debug, Args)]
 pub struct ParamsArgs {
-    /// The config of the model.
-    #[command(flatten)]
-    pub config: ConfigArgs,
+    /// Config file (TOML)
+    #[arg(long, value_name = "FILE", required_unless_present = "checkpoint")]
+    pub config: Option<PathBuf>,
+    /// Folder of a checkpoint, or of a run, in place of a config
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "overrides"])]
+    pub checkpoint: Option<PathBuf>,
+    /// Change one key of the config; may be given several times
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub overrides: Vec<String>,
     /// Print JSON, with every tensor
     #[arg(long)]
     pub json: bool,
@@ -184,6 +251,9 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Resume(args) => resume::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Logits(args) => logits::run(args),
+        Command::Import(args) => import::run(args),
+        Command::Export(args) => export::run(args),
         Command::Data(command) => data::run(command),
         Command::Params(args) => params::run(args),
         Command::Estimate(args) => estimate::run(args),

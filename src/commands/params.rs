@@ -4,9 +4,11 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
-use super::{ParamsArgs, grouped, print, print_json, scaled};
+use super::{ConfigArgs, ParamsArgs, grouped, print, print_json, scaled};
 use crate::config::{Config, MambaConfig, ParameterSpec};
 use crate::error::Result;
+use crate::train::Checkpoint;
+use crate::train::run_dir::resolve_checkpoint;
 
 /// Training computes the forward pass once and the backward pass, which costs twice as much.
 const TRAINING_OVER_FORWARD: u64 = 3;
@@ -16,11 +18,26 @@ const TRAINING_BYTES: u64 = 16;
 
 /// Runs the command.
 pub fn run(args: &ParamsArgs) -> Result<()> {
-    let config = args.config.load()?;
+    let config = load(args)?;
     if args.json {
         print_json(&Summary::new(&config))
     } else {
         print(&table(&config))
+    }
+}
+
+/// The config that was named, or that of the checkpoint.
+fn load(args: &ParamsArgs) -> Result<Config> {
+    match (&args.checkpoint, &args.config) {
+        (Some(checkpoint), _) => {
+            let folder = resolve_checkpoint(checkpoint)?;
+            Ok(Checkpoint::open(&folder)?.config().clone())
+        }
+        (None, config) => ConfigArgs {
+            config: config.clone().unwrap_or_default(),
+            overrides: args.overrides.clone(),
+        }
+        .load(),
     }
 }
 

@@ -5,7 +5,7 @@
 //! Numbers are drawn on the host, one stream a model, in the order of the module tree: a seed gives
 //! the same model on every device.
 
-use burn::module::Param;
+use burn::module::{Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
@@ -13,29 +13,52 @@ use rand_distr::StandardNormal;
 
 /// A source of initial parameters for one device.
 pub(super) struct Init<'a> {
-    rng: ChaCha8Rng,
+    /// None: parameters have no values yet, and are zero where they are used without any.
+    rng: Option<ChaCha8Rng>,
     device: &'a Device,
 }
 
 impl<'a> Init<'a> {
     pub(super) fn new(seed: u64, device: &'a Device) -> Self {
         Self {
-            rng: ChaCha8Rng::seed_from_u64(seed),
+            rng: Some(ChaCha8Rng::seed_from_u64(seed)),
             device,
         }
     }
 
-    fn param<const D: usize>(&self, values: Vec<f32>, dims: [usize; D]) -> Param<Tensor<D>> {
-        Param::from_data(TensorData::new(values, dims), self.device)
+    /// Parameters that take no memory and no time, for weights that are loaded into them.
+    pub(super) fn empty(device: &'a Device) -> Self {
+        Self { rng: None, device }
+    }
+
+    /// A parameter whose elements `values` draws.
+    fn param<const D: usize>(
+        &mut self,
+        dims: [usize; D],
+        values: impl FnOnce(&mut ChaCha8Rng, usize) -> Vec<f32>,
+    ) -> Param<Tensor<D>> {
+        match &mut self.rng {
+            Some(rng) => {
+                let values = values(rng, dims.iter().product());
+                Param::from_data(TensorData::new(values, dims), self.device)
+            }
+            None => Param::uninitialized(
+                ParamId::new(),
+                move |device, tracked| Tensor::zeros(dims, device).set_require_grad(tracked),
+                self.device.clone(),
+                true,
+                dims.into(),
+            ),
+        }
     }
 
     /// Every element `value`.
     pub(super) fn constant<const D: usize>(
-        &self,
+        &mut self,
         value: f32,
         dims: [usize; D],
     ) -> Param<Tensor<D>> {
-        self.param(vec![value; dims.iter().product()], dims)
+        self.param(dims, |_, count| vec![value; count])
     }
 
     /// Uniform in ±`bound`.
@@ -44,10 +67,11 @@ impl<'a> Init<'a> {
         bound: f64,
         dims: [usize; D],
     ) -> Param<Tensor<D>> {
-        let values = (0..dims.iter().product())
-            .map(|_| ((2.0 * self.rng.random::<f64>() - 1.0) * bound) as f32)
-            .collect();
-        self.param(values, dims)
+        self.param(dims, |rng, count| {
+            (0..count)
+                .map(|_| ((2.0 * rng.random::<f64>() - 1.0) * bound) as f32)
+                .collect()
+        })
     }
 
     /// Normal with deviation `deviation`.
@@ -56,16 +80,17 @@ impl<'a> Init<'a> {
         deviation: f64,
         dims: [usize; D],
     ) -> Param<Tensor<D>> {
-        let values = (0..dims.iter().product())
-            .map(|_| (self.rng.sample::<f64, _>(StandardNormal) * deviation) as f32)
-            .collect();
-        self.param(values, dims)
+        self.param(dims, |rng, count| {
+            (0..count)
+                .map(|_| (rng.sample::<f64, _>(StandardNormal) * deviation) as f32)
+                .collect()
+        })
     }
 
     /// `log(1 … N)` in every channel, `[E, N]`: the real part of S4D's initial rates.
-    pub(super) fn a_log(&self, inner: usize, state: usize) -> Param<Tensor<2>> {
+    pub(super) fn a_log(&mut self, inner: usize, state: usize) -> Param<Tensor<2>> {
         let row: Vec<f32> = (1..=state).map(|n| (n as f64).ln() as f32).collect();
-        self.param(row.repeat(inner), [inner, state])
+        self.param([inner, state], |_, _| row.repeat(inner))
     }
 
     /// Inverse softplus of step sizes drawn log-uniformly from `min..max`, not below `floor`.
@@ -76,16 +101,14 @@ impl<'a> Init<'a> {
         max: f64,
         floor: f64,
     ) -> Param<Tensor<1>> {
-        let values = (0..inner)
-            .map(|_| {
+        self.param([inner], |rng, count| {
+            let draw = |_| {
                 let (low, high) = (min.ln(), max.ln());
-                let step = (self.rng.random::<f64>() * (high - low) + low)
-                    .exp()
-                    .max(floor);
+                let step = (rng.random::<f64>() * (high - low) + low).exp().max(floor);
                 // softplus⁻¹(step) = step + ln(1 - e^-step)
                 (step + (-(-step).exp_m1()).ln()) as f32
-            })
-            .collect();
-        self.param(values, [inner])
+            };
+            (0..count).map(draw).collect()
+        })
     }
 }

@@ -27,7 +27,16 @@ pub struct MambaLm {
 impl MambaConfig {
     /// A language model, initialised from `seed`: the same weights on every device.
     pub fn init_lm(&self, seed: u64, device: &Device) -> MambaLm {
-        let init = &mut Init::new(seed, device);
+        self.lm(&mut Init::new(seed, device))
+    }
+
+    /// A language model whose weights are still to be loaded: until then its parameters take no
+    /// memory.
+    pub(crate) fn empty_lm(&self, device: &Device) -> MambaLm {
+        self.lm(&mut Init::empty(device))
+    }
+
+    fn lm(&self, init: &mut Init) -> MambaLm {
         let rows = self.padded_vocab();
         MambaLm {
             embedding: Embedding::new(init, [rows, self.dim], self.initializer_range),

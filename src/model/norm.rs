@@ -28,7 +28,7 @@ pub struct Norm {
 }
 
 impl Norm {
-    pub(super) fn new(init: &Init, config: &MambaConfig) -> Self {
+    pub(super) fn new(init: &mut Init, config: &MambaConfig) -> Self {
         let layer = config.norm == NormChoice::Layer;
         Self {
             weight: init.constant(1.0, [config.dim]),

@@ -27,6 +27,7 @@ use super::learner::Learner;
 use super::parameters::{self, Named, named};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::interop::WeightsFile;
 use crate::model::{LayerState, MambaLm, State};
 
 /// The file whose presence makes a folder a checkpoint.
@@ -174,30 +175,28 @@ impl Checkpoint {
         let model = self
             .config
             .model
-            .init_lm(0, device)
+            .empty_lm(device)
             .with_compute(self.config.train.precision.into());
-        self.load_weights(model)
+        // Weights stay, so they do not belong between activations, where they would keep pages from
+        // being used whole.
+        device.memory_persistent_allocations(model, |model| self.load_weights(model))
     }
 
-    fn load_weights(&self, model: MambaLm) -> Result<MambaLm> {
-        let file = TensorFile::open(&self.folder.join(WEIGHTS))?;
-        let tensors = file.tensors()?;
-        let mut problems = Vec::new();
-        let mut expected = Vec::new();
-        let model = parameters::replace(model, |name, shape| {
-            expected.push(name.to_owned());
-            read_tensor(&tensors, name, shape, Dtype::F32)
-                .map_err(|problem| problems.push(problem))
-                .ok()
-        });
-        let surplus = tensors.names().into_iter().map(str::to_owned);
-        problems.extend(
-            surplus
-                .filter(|name| !expected.contains(name))
-                .map(|name| format!("`{name}` is not part of the model")),
-        );
-        file.check(problems)?;
-        Ok(model)
+    /// Puts the weights into `model`, one tensor at a time.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Checkpoint`] where they do not fit, with every tensor that does not.
+    pub fn load_weights(&self, model: MambaLm) -> Result<MambaLm> {
+        let file = self.weights()?;
+        parameters::replace(model, |name| file.read(name))
+    }
+
+    /// The file of weights, which has the tensors of the config's model.
+    pub fn weights(&self) -> Result<WeightsFile> {
+        let file = WeightsFile::open(&self.folder.join(WEIGHTS))?;
+        file.check(&self.config.model)?;
+        Ok(file)
     }
 
     /// Puts weights, optimizer and carried states into `learner`.
@@ -207,6 +206,13 @@ impl Checkpoint {
     /// [`Error::Checkpoint`] where something does not fit the learner's config.
     pub fn restore(&self, learner: &mut Learner) -> Result<()> {
         self.check_optimizer(learner.config())?;
+        self.restore_weights(learner)?;
+        self.restore_optimizer(learner)?;
+        self.restore_states(learner)
+    }
+
+    /// Puts the weights alone into `learner`.
+    pub(super) fn restore_weights(&self, learner: &mut Learner) -> Result<()> {
         let mut loaded = Ok(());
         learner.map_model(|model| match self.load_weights(model.clone()) {
             Ok(model) => model,
@@ -215,9 +221,7 @@ impl Checkpoint {
                 model
             }
         });
-        loaded?;
-        self.restore_optimizer(learner)?;
-        self.restore_states(learner)
+        loaded
     }
 
     fn restore_optimizer(&self, learner: &mut Learner) -> Result<()> {
@@ -292,31 +296,65 @@ impl Checkpoint {
     /// Writes a checkpoint of `learner` into `run`; returns its folder.
     pub fn save(run: &Path, learner: &Learner, progress: &Progress) -> Result<PathBuf> {
         let folder = run.join(format!("step-{}", progress.step));
-        let building = run.join(format!("step-{}.tmp", progress.step));
-        if building.exists() {
-            // Left behind by a crash.
-            fs::remove_dir_all(&building).map_err(Error::io("remove", &building))?;
-        }
-        fs::create_dir_all(&building).map_err(Error::io("create", &building))?;
-        let written = write_files(&building, learner, progress);
-        if let Err(error) = written {
-            // The disk may be full: give back what a checkpoint that failed takes.
-            let _ = fs::remove_dir_all(&building);
-            return Err(error);
-        }
-        if folder.exists() {
-            fs::remove_dir_all(&folder).map_err(Error::io("remove", &folder))?;
-        }
-        fs::rename(&building, &folder).map_err(Error::io("rename", &building))?;
-        sync(run)?;
+        install(&folder, |building| write_files(building, learner, progress))?;
         Ok(folder)
     }
+
+    /// Writes a checkpoint of weights alone into `folder`, which `write` puts into the file it is
+    /// given: something to start from, not to go on with.
+    pub fn save_weights(
+        folder: &Path,
+        config: &Config,
+        write: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<()> {
+        let progress = Progress {
+            step: 0,
+            bytes_seen: 0,
+            data: None,
+            valid_bpb: None,
+        };
+        install(folder, |building| {
+            write_config(building, config)?;
+            write(&building.join(WEIGHTS))?;
+            write_manifest(building, &[CONFIG, WEIGHTS], &progress)
+        })
+    }
+}
+
+/// Lets `write` fill a folder of another name and then gives it the name `folder`, which so is
+/// complete or not there.
+pub(crate) fn install(folder: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let mut building = folder.as_os_str().to_owned();
+    building.push(".tmp");
+    let building = PathBuf::from(building);
+    if building.exists() {
+        // Left behind by a crash.
+        fs::remove_dir_all(&building).map_err(Error::io("remove", &building))?;
+    }
+    fs::create_dir_all(&building).map_err(Error::io("create", &building))?;
+    if let Err(error) = write(&building) {
+        // The disk may be full: give back what a checkpoint that failed takes.
+        let _ = fs::remove_dir_all(&building);
+        return Err(error);
+    }
+    if folder.exists() {
+        fs::remove_dir_all(folder).map_err(Error::io("remove", folder))?;
+    }
+    fs::rename(&building, folder).map_err(Error::io("rename", &building))?;
+    match folder.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => sync(parent),
+        _ => sync(Path::new(".")),
+    }
+}
+
+fn write_config(folder: &Path, config: &Config) -> Result<()> {
+    let path = folder.join(CONFIG);
+    fs::write(&path, config.to_toml()).map_err(Error::io("write", &path))
 }
 
 /// Writes all files into `folder`, the manifest last, each flushed to disk.
 fn write_files(folder: &Path, learner: &Learner, progress: &Progress) -> Result<()> {
-    let config = folder.join(CONFIG);
-    fs::write(&config, learner.config().to_toml()).map_err(Error::io("write", &config))?;
+    write_config(folder, learner.config())?;
     write_tensors(&folder.join(WEIGHTS), parameters::collect(&learner.model()))?;
     write_tensors(&folder.join(OPTIMIZER), learner.optimizer.tensors())?;
     let mut names = vec![CONFIG, WEIGHTS, OPTIMIZER];
@@ -325,10 +363,16 @@ fn write_files(folder: &Path, learner: &Learner, progress: &Progress) -> Result<
         write_tensors(&folder.join(STATE), states)?;
         names.push(STATE);
     }
+    write_manifest(folder, &names, progress)
+}
+
+/// Flushes the files `names` to disk and writes the manifest of them.
+fn write_manifest(folder: &Path, names: &[&str], progress: &Progress) -> Result<()> {
+    let config = folder.join(CONFIG);
     // The tensor writer makes files that only their owner may read; a checkpoint is as public as
     // its folder's other files.
     let permissions = fs::metadata(&config).map_err(Error::io("read", &config))?;
-    let files = names.into_iter().map(|name| {
+    let files = names.iter().map(|name| {
         let path = folder.join(name);
         fs::set_permissions(&path, permissions.permissions()).map_err(Error::io("write", &path))?;
         sync(&folder.join(name))?;

@@ -5,6 +5,8 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Tensor, TensorData};
 use safetensors::tensor::Dtype;
 
+use crate::error::{Error, Result};
+
 /// Names of nested modules, joined by dots.
 #[derive(Default)]
 pub(super) struct Path(Vec<String>);
@@ -70,19 +72,23 @@ pub(super) fn collect<M: Module>(module: &M) -> Vec<Named> {
     collector.found
 }
 
-/// Replaces every parameter of `module` by what `read` gives for its name and shape.
+/// Replaces every parameter of `module` by the values that `read` gives for its name and shape.
+/// Parameters without values yet are given none but these.
 ///
-/// A parameter for which `read` gives `None` keeps its value: the caller reports it.
+/// # Errors
+///
+/// The first of `read`.
 pub(super) fn replace<M: Module>(
     module: M,
-    read: impl FnMut(&str, &[usize]) -> Option<TensorData>,
-) -> M {
+    read: impl FnMut(&str) -> Result<Vec<f32>>,
+) -> Result<M> {
     struct Replacer<F> {
         path: Path,
         read: F,
+        error: Option<Error>,
     }
 
-    impl<F: FnMut(&str, &[usize]) -> Option<TensorData>> ModuleMapper for Replacer<F> {
+    impl<F: FnMut(&str) -> Result<Vec<f32>>> ModuleMapper for Replacer<F> {
         fn enter_module(&mut self, name: &str, _container: &str) {
             self.path.enter(name);
         }
@@ -92,21 +98,32 @@ pub(super) fn replace<M: Module>(
         }
 
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            let (id, tensor, mapper) = param.consume();
-            let tensor = match (self.read)(&self.path.join(), &tensor.dims()) {
-                Some(data) => {
-                    let tracked = tensor.is_require_grad();
-                    let new = Tensor::from_data(data, &tensor.device());
-                    if tracked { new.require_grad() } else { new }
+            if self.error.is_some() {
+                return param;
+            }
+            match (self.read)(&self.path.join()) {
+                Ok(values) => {
+                    let data = TensorData::new(values, param.lazy_shape());
+                    let tensor = Tensor::from_data(data, &param.lazy_device());
+                    let id = param.id;
+                    param.transform_for_load(tensor, id)
                 }
-                None => tensor,
-            };
-            Param::from_mapped_value(id, tensor, mapper)
+                Err(error) => {
+                    self.error = Some(error);
+                    param
+                }
+            }
         }
     }
 
-    module.map(&mut Replacer {
+    let mut replacer = Replacer {
         path: Path::default(),
         read,
-    })
+        error: None,
+    };
+    let module = module.map(&mut replacer);
+    match replacer.error {
+        None => Ok(module),
+        Some(error) => Err(error),
+    }
 }

@@ -12,7 +12,7 @@ use super::interrupt;
 use super::learner::Learner;
 use super::metrics::{MetricRecord, MetricsWriter, bits};
 use super::progress::Display;
-use super::run_dir::RunDir;
+use super::run_dir::{RunDir, resolve_checkpoint};
 use super::schedule::learning_rate;
 use crate::config::{Config, Mode};
 use crate::device::budget::Budget;
@@ -35,8 +35,14 @@ struct Run<'a> {
     progress: Progress,
 }
 
-/// Starts a new run in `path`; stops after `stop_after` steps as if it had been interrupted there.
-pub fn start(config: &Config, path: &Path, stop_after: Option<u64>) -> Result<()> {
+/// Starts a new run in `path`, from the weights of the checkpoint `init` if there is one; stops after `stop_after` steps as if it had been interrupted there.
+pub fn start(
+    config: &Config,
+    path: &Path,
+    init: Option<&Path>,
+    stop_after: Option<u64>,
+) -> Result<()> {
+    let init = open_init(config, init)?;
     let (device, budget, config) = Budget::open(config)?;
     // Data first: a run that cannot read any leaves no folder behind.
     let (sampler, validation) = open_data(&config)?;
@@ -48,7 +54,10 @@ pub fn start(config: &Config, path: &Path, stop_after: Option<u64>) -> Result<()
         valid_bpb: None,
     };
     budget.guard(&config, || {
-        let learner = Learner::new(&config, &device);
+        let mut learner = Learner::new(&config, &device);
+        if let Some(checkpoint) = &init {
+            load_weights(checkpoint, &mut learner)?;
+        }
         Run {
             config: config.clone(),
             metrics: MetricsWriter::append(&dir.metrics())?,
@@ -94,6 +103,49 @@ pub fn resume(path: &Path, stop_after: Option<u64>) -> Result<()> {
         }
         .go(stop_after)
     })
+}
+
+/// The checkpoint that a run starts from, which has a model of the config's shapes.
+fn open_init(config: &Config, init: Option<&Path>) -> Result<Option<Checkpoint>> {
+    let Some(path) = init else {
+        return Ok(None);
+    };
+    let folder = resolve_checkpoint(path)?;
+    let checkpoint = Checkpoint::open(&folder)?;
+    let model = &checkpoint.config().model;
+    if !model.same_shapes(&config.model) {
+        return Err(Error::Checkpoint {
+            path: folder.clone(),
+            reason: format!(
+                "has a model of {} parameters ({} wide, {} layers, {} norm) and other shapes than \
+                 the config's, which has {} ({} wide, {} layers, {} norm)",
+                model.num_params(),
+                model.dim,
+                model.depth,
+                model.norm,
+                config.model.num_params(),
+                config.model.dim,
+                config.model.depth,
+                config.model.norm,
+            ),
+            hint: format!(
+                "copy the section `[model]` of `{}` into the run's config",
+                folder.join("config.toml").display()
+            ),
+        });
+    }
+    Ok(Some(checkpoint))
+}
+
+/// Puts a checkpoint's weights, and nothing else of it, into `learner`.
+fn load_weights(checkpoint: &Checkpoint, learner: &mut Learner) -> Result<()> {
+    let device = learner.inner_device();
+    device.memory_persistent_allocations((checkpoint, learner), |(checkpoint, learner)| {
+        checkpoint.restore_weights(learner)
+    })?;
+    // The initial weights are gone; the allocator keeps their memory until it is asked.
+    device.memory_cleanup();
+    Ok(())
 }
 
 /// Puts the newest checkpoint that is whole into `learner`; a run stopped before its first one

@@ -1,0 +1,117 @@
+//! The command `logits`: what a model predicts at every byte of a file, for other programs.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+
+use super::LogitsArgs;
+use crate::device;
+use crate::error::{Error, Result};
+use crate::model::MambaLm;
+use crate::train::Checkpoint;
+use crate::train::run_dir::resolve_checkpoint;
+
+/// Runs the command.
+pub fn run(args: &LogitsArgs) -> Result<()> {
+    let checkpoint = Checkpoint::open(&resolve_checkpoint(&args.checkpoint)?)?;
+    let bytes = fs::read(&args.bytes).map_err(Error::io("read", &args.bytes))?;
+    let device = device::open(&args.device)?;
+    let model = checkpoint.model(&device)?.frozen();
+    let vocabulary = checkpoint.config().model.vocab_size;
+    let failed = || Error::io("write", &args.out);
+    let mut file = BufWriter::new(File::create(&args.out).map_err(failed())?);
+    file.write_all(&npy_header(bytes.len(), vocabulary))
+        .map_err(failed())?;
+    for_each_piece(&model, &device, &bytes, args.piece, |logits| {
+        file.write_all(bytemuck::cast_slice(logits))
+            .map_err(failed())
+    })?;
+    file.into_inner()
+        .map_err(|e| e.into_error())
+        .and_then(|file| file.sync_all())
+        .map_err(failed())
+}
+
+/// Runs the model over `bytes` in pieces of `length`, carrying its state, and gives away the logits
+/// of each.
+fn for_each_piece(
+    model: &MambaLm,
+    device: &Device,
+    bytes: &[u8],
+    length: usize,
+    mut take: impl FnMut(&[f32]) -> Result<()>,
+) -> Result<()> {
+    let mut state = None;
+    for piece in bytes.chunks(length) {
+        let values: Vec<i32> = piece.iter().map(|byte| i32::from(*byte)).collect();
+        let input = TensorData::new(values, [1, piece.len()]);
+        let input = Tensor::<2, Int>::from_data(input, device);
+        let (logits, next) = model.forward(input, state, None);
+        state = Some(next);
+        let logits: Vec<f32> = logits.into_data().iter::<f32>().collect();
+        take(&logits)?;
+    }
+    Ok(())
+}
+
+/// The header of a NumPy file (format 1.0) of float32 `[rows, columns]`, in C's order.
+fn npy_header(rows: usize, columns: usize) -> Vec<u8> {
+    let mut text =
+        format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {columns}), }}");
+    // Data begin at a multiple of 64; before them is a line's end.
+    let start = 10;
+    let padded = (start + text.len() + 1).next_multiple_of(64) - start;
+    while text.len() + 1 < padded {
+        text.push(' ');
+    }
+    text.push('\n');
+    let mut header = b"\x93NUMPY\x01\x00".to_vec();
+    header.extend((text.len() as u16).to_le_bytes());
+    header.extend(text.as_bytes());
+    header
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::MambaConfig;
+
+    #[test]
+    fn a_header_is_as_numpy_writes_it() {
+        let header = npy_header(3, 256);
+        assert_eq!(&header[..8], b"\x93NUMPY\x01\x00");
+        assert_eq!(header.len() % 64, 0);
+        assert_eq!(header.last(), Some(&b'\n'));
+        let length = u16::from_le_bytes([header[8], header[9]]);
+        assert_eq!(usize::from(length), header.len() - 10);
+        let text = String::from_utf8_lossy(&header[10..]);
+        assert!(text.starts_with("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 256), }"));
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn pieces_give_what_the_whole_gives() {
+        let device = Device::flex();
+        let model = MambaConfig::new(16, 2).init_lm(1, &device);
+        let logits = |piece| {
+            let mut all = Vec::new();
+            for_each_piece(&model, &device, b"twenty bytes of text", piece, |logits| {
+                all.extend_from_slice(logits);
+                Ok(())
+            })
+            .expect("nothing fails");
+            all
+        };
+        let whole = logits(1000);
+        assert_eq!(whole.len(), 20 * 256);
+        for piece in [1, 7] {
+            let difference = logits(piece)
+                .iter()
+                .zip(&whole)
+                .map(|(a, b)| (a - b).abs())
+                .fold(0.0, f32::max);
+            assert!(difference < 1e-5, "pieces of {piece}: {difference}");
+        }
+    }
+}
