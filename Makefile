@@ -25,7 +25,7 @@ RUNS = $(or $(patsubst checkpoint.dir=%,%,$(filter checkpoint.dir=%,$(SET))),che
 # Cargo knows where the program is. It is built before, so that this takes no time and says nothing.
 MAMBABYTE = cargo run --quiet --release --features $(FEATURES) --
 
-.PHONY: help train resume data test lint check-gpu bench-gpu doctor
+.PHONY: help train resume data test lint check-gpu bench-gpu parity doctor
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s  %s\n", $$1, $$2 }'
@@ -34,7 +34,7 @@ help: ## Show this list
 	echo 'FEATURES=cuda       what to build for: flex (CPU), cuda or wgpu; follows the config if left out'
 	echo 'RUN=first           name of the run; made from config and time, or the newest, if left out'
 	echo 'SET="a.b=1 c.d=2"   changes to the config'
-	echo 'PYTHON=python3      the Python that has PyTorch and mamba-ssm, for bench-gpu'
+	echo 'PYTHON=python3      the Python that has PyTorch and mamba-ssm, for bench-gpu; for parity any of 3.11 or later'
 	echo 'PG19=DIR            a copy of PG-19 that is already there'
 
 train: ## Train a model, then show where it is and what it writes [CONFIG, FEATURES, RUN, SET]
@@ -149,6 +149,14 @@ bench-gpu: ## Measure on an NVIDIA GPU, beside PyTorch + mamba-ssm if they are t
 		echo 'install them for $(PYTHON), or set PYTHONPATH to their folder'
 		echo '=============================================================='
 	fi
+
+# PyTorch is downloaded from PyPI into a virtual environment in the target folder (3 GB, 5.6 GB on
+# disk), once. Not part of `make test`: the product needs no Python.
+parity: ## Compare logits, initial weights and training with PyTorch, on the CPU [PYTHON]
+	@cargo build --release
+	cargo build --release --example dump_training
+	target=$$(cargo metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
+	tests/parity/run.sh "$$target/release/mambabyte" "$$target/release/examples" "$$target/parity" $(PYTHON)
 
 doctor: ## Say what this machine has and what is missing [FEATURES]
 	@cargo run --release --features $(FEATURES) -- doctor

@@ -228,7 +228,7 @@ fn memory_hint(batch: usize, length: usize, recompute: &str, checkpoint_every: u
         ("all", now) => {
             format!("`train.recompute` is already \"all\", `train.checkpoint_every` is {now}")
         }
-        (now, _) => format!("set `train.recompute` to \"all\" (now {now}; a third more time)"),
+        (now, _) => format!("set `train.recompute` to \"all\" (now {now}; a tenth more time)"),
     };
     let batch = match batch {
         0 | 1 => "`train.batch` is already 1".to_owned(),

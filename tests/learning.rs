@@ -41,7 +41,7 @@ fn a_repetitive_text_is_learnt_in_sixty_steps() {
     assert!(valid[0] < 3.0, "on held-out text: {}", valid[0]);
 }
 
-/// Moments in 8 bits end within a twentieth of a bit of where those in fp32 do.
+/// Moments in 8 bits end within a fiftieth of a bit of where those in fp32 do, on held-out text.
 #[test]
 fn moments_in_8_bits_learn_as_well() {
     let workspace = repetitive();
@@ -57,7 +57,7 @@ fn moments_in_8_bits_learn_as_well() {
     let (fp32, int8) = (learnt("fp32"), learnt("int8"));
     assert!(fp32 < 3.0, "fp32: {fp32}");
     assert_ne!(fp32, int8, "the setting has an effect");
-    assert!((int8 - fp32).abs() < 0.05, "fp32 {fp32}, int8 {int8}");
+    assert!((int8 - fp32).abs() < 0.02, "fp32 {fp32}, int8 {int8}");
 }
 
 /// The other ways through a step learn as well.

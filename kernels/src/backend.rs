@@ -36,7 +36,8 @@ pub trait MambaKernels: Backend {
     /// Gradients of [`selective_scan`](Self::selective_scan) with respect to its inputs.
     ///
     /// `saved` is the `saved` output of the forward pass (its layout is the backend's own), `dy`
-    /// the gradient of `y`, `[B, L, E]`.
+    /// the gradient of `y`, `[B, L, E]`. The buffers of `inputs.delta` and `dy` may become those of the
+    /// gradients of delta and u, where nothing else holds them.
     fn selective_scan_backward(
         inputs: ScanInputs<FloatTensor<Self>>,
         saved: FloatTensor<Self>,

@@ -232,13 +232,18 @@ fn scan(args: &ScanArgs) -> Result<Vec<Line>> {
         relative_error: None,
     };
     let mut lines = vec![line("forward", forward), line("backward", backward)];
-    #[cfg(any(feature = "cuda", feature = "wgpu"))]
     for (pass, run) in [("forward", &passes.forward), ("backward", &passes.backward)] {
         for (kernel, milliseconds) in kernel_medians(args.common.repeat, run) {
             lines.push(line(&format!("{pass}: {kernel}"), milliseconds));
         }
     }
     Ok(lines)
+}
+
+/// The CPU has no kernels to tell apart.
+#[cfg(not(any(feature = "cuda", feature = "wgpu")))]
+fn kernel_medians(_repeat: usize, _pass: &dyn Fn()) -> Vec<(String, f64)> {
+    Vec::new()
 }
 
 /// Median time in milliseconds of each kernel that `pass` launches; those of one name are added up.

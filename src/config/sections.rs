@@ -46,8 +46,8 @@ pub struct TrainConfig {
     pub sample_prompt: String,
     /// Steps between lines of metrics. From 1, default 1.
     pub log_every: u64,
-    /// Layers run again in the backward pass: `"auto"` (the default, as few as fit the memory),
-    /// `"none"`, `"all"`, or how many of the first.
+    /// Layers whose input projection is computed again in the backward pass: `"auto"` (the default, as
+    /// few as fit the memory), `"none"`, `"all"`, or how many of the first.
     pub recompute: Recompute,
     /// For very long sequences: layers of a group of which only the input is kept, and which is run
     /// a second time in the backward pass. From 1; 0 (the default) is no groups.

@@ -223,7 +223,7 @@ impl From<DtRank> for IntegerOrWord {
     }
 }
 
-/// Which layers keep only their input for the backward pass and are run again there.
+/// Which layers compute their input projection again in the backward pass instead of keeping it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "IntegerOrWord", into = "IntegerOrWord")]
 pub enum Recompute {
@@ -231,7 +231,7 @@ pub enum Recompute {
     Auto,
     /// No layer: fastest, most memory.
     None,
-    /// Every layer: least memory, about a third more time.
+    /// Every layer: least memory, at most a tenth more time.
     All,
     /// The first so many layers.
     First(usize),

@@ -172,7 +172,8 @@ fn transformers_config(config: &MambaConfig) -> Value {
         "hidden_act": "silu",
         "layer_norm_epsilon": config.norm_eps,
         "residual_in_fp32": config.residual_in_fp32,
-        "rescale_prenorm_residual": config.rescale_prenorm_residual,
+        // Of initial weights; transformers 5 divides those of a checkpoint once more where it is set.
+        "rescale_prenorm_residual": false,
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tie_embeddings,
         // Bytes have no special tokens; 0 is what a text does not contain.

@@ -22,6 +22,10 @@ const WEIGHTS: [&str; 4] = [
 /// Ends of the names of files with weights.
 const ENDINGS: [&str; 4] = ["safetensors", "bin", "pt", "pth"];
 
+/// What is said of a pickle that is not in a zip file.
+const OLD_PICKLE: &str = "was saved by PyTorch before 1.6 or with \
+                          `_use_new_zipfile_serialization=False`: load it there and save it again";
+
 /// Largest index of a checkpoint in several files.
 const MOST_INDEX: u64 = 16 << 20;
 /// Most such files.
@@ -81,17 +85,15 @@ impl Source {
     fn add(&mut self, path: &Path) -> Result<()> {
         let file = DiskFile::open(path)?;
         let index = self.files.len();
-        let mut start = [0; 4];
-        let length = file.length().min(4) as usize;
+        let mut start = [0; 9];
+        let length = file.length().min(9) as usize;
         let tensors = file
             .fill(0, &mut start[..length])
-            .and_then(|()| match &start[..] {
-                zip::MAGIC => torch::tensors(&file, index),
-                // A bare pickle: PROTO, and a version.
-                [0x80, 0..=5, ..] => Err("was saved by PyTorch before 1.6 or with \
-                                          `_use_new_zipfile_serialization=False`: load it there \
-                                          and save it again"
-                    .to_owned()),
+            .and_then(|()| match &start {
+                start if start.starts_with(zip::MAGIC) => torch::tensors(&file, index),
+                // A bare pickle: PROTO, and a version. The length of a safetensors header may begin
+                // with the same bytes, but the header follows it.
+                [0x80, 0..=5, .., next] if *next != b'{' => Err(OLD_PICKLE.to_owned()),
                 _ => safetensors::tensors(&file, index),
             });
         self.tensors

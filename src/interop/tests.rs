@@ -72,6 +72,23 @@ fn one_tensor(offset: i64, shape: &[i64], strides: &[i64], class: &str) -> Vec<u
     .concat()
 }
 
+/// The length of its header may begin as an old pickle does.
+#[test]
+fn a_safetensors_file_is_known_by_its_header() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("model.safetensors");
+    for length in [0x0180u64, 0x0280, 0x0580] {
+        let header = format!("{:1$}", "{}", length as usize);
+        let file = [&length.to_le_bytes()[..], header.as_bytes()].concat();
+        std::fs::write(&path, file).expect("a file");
+        let source = source::Source::open(&path).expect("a file without tensors");
+        assert!(source.tensors.is_empty());
+    }
+    std::fs::write(&path, b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P").expect("a file");
+    let error = source::Source::open(&path).expect_err("an old pickle");
+    assert!(error.to_string().contains("before 1.6"), "{error}");
+}
+
 proptest! {
     #[test]
     fn any_bytes_are_answered(bytes in vec(any::<u8>(), 0..2000)) {

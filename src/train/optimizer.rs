@@ -15,6 +15,10 @@ use crate::config::{OptimizerConfig, OptimizerState};
 
 /// Mean of the gradients and of their squares, flat.
 #[derive(Clone, Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a few hundred of them: a box would save nothing"
+)]
 enum Moments {
     Fp32 { first: Tensor<1>, second: Tensor<1> },
     Int8(Int8Moments),

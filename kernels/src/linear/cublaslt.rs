@@ -27,13 +27,13 @@ use crate::cube::row_stride;
 type Server = <CudaRuntime as cubecl_runtime::runtime::Runtime>::Server;
 
 /// Memory that algorithms may use, in bytes: what NVIDIA recommends for Hopper.
-pub const WORKSPACE_BYTES: usize = 32 << 20;
+const WORKSPACE_BYTES: usize = 32 << 20;
 
 /// The driver that has events of a whole context: CUDA 12.5.
 const DRIVER: i32 = 12_050;
 
 /// Whether cuBLASLt and a driver that can order it against CubeCL are there.
-pub fn available() -> bool {
+pub(super) fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
         preload();

@@ -76,6 +76,13 @@ pub enum Target<T> {
     Into(T),
 }
 
+/// Whether products on CUDA go to cuBLASLt: whether it and a driver that can order it against
+/// CubeCL's work were found. Without, CubeCL's own kernels compute them, several times slower.
+#[cfg(feature = "cuda")]
+pub fn has_cublaslt() -> bool {
+    cublaslt::available()
+}
+
 /// Arguments of [`linear`].
 #[derive(Clone, Debug)]
 pub struct Linear {

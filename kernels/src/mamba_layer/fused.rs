@@ -340,6 +340,8 @@ fn backward_mixer<B: MambaKernels>(
         b: part(&dlow, rank, rank + n),
         c: part(&dlow, rank + n, rank + 2 * n),
         y: true,
+        // Free until the convolution's gradient goes there.
+        y_into: part(&dxz, 0, inner),
     };
     let grads = B::selective_scan_backward(scan, states, dy, request);
     let y = grads.y.expect("asked for");

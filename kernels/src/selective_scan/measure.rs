@@ -3,6 +3,8 @@
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::Tensor;
 
+#[cfg(feature = "cube")]
+pub use super::cube::plan::{Choice, Forward, choose};
 use super::{Scan, ScanInputs, ScanRequest};
 use crate::MambaKernels;
 

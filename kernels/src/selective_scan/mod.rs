@@ -33,6 +33,11 @@ use crate::backend::{MambaOps, optional};
 /// Largest supported state size N (as the CUDA kernels of mamba_ssm).
 pub const MAX_STATE: usize = 256;
 
+/// Memory in bytes that backward on a GPU uses beside its inputs and outputs, at most: it goes
+/// through long sequences in segments. A single chunk of every sequence is the least it takes at a
+/// time, whatever that needs.
+pub const BACKWARD_TRANSIENT_BYTES: usize = 640 << 20;
+
 /// Inputs of the scan; `T` is a raw tensor of some backend.
 #[derive(Clone, Debug)]
 pub struct ScanInputs<T> {
@@ -106,6 +111,8 @@ pub struct ScanRequest<T> {
     pub c: Option<T>,
     /// Whether to return the forward pass's output too.
     pub y: bool,
+    /// The same as `z` for that output.
+    pub y_into: Option<T>,
 }
 
 impl<T> ScanRequest<T> {
@@ -116,6 +123,7 @@ impl<T> ScanRequest<T> {
             b: None,
             c: None,
             y: false,
+            y_into: None,
         }
     }
 }

@@ -124,6 +124,17 @@ impl Cuda {
             },
         ];
         checks.extend(self.agreement(needed));
+        #[cfg(feature = "cuda")]
+        checks.push(match mambabyte_kernels::linear::has_cublaslt() {
+            true => Check::ok("cuBLASLt", "found: matrix products go there"),
+            // Slow, not broken.
+            false => Check::failed(
+                false,
+                "cuBLASLt",
+                "not found, or the driver is older than CUDA 12.5: matrix products are several times slower",
+                "install the CUDA toolkit's libcublasLt, and NVIDIA driver 555 or newer",
+            ),
+        });
         checks
     }
 

@@ -61,6 +61,7 @@ pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float, S: Size>(
     c_stride: usize,
     z_stride: usize,
     dz_stride: usize,
+    y_stride: usize,
     chunk0: usize,
     segment: usize,
     #[comptime] wanted: Wanted,
@@ -191,7 +192,7 @@ pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float, S: Size>(
                             gated = value * gates[i] * gate;
                         }
                         if wanted.y {
-                            y[position * inner + place.channel] = U::cast_from(gated);
+                            y[position * y_stride + place.channel] = U::cast_from(gated);
                         }
                     }
                 }

@@ -10,8 +10,8 @@ use cubecl::prelude::*;
 
 use super::adjoint_ends::Wanted;
 use super::adjoint_parts::{
-    Activations, Seat, channel, fetch_activations, pass_sub_chunk, put_steps, seat, sum_channels,
-    sum_planes, sum_states,
+    Activations, InPlace, Seat, channel, fetch_activations, pass_sub_chunk, put_steps, seat,
+    sum_channels, sum_planes, sum_states,
 };
 use super::common::{
     V2, V4, elements, entries, fetch_tile, load_rates, load_states, put_clears, put_tile,
@@ -24,7 +24,8 @@ use crate::cube::math::LN2;
 ///
 /// `sub_states` and `entering` (the adjoints that enter each chunk from its right) are of the
 /// segment. Partial sums: `sums_bc` holds `[B, cubes, segment · chunk, 2 · states]` (dB, then dC),
-/// `sums_e` holds `[B, chunks, N + 2, E]` (dA, then dD, then the bias's).
+/// `sums_e` holds `[B, chunks, N + 2, E]` (dA, then dD, then the bias's). With `in_place`, `delta` or
+/// `dy` are not read: `ddelta` and `du` hold them.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: Size>(
     u: &[Vector<U, V>],
@@ -53,6 +54,7 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
     chunk0: usize,
     segment: usize,
     #[comptime] wanted: Wanted,
+    #[comptime] in_place: InPlace,
     #[comptime] config: SweepConfig,
     #[define(U, D, P, Z)] _types: [ElemType; 4],
 ) {
@@ -138,7 +140,8 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
     };
     let last_stage = (stages - 1) * tile;
     fetch_activations(
-        u, delta, z, dy, &mut next, &own, first, last_stage, last, inner, z_stride, config,
+        u, delta, z, dy, du, ddelta, &mut next, &own, first, last_stage, last, inner, z_stride,
+        in_place, config,
     );
     // The states before the sub-chunk that comes next.
     let mut next_h = Array::<V4>::new(comptime!(held / 4));
@@ -175,7 +178,8 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
         // The stage that comes next; the first one again at the end.
         let ahead0 = max(t0, SUB.runtime()) - SUB;
         fetch_activations(
-            u, delta, z, dy, &mut next, &own, first, ahead0, last, inner, z_stride, config,
+            u, delta, z, dy, du, ddelta, &mut next, &own, first, ahead0, last, inner, z_stride,
+            in_place, config,
         );
 
         let mut over = Array::<f32>::new(comptime!(SUB * 2 * per_lane));

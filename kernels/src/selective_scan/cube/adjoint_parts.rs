@@ -56,6 +56,17 @@ pub(super) struct Activations<U: Float, D: Float, Z: Float, V: Size> {
     pub z: Array<Vector<Z, V>>,
 }
 
+/// Gradients that are written into the buffer of an input: every position is read by the unit that
+/// writes it, before it does, and by no other unit that uses what it reads. The kernel then reads the
+/// input through the gradient's buffer, so that no buffer is bound twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct InPlace {
+    /// The gradient of delta in the place of delta.
+    pub delta: bool,
+    /// The gradient of u in the place of dy.
+    pub dy: bool,
+}
+
 /// Loads the activations of the stage from position `t0` on. `first` is the chunk's first position,
 /// `last` the number of its last.
 #[cube]
@@ -64,6 +75,8 @@ pub(super) fn fetch_activations<U: Float, D: Float, Z: Float, V: Size>(
     delta: &[Vector<D, V>],
     z: &ComptimeOption<Box<[Vector<Z, V>]>>,
     dy: &[Vector<U, V>],
+    du: &mut [Vector<U, V>],
+    ddelta: &mut [Vector<D, V>],
     fetched: &mut Activations<U, D, Z, V>,
     own: &Elements,
     first: usize,
@@ -71,6 +84,7 @@ pub(super) fn fetch_activations<U: Float, D: Float, Z: Float, V: Size>(
     last: usize,
     inner: usize,
     z_stride: usize,
+    #[comptime] in_place: InPlace,
     #[comptime] config: SweepConfig,
 ) {
     let vector = comptime!(config.vector);
@@ -79,8 +93,12 @@ pub(super) fn fetch_activations<U: Float, D: Float, Z: Float, V: Size>(
         let position = first + min(t0 + own.turn + comptime!(p * config.stride()), last);
         let at = (position * inner + own.channel) / vector;
         fetched.u[p] = u[at];
-        fetched.delta[p] = delta[at];
-        fetched.dy[p] = dy[at];
+        fetched.delta[p] = if in_place.delta {
+            ddelta[at]
+        } else {
+            delta[at]
+        };
+        fetched.dy[p] = if in_place.dy { du[at] } else { dy[at] };
         fetched.z[p] = gates_at(z, (position * z_stride + own.channel) / vector);
     }
 }

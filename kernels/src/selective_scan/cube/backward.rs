@@ -6,6 +6,7 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::AddressType;
 
 use super::adjoint_ends::Wanted;
+use super::adjoint_parts::InPlace;
 use super::plan::{Chunks, SUB, ScanShape, SweepConfig, adjoint, segment_chunks, sweep};
 use super::{
     CARRY_UNITS, RowStrides, address, adjoint_ends, adjoint_main, alignment, carry, prepare, sums,
@@ -84,6 +85,7 @@ struct Grads {
     y: CubeTensor,
     /// Rows of `b`, `c` and `z`.
     strides: RowStrides,
+    y_stride: usize,
 }
 
 /// One run of backward.
@@ -97,6 +99,7 @@ struct Pass {
     /// Chunks processed at once.
     segment: usize,
     wanted: Wanted,
+    in_place: InPlace,
     ends: SweepConfig,
     main: SweepConfig,
     types: [ElemType; 4],
@@ -134,6 +137,10 @@ impl Pass {
             let shape = [batch, length, state];
             target(name, view, shape, || empty(like, shape, dtype))
         };
+        let in_place = InPlace {
+            delta: inputs.delta.can_mut(),
+            dy: dy.can_mut() && dy.dtype == inputs.u.dtype,
+        };
         let row = |present: bool| empty(like, [if present { inner } else { 1 }], DType::F32);
         let wanted = Wanted {
             d: inputs.d.is_some(),
@@ -141,12 +148,22 @@ impl Pass {
             bias: inputs.delta_bias.is_some(),
             y: request.y,
         };
-        let du = wide(inputs.u.dtype);
+        let du = if in_place.dy {
+            dy.clone()
+        } else {
+            wide(inputs.u.dtype)
+        };
         let (db, b_stride) = narrow("b", request.b, bc_types[0]);
         let (dc, c_stride) = narrow("c", request.c, bc_types[1]);
         let (dz, z_stride) = match &inputs.z {
             Some(z) => target("z", request.z, [batch, length, inner], || wide(z.dtype)),
             None => (du.clone(), 0),
+        };
+        let (y, y_stride) = match wanted.y {
+            true => target("y", request.y_into, [batch, length, inner], || {
+                wide(inputs.u.dtype)
+            }),
+            false => (du.clone(), 0),
         };
         let outputs = [(&dz, z_stride), (&dy, inner)];
         let alignment = alignment(&inputs, &strides, &shape, &outputs);
@@ -161,18 +178,19 @@ impl Pass {
         let main = adjoint(&shape, &chunks, &device, alignment, softplus);
         let segment = segment_chunks(&shape, &chunks, &main);
         let grads = Grads {
-            delta: wide(inputs.delta.dtype),
+            delta: if in_place.delta {
+                inputs.delta.clone()
+            } else {
+                wide(inputs.delta.dtype)
+            },
             a: empty(like, [inner, state], DType::F32),
             b: db,
             c: dc,
             d: row(wanted.d),
             z: dz,
             delta_bias: row(wanted.bias),
-            y: if wanted.y {
-                wide(inputs.u.dtype)
-            } else {
-                du.clone()
-            },
+            y,
+            y_stride,
             strides: RowStrides {
                 b: b_stride,
                 c: c_stride,
@@ -187,11 +205,12 @@ impl Pass {
             elem(inputs.b.dtype),
             elem(inputs.z.as_ref().unwrap_or(&inputs.u).dtype),
         ];
-        let views = [&saved, &sums_e, &grads.b, &grads.c, &grads.z];
+        let views = [&saved, &sums_e, &grads.b, &grads.c, &grads.z, &grads.y];
         let address = address(&inputs, &views);
         Self {
             address,
             wanted,
+            in_place,
             ends,
             main,
             segment,
@@ -287,6 +306,7 @@ impl Pass {
                 self.strides.c,
                 self.strides.z,
                 grads.strides.z,
+                grads.y_stride,
                 begin,
                 count,
                 self.wanted,
@@ -340,8 +360,11 @@ impl Pass {
     ) {
         let (inputs, shape, grads) = (&self.inputs, &self.shape, &self.grads);
         let blocks = self.main.cubes(shape.inner) * count * shape.batch;
+        // What is read through a gradient's buffer must not be bound as an input too.
+        let input = |in_place: bool, tensor| buffer(if in_place { &inputs.u } else { tensor });
         // SAFETY: as in `launch_ends`. What is absent or not wanted borrows the buffers of `u`
-        // and `du`, and the kernel has no code for it.
+        // and `du`, and the kernel has no code for it. For gradients in the place of inputs see
+        // `InPlace`.
         unsafe {
             adjoint_main::adjoint_main::launch_unchecked(
                 &inputs.u.client,
@@ -351,7 +374,7 @@ impl Pass {
                 self.main.vector,
                 self.main.source,
                 buffer(&inputs.u),
-                buffer(&inputs.delta),
+                input(self.in_place.delta, &inputs.delta),
                 buffer(&inputs.b),
                 buffer(&inputs.c),
                 buffer(&inputs.a),
@@ -359,7 +382,7 @@ impl Pass {
                 optional(&inputs.z),
                 optional(&inputs.delta_bias),
                 optional(&inputs.resets),
-                buffer(&self.dy),
+                input(self.in_place.dy, &self.dy),
                 buffer(sub_states),
                 buffer(entering),
                 buffer(&grads.u),
@@ -376,6 +399,7 @@ impl Pass {
                 begin,
                 count,
                 self.wanted,
+                self.in_place,
                 self.main,
                 self.types,
             );

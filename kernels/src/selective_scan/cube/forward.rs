@@ -125,7 +125,7 @@ pub(super) fn chunk_ends<U: Float, D: Float, P: Float, S: Size>(
 
 /// The lane's states pass position `t` of the tile.
 #[cube]
-fn advance(
+pub(super) fn advance(
     h: &mut Array<f32>,
     rates: &Array<f32>,
     b_tile: &Shared<[V4]>,

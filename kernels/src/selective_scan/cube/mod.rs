@@ -11,8 +11,11 @@
 //! 2. *Carry* over the chunks: what enters each of them. These states are all that backward needs.
 //! 3. *Outputs*: every chunk again from its entering state.
 //!
-//! With one chunk, or enough channels to keep the device busy, a single pass over all positions
-//! replaces the three (generation's L = 1 too).
+//! With one chunk (generation's L = 1), or enough channels to keep the device busy, a single pass over
+//! all positions replaces the three: half the exponentials. With a great many channels the same
+//! kernel walks all positions; with fewer, another one spreads a channel's states over lanes
+//! ([`spread`]). All three ways leave the states that enter chunks for backward, and compute an output
+//! from them by the same operations in the same order, so that backward can have forward's bits again.
 //!
 //! Backward, in segments of chunks from the right (its transient memory is bounded):
 //!
@@ -43,7 +46,8 @@ mod backward;
 mod carry;
 mod common;
 mod forward;
-mod plan;
+pub(crate) mod plan;
+mod spread;
 mod sums;
 #[cfg(test)]
 mod tests;
@@ -52,7 +56,7 @@ use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::AddressType;
 
-use self::plan::{Alignment, Chunks, ScanShape, SweepConfig, sweep};
+use self::plan::{Alignment, Chunks, Forward, ScanShape, SweepConfig, sweep};
 use super::{ScanInputs, ScanOutputs};
 use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, empty, grid,
@@ -74,45 +78,36 @@ pub(crate) fn forward(inputs: ScanInputs<CubeTensor>) -> ScanOutputs<CubeTensor>
     let device = DeviceTraits::of(&inputs.u);
     let chunks = Chunks::new(&shape, &device);
     let alignment = alignment(&inputs, &strides, &shape, &[]);
-    let config = sweep(
-        &shape,
-        &chunks,
-        &device,
-        alignment,
-        inputs.delta_softplus,
-        FORWARD_UNITS,
-    );
     let ScanShape {
         batch,
         length,
         inner,
         state,
     } = shape;
-
-    let saved = empty(&inputs.u, [batch, chunks.count, state, inner], DType::F32);
-    let last_state = empty(&inputs.u, [batch, inner, state], DType::F32);
-    let y = empty(&inputs.u, [batch, length, inner], inputs.u.dtype);
-    if !chunks.walk {
-        launch_chunk_ends(
-            &inputs,
-            &strides,
-            &shape,
-            &chunks,
-            &config,
-            &saved,
-            &last_state,
-        );
+    let results = Results {
+        saved: empty(&inputs.u, [batch, chunks.count, state, inner], DType::F32),
+        last_state: empty(&inputs.u, [batch, inner, state], DType::F32),
+        y: empty(&inputs.u, [batch, length, inner], inputs.u.dtype),
+    };
+    let softplus = inputs.delta_softplus;
+    let launch = |config: &SweepConfig| {
+        launch_outputs(&inputs, &strides, &shape, &chunks, config, &results);
+    };
+    if chunks.forward == Forward::Spread {
+        launch(&plan::spread(&shape, &chunks, &device, alignment, softplus));
+    } else {
+        let most = FORWARD_UNITS;
+        let config = sweep(&shape, &chunks, &device, alignment, softplus, most);
+        if chunks.forward == Forward::Cut {
+            launch_chunk_ends(&inputs, &strides, &shape, &chunks, &config, &results);
+        }
+        launch(&config);
     }
-    launch_outputs(
-        &inputs,
-        &strides,
-        &shape,
-        &chunks,
-        &config,
-        &saved,
-        &last_state,
-        &y,
-    );
+    let Results {
+        saved,
+        last_state,
+        y,
+    } = results;
     ScanOutputs {
         y,
         last_state,
@@ -193,16 +188,28 @@ fn alignment(
     }
 }
 
-/// Fills `saved` with the state entering every chunk, and `last_state`.
+/// What forward fills.
+struct Results {
+    /// The state entering every chunk, `[B, chunks, N, E]`.
+    saved: CubeTensor,
+    /// `[B, E, N]`.
+    last_state: CubeTensor,
+    /// `[B, L, E]`.
+    y: CubeTensor,
+}
+
+/// Fills `saved` and `last_state`.
 fn launch_chunk_ends(
     inputs: &ScanInputs<CubeTensor>,
     strides: &RowStrides,
     shape: &ScanShape,
     chunks: &Chunks,
     config: &SweepConfig,
-    saved: &CubeTensor,
-    last_state: &CubeTensor,
+    results: &Results,
 ) {
+    let Results {
+        saved, last_state, ..
+    } = results;
     let client = &inputs.u.client;
     let steps = empty(
         &inputs.u,
@@ -264,57 +271,67 @@ fn launch_chunk_ends(
     }
 }
 
-/// Fills `y`; in a walk, `saved` and `last_state` too.
+/// Fills `y`; where time is not cut, `saved` and `last_state` too.
 fn launch_outputs(
     inputs: &ScanInputs<CubeTensor>,
     strides: &RowStrides,
     shape: &ScanShape,
     chunks: &Chunks,
     config: &SweepConfig,
-    saved: &CubeTensor,
-    last_state: &CubeTensor,
-    y: &CubeTensor,
+    results: &Results,
 ) {
-    let rows = if chunks.walk { 1 } else { chunks.count };
-    let blocks = config.cubes(shape.inner) * rows * shape.batch;
+    let client = &inputs.u.client;
+    let blocks = grid(config.cubes(shape.inner) * chunks.parts() * shape.batch);
+    let units = cube_dim(config.units);
+    let address = address(inputs, &[&results.saved]);
     let z_dtype = inputs.z.as_ref().map_or(inputs.u.dtype, |z| z.dtype);
-    // SAFETY: every position is derived from the shapes passed along, whose buffers are of just
-    // these sizes and strides; units beyond the last channel or cube write nothing.
-    unsafe {
-        forward::outputs::launch_unchecked(
-            &inputs.u.client,
-            grid(blocks),
-            cube_dim(config.units),
-            address(inputs, &[saved]),
-            config.source,
-            buffer(&inputs.u),
-            buffer(&inputs.delta),
-            buffer(&inputs.b),
-            buffer(&inputs.c),
-            buffer(&inputs.a),
-            optional(&inputs.d),
-            optional(&inputs.z),
-            optional(&inputs.delta_bias),
-            optional(&inputs.initial_state),
-            optional(&inputs.resets),
-            buffer(saved),
-            buffer(last_state),
-            buffer(y),
-            shape.batch,
-            shape.length,
-            shape.inner,
-            shape.state,
-            strides.b,
-            strides.c,
-            strides.z,
-            chunks.walk,
-            *config,
-            [
-                elem(inputs.u.dtype),
-                elem(inputs.delta.dtype),
-                elem(inputs.b.dtype),
-                elem(z_dtype),
-            ],
-        );
+    let types = [
+        elem(inputs.u.dtype),
+        elem(inputs.delta.dtype),
+        elem(inputs.b.dtype),
+        elem(z_dtype),
+    ];
+    // Arguments that the kernels share, and their own last ones.
+    macro_rules! launch {
+        ($kernel:path, $($own:expr),*) => {
+            // SAFETY: every position is derived from the shapes passed along, whose buffers are of
+            // just these sizes and strides; units beyond the last channel or cube write nothing.
+            unsafe {
+                $kernel(
+                    client,
+                    blocks,
+                    units,
+                    address,
+                    config.source,
+                    buffer(&inputs.u),
+                    buffer(&inputs.delta),
+                    buffer(&inputs.b),
+                    buffer(&inputs.c),
+                    buffer(&inputs.a),
+                    optional(&inputs.d),
+                    optional(&inputs.z),
+                    optional(&inputs.delta_bias),
+                    optional(&inputs.initial_state),
+                    optional(&inputs.resets),
+                    buffer(&results.saved),
+                    buffer(&results.last_state),
+                    buffer(&results.y),
+                    shape.batch,
+                    shape.length,
+                    shape.inner,
+                    shape.state,
+                    strides.b,
+                    strides.c,
+                    strides.z,
+                    $($own,)*
+                    types,
+                )
+            }
+        };
+    }
+    match chunks.forward {
+        Forward::Spread => launch!(spread::spread_outputs::launch_unchecked, *config),
+        Forward::Cut => launch!(forward::outputs::launch_unchecked, false, *config),
+        Forward::Walk => launch!(forward::outputs::launch_unchecked, true, *config),
     }
 }

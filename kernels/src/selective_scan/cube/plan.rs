@@ -1,8 +1,11 @@
 //! Every size the scan's kernels are cut by, decided once from the shape and the device.
 
+use std::cell::Cell;
+
 use burn_cubecl::tensor::CubeTensor;
 
 use crate::cube::{DeviceTraits, dims, power_of_two_below};
+use crate::selective_scan::BACKWARD_TRANSIENT_BYTES;
 use crate::selective_scan::ScanInputs;
 
 /// Bounds of the positions in a chunk. Short chunks make the pass over chunk ends long, long ones
@@ -13,9 +16,55 @@ const CHUNK: [usize; 2] = [32, 256];
 /// decays are in registers: with 8 the kernel spills or loses occupancy.
 pub(super) const SUB: usize = 4;
 
-/// Transient memory that backward may use at a time, in bytes; at least one chunk of every
-/// sequence is processed at once. Tests have little, so that they run through several segments.
-const TRANSIENT_BYTES: usize = if cfg!(test) { 1 << 18 } else { 640 << 20 };
+/// Transient memory that backward may use at a time, in bytes. Tests have little, so that they run
+/// through several segments.
+const TRANSIENT_BYTES: usize = if cfg!(test) {
+    1 << 18
+} else {
+    BACKWARD_TRANSIENT_BYTES
+};
+
+/// Planes of 32 units a processor from which [`Forward::Spread`] is taken: one and a half for each
+/// of the four schedulers that processors have. (Four sequences of 2048 channels of 16 states on 132
+/// processors are nearly 8, two sequences nearly 4; two on 82 are 6.)
+const SPREAD_PLANES: usize = 6;
+
+/// States of a lane in [`Forward::Spread`].
+const SPREAD_STATES: usize = 4;
+
+/// Most states of a channel there: B and C of a group of positions must fit into shared memory.
+const SPREAD_MOST: usize = 64;
+
+/// Positions that are worked on without a loop there, at least.
+const SPREAD_BLOCK: usize = 16;
+
+/// How forward goes through time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Forward {
+    /// Every chunk on its own, twice: its end from a zero state, then its outputs from the state
+    /// that enters it.
+    Cut,
+    /// Once through all positions, a channel in one unit: for one chunk, or very many channels.
+    Walk,
+    /// Once through all positions, a channel's states spread over lanes.
+    Spread,
+}
+
+/// Choices in the place of the plan's own, for tests and measurements.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Choice {
+    /// How forward goes through time.
+    pub forward: Option<Forward>,
+}
+
+thread_local! {
+    static CHOICE: Cell<Choice> = const { Cell::new(Choice { forward: None }) };
+}
+
+/// Sets the choices for what this thread runs from now on.
+pub fn choose(choice: Choice) {
+    CHOICE.set(choice);
+}
 
 /// The sizes of the problem.
 #[derive(Clone, Copy, Debug)]
@@ -46,8 +95,7 @@ pub(super) struct Chunks {
     pub size: usize,
     /// Chunks of a sequence.
     pub count: usize,
-    /// Whether one pass over all positions keeps the device busy without cutting time.
-    pub walk: bool,
+    pub forward: Forward,
 }
 
 impl Chunks {
@@ -59,22 +107,40 @@ impl Chunks {
             .next_power_of_two()
             .clamp(CHUNK[0], CHUNK[1]);
         let count = shape.length.div_ceil(size);
+        let (_, lanes) = spread_states(shape.state, SPREAD_STATES, device.plane);
+        let processors = device.busy_units / 1024;
+        // Cutting costs two exponentials an element, so one pass pays before it fills the device.
+        let may_spread = shape.state <= SPREAD_MOST;
+        let own = if count == 1 || 2 * channels >= device.busy_units {
+            Forward::Walk
+        } else if may_spread && channels * lanes >= SPREAD_PLANES * 32 * processors {
+            Forward::Spread
+        } else {
+            Forward::Cut
+        };
         Self {
             size,
             count,
-            // Two passes cost two exponentials an element, so one pass pays before it fills the
-            // device completely.
-            walk: count == 1 || 2 * channels >= device.busy_units,
+            forward: match CHOICE.get().forward {
+                Some(Forward::Spread) if !may_spread => own,
+                choice => choice.unwrap_or(own),
+            },
         }
     }
-}
 
-impl Chunks {
     /// The same chunks, each on its own, as backward always has them.
     pub fn cut(&self) -> Self {
         Self {
-            walk: false,
+            forward: Forward::Cut,
             ..*self
+        }
+    }
+
+    /// Parts that a sequence is cut into.
+    pub fn parts(&self) -> usize {
+        match self.forward {
+            Forward::Cut => self.count,
+            Forward::Walk | Forward::Spread => 1,
         }
     }
 }
@@ -142,6 +208,20 @@ impl SweepConfig {
         self.stride() <= self.tile
     }
 
+    /// Groups of as many positions as a channel has lanes that are worked on without a loop.
+    pub const fn groups(&self) -> usize {
+        if self.lanes < SPREAD_BLOCK {
+            SPREAD_BLOCK / self.lanes
+        } else {
+            1
+        }
+    }
+
+    /// Positions of these groups.
+    pub const fn block(&self) -> usize {
+        self.groups() * self.lanes
+    }
+
     /// Vectors of a stage's B or C.
     pub const fn tile_vectors(&self) -> usize {
         self.tile * self.states() / 4
@@ -192,7 +272,7 @@ pub(super) fn sweep(
 ) -> SweepConfig {
     let (per_lane, lanes) = spread_states(shape.state, 16, device.plane);
     let most_units = if per_lane > 16 { 128 } else { most_units };
-    let rows = shape.batch * if chunks.walk { 1 } else { chunks.count };
+    let rows = shape.batch * chunks.parts();
     let units = cube_units(shape.inner * lanes, rows, most_units, device).max(lanes);
     let mut config = SweepConfig {
         units,
@@ -213,6 +293,36 @@ pub(super) fn sweep(
     // B and C of a stage, and which of its positions clear the state.
     let bytes = |c: &SweepConfig| c.tile * (2 * 4 * c.states() + 4);
     while config.tile > SUB && bytes(&config) > device.shared_bytes / 2 {
+        config.tile /= 2;
+    }
+    config
+}
+
+/// The kernel of [`Forward::Spread`].
+pub(super) fn spread(
+    shape: &ScanShape,
+    chunks: &Chunks,
+    device: &DeviceTraits,
+    alignment: Alignment,
+    softplus: bool,
+) -> SweepConfig {
+    let (per_lane, lanes) = spread_states(shape.state, SPREAD_STATES, device.plane);
+    let units = cube_units(shape.inner * lanes, shape.batch, 128, device).max(lanes);
+    let mut config = SweepConfig {
+        units,
+        per_lane,
+        lanes,
+        per_unit: 1,
+        plane: device.plane,
+        chunk: chunks.size,
+        tile: 128.min(chunks.size),
+        vector: 1,
+        source: alignment.states,
+        softplus,
+        ptx: device.ptx,
+    };
+    let bytes = |c: &SweepConfig| c.tile * 2 * 4 * c.states();
+    while config.tile > config.block() && bytes(&config) > device.shared_bytes / 2 {
         config.tile /= 2;
     }
     config
@@ -289,5 +399,7 @@ pub(super) fn segment_chunks(shape: &ScanShape, chunks: &Chunks, main: &SweepCon
     let states = chunks.size / SUB * shape.state.next_multiple_of(4) * shape.inner;
     let partials = chunks.size * 2 * main.states() * main.cubes(shape.inner);
     let bytes = 4 * shape.batch * (states + partials);
-    (TRANSIENT_BYTES / bytes.max(1)).clamp(1, chunks.count)
+    let most = (TRANSIENT_BYTES / bytes.max(1)).clamp(1, chunks.count);
+    // Segments of one size: a shorter last one would leave the device half idle.
+    chunks.count.div_ceil(chunks.count.div_ceil(most))
 }

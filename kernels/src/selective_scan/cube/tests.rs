@@ -5,7 +5,8 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 
 use super::plan::{
-    Alignment, Chunks, SUB, ScanShape, adjoint, adjoint_shared_bytes, segment_chunks, sweep,
+    Alignment, Choice, Chunks, Forward, SUB, ScanShape, adjoint, adjoint_shared_bytes, choose,
+    segment_chunks, spread, sweep,
 };
 use crate::MambaKernels;
 use crate::cube::{DeviceTraits, columns, contiguous, shares_columns};
@@ -66,6 +67,18 @@ fn plans_cover_every_state_within_every_limit() {
                 assert!(config.units.is_multiple_of(device.plane), "{what}");
                 assert!(chunks.size.is_multiple_of(config.tile), "{what}");
             }
+            if shape.state <= 64 {
+                let config = spread(&shape, &chunks, &device, alignment, true);
+                let what = format!("{device:?} {shape:?} {config:?}");
+                assert!(config.states() >= shape.state, "{what}");
+                assert!(config.lanes <= device.plane, "{what}");
+                assert!(config.units <= device.max_units, "{what}");
+                assert!(config.units.is_multiple_of(device.plane), "{what}");
+                assert!(config.tile.is_multiple_of(config.block()), "{what}");
+                assert!(chunks.size.is_multiple_of(config.tile), "{what}");
+                let shared = config.tile * 2 * 4 * config.states();
+                assert!(shared <= device.shared_bytes, "{what}");
+            }
             let config = adjoint(&shape, &chunks, &device, alignment, true);
             let what = format!("{device:?} {shape:?} {config:?}");
             assert!(config.states() >= shape.state, "{what}");
@@ -120,10 +133,15 @@ fn scan_inputs(dims: [usize; 4], device: &Device) -> Scan {
 }
 
 /// Enough channels that forward takes one pass over several chunks, from whose states backward
-/// then starts.
+/// then starts: walking, and with the states of a channel spread over lanes.
 #[test]
 fn a_pass_without_cutting_time_equals_reference() {
-    let dims = [4, 70, 2053, 3];
+    for dims in [[4, 70, 2053, 3], [2, 90, 401, 16]] {
+        a_pass_over_several_chunks_equals_reference(dims);
+    }
+}
+
+fn a_pass_over_several_chunks_equals_reference(dims: [usize; 4]) {
     let run = |scan: Scan, op: fn(Scan) -> (Tensor<3>, Tensor<3>)| {
         let (y, last) = op(scan.clone());
         let grads = y.clone().sum().backward();
@@ -248,6 +266,7 @@ fn columns_of_wider_tensors_equal_tensors_of_their_own() {
         let dbc = raw(&mut Rng::new(5), [batch, length, 64 + 2 * state], &device);
         let view =
             |of: &CubeTensor, from, to| shares_columns(of, from).then(|| columns(of, from, to));
+        let wide = raw(&mut Rng::new(6), [batch, length, 2 * inner], &device);
         let rest = columns(&dxz, 0, inner);
         let before = values(&rest);
         let got = CubeBackend::selective_scan_backward(
@@ -259,6 +278,7 @@ fn columns_of_wider_tensors_equal_tensors_of_their_own() {
                 b: view(&dbc, 64, 64 + state),
                 c: view(&dbc, 64 + state, 64 + 2 * state),
                 y: true,
+                y_into: Some(columns(&wide, 0, inner)),
             },
         );
         for (i, (got, expected)) in all_values(&got)
@@ -275,4 +295,96 @@ fn columns_of_wider_tensors_equal_tensors_of_their_own() {
             assert_same_bits("the view", &written, &expected);
         }
     }
+}
+
+/// Where nothing else holds delta and dy, gradients take their place, with the same bits.
+#[test]
+fn gradients_in_the_place_of_inputs_have_the_same_bits() {
+    for (device, dims) in cube_devices().into_iter().flat_map(|device| {
+        [
+            [2, 70, 64, 16],
+            [1, 301, 37, 16],
+            [3, 33, 5, 1],
+            [1, 41, 66, 9],
+        ]
+        .map(|dims| (device.clone(), dims))
+    }) {
+        let [batch, length, inner, _] = dims;
+        let fresh = || {
+            let dy = raw(&mut Rng::new(9), [batch, length, inner], &device);
+            (inputs_with_columns(dims, &device), dy)
+        };
+        let (inputs, dy) = fresh();
+        let saved = CubeBackend::selective_scan(inputs.clone()).saved;
+        let request = ScanRequest::none();
+        let held = (inputs.clone(), dy.clone());
+        let expected = CubeBackend::selective_scan_backward(inputs, saved.clone(), dy, request);
+        let (inputs, dy) = fresh();
+        assert!(inputs.delta.can_mut() && dy.can_mut());
+        let request = ScanRequest::none();
+        let got = CubeBackend::selective_scan_backward(inputs, saved, dy, request);
+        for (i, (got, expected)) in all_values(&got)
+            .iter()
+            .zip(all_values(&expected))
+            .enumerate()
+        {
+            assert_same_bits(&format!("{device:?} {dims:?} {i}"), got, &expected);
+        }
+        let (inputs, dy) = fresh();
+        assert_same_bits("delta", &values(&held.0.delta), &values(&inputs.delta));
+        assert_same_bits("dy", &values(&held.1), &values(&dy));
+    }
+}
+
+/// Whichever way forward goes through time, its results differ by rounding only, are the same in
+/// every run, and backward's outputs have its very bits.
+#[test]
+fn all_ways_through_time_agree() {
+    let cases = [
+        [2, 70, 64, 16],
+        [1, 301, 37, 16],
+        [3, 100, 5, 1],
+        [1, 95, 19, 5],
+        [2, 130, 11, 33],
+        [1, 64, 9, 64],
+        [1, 3, 40, 16],
+    ];
+    for (device, dims) in cube_devices()
+        .into_iter()
+        .flat_map(|device| cases.map(|dims| (device.clone(), dims)))
+    {
+        let [batch, length, inner, _] = dims;
+        let dy = raw(&mut Rng::new(9), [batch, length, inner], &device);
+        let mut inputs = inputs_with_columns(dims, &device);
+        for (gated, cleared) in [(true, true), (false, true), (true, false)] {
+            let flags = TensorData::new(Rng::new(2).flags(batch * length, 0.05), [batch, length]);
+            inputs.resets = cleared.then(|| CubeBackend::float_from_data(flags, &device));
+            inputs.z = inputs.z.filter(|_| gated);
+            let mut expected: Option<[Vec<f32>; 3]> = None;
+            for way in [Forward::Cut, Forward::Walk, Forward::Spread] {
+                let what = format!("{device:?} {dims:?} {way:?} {gated} {cleared}");
+                choose(Choice { forward: Some(way) });
+                let first = CubeBackend::selective_scan(inputs.clone());
+                let [got, again] = [first.clone(), CubeBackend::selective_scan(inputs.clone())]
+                    .map(|out| [out.y, out.last_state, out.saved].map(|t| values(&t)));
+                let expected = expected.get_or_insert_with(|| got.clone());
+                for ((got, again), expected) in got.iter().zip(&again).zip(expected.iter()) {
+                    assert_same_bits(&what, got, again);
+                    assert_close(&what, got, expected, 1e-4, 1e-4);
+                }
+                let request = ScanRequest {
+                    y: true,
+                    ..ScanRequest::none()
+                };
+                let (inputs, dy) = (inputs.clone(), dy.clone());
+                let back = CubeBackend::selective_scan_backward(inputs, first.saved, dy, request);
+                let y = back.y.expect("asked for");
+                assert_same_bits(&format!("{what} y again"), &values(&y), &got[0]);
+            }
+            if !gated {
+                inputs.z = inputs_with_columns(dims, &device).z;
+            }
+        }
+    }
+    choose(Choice::default());
 }

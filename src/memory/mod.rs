@@ -15,13 +15,18 @@
 //!
 //! The sum of all tensors was compared with CubeCL's own count on software Vulkan (fp32, D 256, 8
 //! layers, 8 · 1,024 positions, T 256): 602 of 605 MiB with no layer recomputed, 378 of 381 MiB with
-//! all.
+//! all. What groups of layers add and save was compared there as well (6 layers in groups of 2, 5 and
+//! 6, 4 · 512 positions): the same to the MiB.
+
+mod pages;
 
 use std::fmt;
 use std::ops::Range;
 
+use mambabyte_kernels::selective_scan::BACKWARD_TRANSIENT_BYTES;
 use serde::Serialize;
 
+use self::pages::Step;
 use crate::config::{Config, DeviceKind, MambaConfig, Mode, Precision, Recompute};
 
 /// Bytes of a number of weights, gradients, moments, the residual stream, logits and states.
@@ -40,8 +45,13 @@ const STREAMS: u64 = 3;
 /// output. The one of its input comes when most else is gone.
 const STREAM_GRADIENTS: u64 = 1;
 
-/// Buffers `[B, L, E]` inside the backward pass of a layer: u, Δ, y and the gradients of the three.
-const INNER_BUFFERS: u64 = 6;
+/// Buffers `[B, L, E]` inside the backward pass of a layer on the CPU: u, Δ, y and the gradients of
+/// the three.
+const INNER_BUFFERS_CPU: u64 = 6;
+
+/// The same on a GPU: u; Δ, whose gradient takes its place; the gradient of y, whose place that of u
+/// takes. y is where the gradient of the convolution's input will be.
+const INNER_BUFFERS: u64 = 3;
 
 /// Buffers `[B, L, 2E]` there: the gradient of the input projection's output. Its value is one more
 /// in a layer that is recomputed, and is counted with what is kept in one that is not.
@@ -54,11 +64,11 @@ const OUTER_BUFFERS: [u64; 2] = [1, 1];
 /// Bytes and targets (i32) and resets (f32) of a position.
 const INPUTS: u64 = 12;
 
-/// What the scan's backward pass may use at a time; as `TRANSIENT_BYTES` in
-/// `kernels/src/selective_scan/cube/plan.rs`.
-const SCAN_TRANSIENT: u64 = 256 << 20;
+/// What the scan's backward pass may use at a time.
+const SCAN_TRANSIENT: u64 = BACKWARD_TRANSIENT_BYTES as u64;
 
-/// Positions between the states it recomputes from; as `SUB` there.
+/// Positions between the states it recomputes from; as `SUB` in
+/// `kernels/src/selective_scan/cube/plan.rs`.
 const SCAN_SUB: u64 = 4;
 
 /// Channels whose gradients of B and C one cube sums there.
@@ -73,12 +83,6 @@ const SCAN_BUSY_UNITS: u64 = 128 * 1024;
 
 /// Positions of a chunk on the CPU; as `CHUNK` in `kernels/src/selective_scan/flex/mod.rs`.
 const SCAN_CHUNK_CPU: u64 = 32;
-
-/// Least size of the pages that tensors are cut from on a GPU.
-const LEAST_PAGE: u64 = 384 << 20;
-
-/// One part in so many of a page is lost between tensors.
-const PAGE_LOSS: u64 = 32;
 
 /// What `"auto"` leaves unused of a limit, in percent: an estimate that is a little short must not
 /// end a run.
@@ -159,7 +163,7 @@ pub fn estimate_with(config: &Config, layers: usize) -> Estimate {
 /// does.
 pub fn fewest_recomputed(config: &Config, limit: u64) -> Option<usize> {
     let sizes = Sizes::new(config);
-    (0..=config.model.depth).find(|&layers| sizes.peak(layers).total() <= limit)
+    (0..=config.model.depth).find(|&layers| sizes.fits(layers, limit))
 }
 
 /// The number that `train.recompute = "auto"` stands for where training may use `limit` bytes: the
@@ -228,10 +232,10 @@ pub fn excess(config: &Config, limit: u64) -> Option<String> {
     ))
 }
 
-/// Size of the pages that tensors should be cut from on a GPU: large beside the largest tensor, so
-/// that pages are used to the end whatever the mixture of sizes; small beside the device.
+/// Size of the pages that tensors should be cut from on a GPU: that with the least loss; 0 on the CPU.
 pub fn page_bytes(config: &Config) -> u64 {
-    Sizes::new(config).page
+    let best = Sizes::new(config).pages(recomputed(config));
+    best.map_or(0, |(page, _)| page)
 }
 
 /// `bytes` for people, with the largest of GiB, MiB and KiB that leaves at least 1.
@@ -295,8 +299,8 @@ struct Sizes {
     inside: u64,
     /// What products need on the side.
     products: u64,
-    /// Size of a page; 0 where the allocator has none.
-    page: u64,
+    /// The step as a GPU's allocator sees it.
+    step: Option<Step>,
     context: u64,
 }
 
@@ -318,7 +322,8 @@ impl Sizes {
         .map(|n| n as u64);
         let positions = batch * length;
         let vocabulary = model.padded_vocab() as u64;
-        let projections = model.dt_rank() as u64 + 2 * state;
+        let rank = model.dt_rank() as u64;
+        let projections = rank + 2 * state;
         let chunk = chunk(batch * inner * length, gpu);
         let chunk_states = F32 * batch * length.div_ceil(chunk) * inner * state;
         let carried = match train.mode {
@@ -327,7 +332,8 @@ impl Sizes {
             Mode::Contiguous => (train.accumulation as u64 + 1) * batch * model.state_bytes(),
         };
         let (layer_parameters, tail_parameters) = parameters_by_place(model);
-        let (scan, scan_states) = scan_transient(batch, length, inner, state, chunk, gpu);
+        let (scan, scan_states, scan_ends) =
+            scan_transient(batch, length, inner, state, chunk, gpu);
         let stream = F32 * positions * dim;
         let projected = s * positions * 2 * inner;
         let logits = F32 * positions * vocabulary;
@@ -341,7 +347,11 @@ impl Sizes {
                 s * positions * vocabulary,
             ),
         };
-        let largest = projected.max(stream).max(logits).max(scan_states);
+        let inner_buffers = if gpu {
+            INNER_BUFFERS
+        } else {
+            INNER_BUFFERS_CPU
+        };
         Self {
             depth: model.depth as u64,
             group: match train.checkpoint_every {
@@ -366,23 +376,82 @@ impl Sizes {
             inputs: positions * INPUTS + carried,
             streams: STREAMS * stream + positions * (s * dim + F32),
             logits: 2 * logits + rounded_logits,
-            inside: s * positions * (INNER_BUFFERS * inner + outer * dim + projections)
+            inside: s * positions * (inner_buffers * inner + outer * dim + projections)
                 + PROJECTED_BUFFERS * projected
                 + STREAM_GRADIENTS * stream
                 + scan
                 + cast,
             products: if gpu { MATMUL_WORKSPACE } else { 0 },
-            page: if gpu {
-                LEAST_PAGE.max(largest.saturating_mul(3) / 2)
-            } else {
-                0
-            },
+            step: gpu.then(|| Step {
+                stream,
+                outer: s * positions * dim,
+                statistics: F32 * positions,
+                projected,
+                inner: s * positions * inner,
+                low: s * positions * projections,
+                states: chunk_states,
+                scan: vec![
+                    scan_states,
+                    scan.saturating_sub(scan_states + scan_ends),
+                    scan_ends,
+                ],
+                casts: (s != F32).then(|| {
+                    [
+                        s * 2 * inner * dim,
+                        s * inner * projections,
+                        s * rank * inner,
+                        s * inner * dim,
+                    ]
+                }),
+                gradients: [
+                    F32 * inner * dim,
+                    F32 * rank * inner,
+                    F32 * inner * projections,
+                    F32 * 2 * inner * dim,
+                ],
+                logits: [logits, rounded_logits],
+                table: F32 * vocabulary * dim,
+                layers: model.depth,
+                group: match train.checkpoint_every {
+                    0 => model.depth,
+                    every => every,
+                },
+                recomputed: 0,
+                accumulates: train.accumulation > 1,
+            }),
             context: if gpu { CUDA_CONTEXT } else { 0 },
         }
     }
 
-    /// The greatest of all moments with the first `recomputed` layers recomputed.
+    /// The greatest of all moments with the first `recomputed` layers recomputed, and the room that
+    /// the allocator loses by then.
     fn peak(&self, recomputed: usize) -> Estimate {
+        let tensors = self.tensors(recomputed);
+        let cut = tensors.gradients + tensors.activations + tensors.workspace - self.products;
+        let reserved = self.pages(recomputed).map_or(0, |(_, reserved)| reserved);
+        Estimate {
+            pages: reserved.saturating_sub(cut),
+            ..tensors
+        }
+    }
+
+    /// The best page size and what is reserved with it; none where the allocator has no pages.
+    fn pages(&self, recomputed: usize) -> Option<(u64, u64)> {
+        let step = Step {
+            recomputed,
+            ..self.step.clone()?
+        };
+        Some(step.best_page())
+    }
+
+    /// Whether the peak is within `limit`. What tensors alone take is looked at first: it is had
+    /// for nothing.
+    fn fits(&self, recomputed: usize, limit: u64) -> bool {
+        self.tensors(recomputed).total() <= limit && self.peak(recomputed).total() <= limit
+    }
+
+    /// The greatest of all moments, without what the allocator loses.
+    fn tensors(&self, recomputed: usize) -> Estimate {
         // From one layer of a group to the next the sum changes by the same amount, but for the step
         // from recomputed layers to others: the ends are enough.
         let recomputed = recomputed as u64;
@@ -394,8 +463,7 @@ impl Sizes {
             .filter(|&layer| layer < self.depth)
             .map(|layer| self.in_layer(layer, recomputed))
             .chain([self.at_update(), self.at_head(recomputed)])
-            // By tensors: whole pages can be as many at two moments.
-            .max_by_key(|it| it.total() - it.pages)
+            .max_by_key(Estimate::total)
             .unwrap_or_else(|| self.at_update())
     }
 
@@ -408,10 +476,14 @@ impl Sizes {
     /// What the layers of its group up to `last` keep, and the streams that this group and those
     /// before it start from. The first `recomputed` of all layers are recomputed.
     fn kept_until(&self, last: u64, recomputed: u64) -> u64 {
-        let first = self.group_of(last).start;
-        let whole = (last + 1).saturating_sub(first.max(recomputed));
-        let starts = (first / self.group + 1) * self.start;
-        (last + 1 - first) * self.kept + whole * self.projected + starts
+        let group = self.group_of(last);
+        let layers = last + 1 - group.start;
+        let whole = (last + 1).saturating_sub(group.start.max(recomputed));
+        // Burn holds the gradient that a group's backward pass starts from until its end; that of
+        // the last group starts from the loss.
+        let gradient = u64::from(group.end < self.depth);
+        let streams = group.start / self.group + 1 + gradient;
+        layers * self.kept + whole * self.projected + streams * self.start
     }
 
     fn at_head(&self, recomputed: u64) -> Estimate {
@@ -450,11 +522,6 @@ impl Sizes {
 
     fn moment(&self, moment: Moment, gradients: u64, activations: u64, inside: u64) -> Estimate {
         let gradients = gradients + self.accumulated;
-        let cut = gradients + activations + inside;
-        let pages = match self.page {
-            0 => 0,
-            page => (cut + cut / PAGE_LOSS).next_multiple_of(page) - cut,
-        };
         Estimate {
             moment,
             weights: F32 * self.parameters,
@@ -462,7 +529,7 @@ impl Sizes {
             optimizer: self.moments,
             activations,
             workspace: inside + self.products,
-            pages,
+            pages: 0,
             context: self.context,
         }
     }
@@ -497,7 +564,7 @@ fn chunk(elements: u64, gpu: bool) -> u64 {
 
 /// What the scan's backward pass uses besides its inputs and outputs, for as many chunks as fit its
 /// budget, one at least: states inside chunks, partial sums of the gradients of B and C, and states
-/// between chunks. The first alone is the second number. On the CPU all stay in the cache.
+/// between chunks. The first and the last alone are the other numbers. On the CPU all stay in the cache.
 fn scan_transient(
     batch: u64,
     length: u64,
@@ -505,17 +572,19 @@ fn scan_transient(
     state: u64,
     chunk: u64,
     gpu: bool,
-) -> (u64, u64) {
+) -> (u64, u64, u64) {
     if !gpu {
-        return (0, 0);
+        return (0, 0, 0);
     }
     let inside = chunk / SCAN_SUB * state * inner;
     let sums = chunk * 2 * state * inner.div_ceil(SCAN_CHANNELS);
     let ends = (state + 1) * inner;
     let budget = SCAN_TRANSIENT / (F32 * batch * (inside + sums));
-    let chunks = budget.clamp(1, length.div_ceil(chunk));
+    let count = length.div_ceil(chunk);
+    // Segments of one size.
+    let chunks = count.div_ceil(count.div_ceil(budget.clamp(1, count)));
     let unit = F32 * batch * chunks;
-    (unit * (inside + sums + ends), unit * inside)
+    (unit * (inside + sums + ends), unit * inside, unit * ends)
 }
 
 #[cfg(test)]
@@ -599,20 +668,21 @@ mod tests {
         // 2048 norm, 1024 · 4096, 2048 · (4 + 1), 2048 · 96, (64 + 1) · 2048, 2048 · 16, 2048,
         // 2048 · 1024.
         assert_eq!(sizes.layer_parameters, 6_668_288);
-        // A chunk: 32 states, sums of 32 cubes, ends. 56 of them fit 256 MiB.
+        // A chunk: 32 states, sums of 32 cubes, ends. All 64 of them fit 640 MiB.
         let (states, sums, ends) = (32 * 2048 * 16, 128 * 32 * 32, 17 * 2048);
-        assert_eq!((256 << 20) / (4 * (states + sums)), 56);
-        let inside = 2 * 8192 * (6 * 2048 + 2 * 1024 + 96 + 4096)
+        assert!((640 << 20) / (4 * (states + sums)) >= 64);
+        let inside = 2 * 8192 * (3 * 2048 + 2 * 1024 + 96 + 4096)
             + 4 * 8192 * 1024
-            + 56 * 4 * (states + sums + ends)
+            + 64 * 4 * (states + sums + ends)
             + 2 * 1024 * 4096;
         assert_eq!(sizes.inside, inside);
-        assert_eq!(sizes.page, 384 << 20);
         assert_eq!(sizes.logits, 8192 * 256 * (4 + 4 + 2));
-        let peak = sizes.in_layer(52, 53);
+        let peak = sizes.peak(53);
         let cut = peak.gradients + peak.activations + peak.workspace - MATMUL_WORKSPACE;
-        assert_eq!((cut + peak.pages) % sizes.page, 0);
-        assert!(peak.pages >= cut / PAGE_LOSS && peak.pages < cut / PAGE_LOSS + sizes.page);
+        let (page, reserved) = sizes.pages(53).expect("a GPU has pages");
+        assert_eq!(cut + peak.pages, reserved);
+        assert_eq!(reserved % page, 0);
+        assert!(peak.pages < cut / 5, "{} of {cut} lost", peak.pages);
         assert_eq!(peak.context, CUDA_CONTEXT);
     }
 
@@ -657,14 +727,15 @@ mod tests {
         let (stream, layer) = (8192, plain.kept + plain.projected);
         let kept = |sizes: &Sizes, layer| sizes.in_layer(layer, 0).activations - sizes.inputs;
         assert_eq!(kept(&plain, 4), 5 * layer);
-        assert_eq!(kept(&groups, 0), layer + stream);
-        assert_eq!(kept(&groups, 1), 2 * layer + stream);
-        assert_eq!(kept(&groups, 2), layer + 2 * stream);
-        assert_eq!(kept(&groups, 3), 2 * layer + 2 * stream);
+        // One stream for the gradient at the end of a group, but for the last one.
+        assert_eq!(kept(&groups, 0), layer + 2 * stream);
+        assert_eq!(kept(&groups, 1), 2 * layer + 2 * stream);
+        assert_eq!(kept(&groups, 2), layer + 3 * stream);
+        assert_eq!(kept(&groups, 3), 2 * layer + 3 * stream);
         assert_eq!(kept(&groups, 4), layer + 3 * stream);
         // Layers 0 to 2 recomputed: one of the second group is not.
         let second = groups.in_layer(3, 3).activations - groups.inputs;
-        assert_eq!(second, 2 * layer - groups.projected + 2 * stream);
+        assert_eq!(second, 2 * layer - groups.projected + 3 * stream);
         let (head, plain_head) = (groups.at_head(0), plain.at_head(0));
         assert_eq!(
             plain_head.activations - head.activations,
@@ -713,9 +784,7 @@ mod tests {
                 let all: Vec<_> = all
                     .chain([sizes.at_update(), sizes.at_head(recomputed)])
                     .collect();
-                let peak = sizes.peak(recomputed as usize);
-                let in_tensors = |it: &Estimate| it.total() - it.pages;
-                assert_eq!(Some(in_tensors(&peak)), all.iter().map(in_tensors).max());
+                let peak = sizes.tensors(recomputed as usize);
                 assert_eq!(Some(peak.total()), all.iter().map(Estimate::total).max());
             }
         }
