@@ -170,7 +170,7 @@ fn half_bits(value: f32) -> u16 {
     let sign = (bits >> 16 & 0x8000) as u16;
     match bits >> 23 & 0xff {
         0 => sign,
-        exponent => sign | ((exponent - 127 + 15) << 10) as u16 | (bits >> 13 & 0x3ff) as u16,
+        exponent => sign | ((exponent + 15 - 127) << 10) as u16 | (bits >> 13 & 0x3ff) as u16,
     }
 }
 

@@ -5,7 +5,9 @@
 //! if the file were mapped.
 
 use std::fs::File;
-use std::io::{Read as _, Seek as _, SeekFrom};
+use std::io;
+#[cfg(unix)]
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -60,11 +62,24 @@ impl RandomAccess for DiskFile {
     }
 
     fn fill(&self, offset: u64, buffer: &mut [u8]) -> Result<(), String> {
+        self.read_at(offset, buffer)
+            .map_err(|e| format!("could not be read at {offset}: {e}"))
+    }
+}
+
+impl DiskFile {
+    #[cfg(unix)]
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(buffer, offset)
+    }
+
+    #[cfg(not(unix))]
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        use std::io::{Read as _, Seek as _, SeekFrom};
         // One reader at a time: the place in the file is shared.
         let mut file = &self.file;
-        file.seek(SeekFrom::Start(offset))
-            .and_then(|_| file.read_exact(buffer))
-            .map_err(|e| format!("could not be read at {offset}: {e}"))
+        file.seek(SeekFrom::Start(offset))?;
+        file.read_exact(buffer)
     }
 }
 

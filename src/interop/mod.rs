@@ -2,7 +2,7 @@
 //!
 //! Read are `pytorch_model.bin` (and `.pt`) as `torch.save` writes it, and safetensors, in one file
 //! or several, with names, layouts and configs of mamba_ssm, transformers and MambaByte. No code
-//! in a file is ever executed: [`pickle`] describes what a pickle may say.
+//! in a file is ever executed: `pickle.rs` says what a pickle may contain.
 //!
 //! Tensors are read and written one at a time: memory is what the largest takes, not the model.
 //! Whatever a file says of lengths and places is compared with the file before memory is taken.

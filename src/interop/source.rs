@@ -22,14 +22,14 @@ const WEIGHTS: [&str; 4] = [
 /// Ends of the names of files with weights.
 const ENDINGS: [&str; 4] = ["safetensors", "bin", "pt", "pth"];
 
+/// What is said of a pickle that is not in a zip file.
+const OLD_PICKLE: &str = "was saved by PyTorch before 1.6 or with \
+                          `_use_new_zipfile_serialization=False`: load it there and save it again";
+
 /// Largest index of a checkpoint in several files.
 const MOST_INDEX: u64 = 16 << 20;
 /// Most such files.
 const MOST_FILES: usize = 512;
-
-/// What is said of a file that is a pickle and no zip file with one.
-const OLD_PICKLE: &str = "was saved by PyTorch before 1.6 or with \
-                          `_use_new_zipfile_serialization=False`: load it there and save it again";
 
 /// A checkpoint's tensors, and the files they are in.
 #[derive(Debug)]

@@ -1,6 +1,7 @@
 //! Tensors in files: where they are, in which format, and their values in f32.
 
 use burn::tensor::{bf16, f16};
+use rayon::prelude::*;
 
 use super::file::RandomAccess;
 
@@ -120,14 +121,19 @@ pub(super) fn transposed(values: &[f32], columns: usize) -> Vec<f32> {
     const SIDE: usize = 32;
     let rows = values.len() / columns.max(1);
     let mut out = vec![0.0; values.len()];
-    for row in (0..rows).step_by(SIDE) {
-        for column in (0..columns).step_by(SIDE) {
-            for r in row..(row + SIDE).min(rows) {
-                for c in column..(column + SIDE).min(columns) {
-                    out[c * rows + r] = values[r * columns + c];
+    // A band of rows of the result, that is of columns of `values`, is written by one thread.
+    out.par_chunks_mut(SIDE * rows.max(1))
+        .enumerate()
+        .for_each(|(band, out)| {
+            for row in (0..rows).step_by(SIDE) {
+                let end = (row + SIDE).min(rows);
+                for (c, out) in out.chunks_exact_mut(rows).enumerate() {
+                    let column = band * SIDE + c;
+                    for (r, out) in (row..end).zip(&mut out[row..end]) {
+                        *out = values[r * columns + column];
+                    }
                 }
             }
-        }
-    }
+        });
     out
 }

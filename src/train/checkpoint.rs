@@ -16,6 +16,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io::{ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
@@ -25,7 +26,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::learner::Learner;
 use super::parameters::{self, Named, named};
-use crate::config::Config;
+use crate::config::{Config, MambaConfig};
 use crate::error::{Error, Result};
 use crate::interop::WeightsFile;
 use crate::model::{LayerState, MambaLm, State};
@@ -179,23 +180,29 @@ impl Checkpoint {
             .with_compute(self.config.train.precision.into());
         // Weights stay, so they do not belong between activations, where they would keep pages from
         // being used whole.
-        device.memory_persistent_allocations(model, |model| self.load_weights(model))
+        device.memory_persistent_allocations(model, |model| {
+            self.load_weights(model, &self.config.model)
+        })
     }
 
-    /// Puts the weights into `model`, one tensor at a time.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Checkpoint`] where they do not fit, with every tensor that does not.
-    pub fn load_weights(&self, model: MambaLm) -> Result<MambaLm> {
-        let file = self.weights()?;
+    /// Puts the weights into `model`, which is one of `config`, one tensor at a time.
+    fn load_weights(&self, model: MambaLm, config: &MambaConfig) -> Result<MambaLm> {
+        let file = self.weights_of(config)?;
         parameters::replace(model, |name| file.read(name))
     }
 
-    /// The file of weights, which has the tensors of the config's model.
+    /// The file of weights.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Checkpoint`] where it does not fit the config, with every tensor that does not.
     pub fn weights(&self) -> Result<WeightsFile> {
+        self.weights_of(&self.config.model)
+    }
+
+    fn weights_of(&self, config: &MambaConfig) -> Result<WeightsFile> {
         let file = WeightsFile::open(&self.folder.join(WEIGHTS))?;
-        file.check(&self.config.model)?;
+        file.check(config)?;
         Ok(file)
     }
 
@@ -213,8 +220,9 @@ impl Checkpoint {
 
     /// Puts the weights alone into `learner`.
     pub(super) fn restore_weights(&self, learner: &mut Learner) -> Result<()> {
+        let config = learner.config().model.clone();
         let mut loaded = Ok(());
-        learner.map_model(|model| match self.load_weights(model.clone()) {
+        learner.map_model(|model| match self.load_weights(model.clone(), &config) {
             Ok(model) => model,
             Err(error) => {
                 loaded = Err(error);
@@ -424,25 +432,24 @@ fn state_tensors(learner: &Learner) -> Vec<Named> {
 fn describe(folder: &Path, name: &str) -> std::io::Result<FileEntry> {
     let mut file = File::open(folder.join(name))?;
     let mut hash = Xxh3::new();
-    let bytes = std::io::copy(&mut file, &mut Hashing(&mut hash))?;
+    let mut buffer = vec![0; 1 << 20];
+    let mut bytes = 0;
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(count) => {
+                hash.update(&buffer[..count]);
+                bytes += count as u64;
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
     Ok(FileEntry {
         name: name.to_owned(),
         bytes,
         xxh3: format!("{:032x}", hash.digest128()),
     })
-}
-
-struct Hashing<'a>(&'a mut Xxh3);
-
-impl std::io::Write for Hashing<'_> {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }
 
 /// A tensor that is read from the device when its turn to be written has come.
