@@ -104,6 +104,7 @@ CASES = [
 
 def write(case, folder, seed):
     """Writes the checkpoint as its library would; returns the model it holds, in float32."""
+    torch.manual_seed(seed)
     model = peers.build(case.config)
     peers.randomise(model, seed)
     model = model.to(case.dtype)
