@@ -6,7 +6,7 @@
 
 use burn::tensor::{Device, Distribution, Tensor};
 use mambabyte::config::DtRank;
-use mambabyte::{Mamba, MambaConfig, State};
+use mambabyte::{Mamba, MambaBlock, MambaConfig, State};
 
 fn main() {
     let device = Device::default();
@@ -27,6 +27,12 @@ fn main() {
     let model: Mamba = config.init(42, &device);
     let (y, _) = model.forward(x.clone(), None, None);
     println!("{:?} to {:?}\n{y}", x.dims(), y.dims());
+
+    // A single mixer, without norm and residual.
+    let block = MambaBlock::new(&MambaConfig::new(16, 1), 42, &device);
+    let input = Tensor::<3>::random([2, 64, 16], Distribution::Normal(0.0, 1.0), &device);
+    let (output, _) = block.forward(input.clone(), None, None);
+    println!("one block: {:?} to {:?}", input.dims(), output.dims());
 
     // One position at a time, in constant memory: the same numbers.
     let mut state = State::zeros(&config, 2, &device);

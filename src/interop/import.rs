@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use burn::tensor::Device;
+
 use super::config::{self, Described};
 use super::names::{foreign_shape, layer_of, ours, reordered};
 use super::safetensors::{self, Outgoing};
@@ -11,6 +13,8 @@ use super::tensor::{Format, Stored};
 use super::{listed, shown};
 use crate::config::{DtRank, MambaConfig, Norm};
 use crate::error::Result;
+use crate::model::MambaLm;
+use crate::train::parameters;
 
 /// A checkpoint that was found to be a Mamba-1 language model, and is not read yet.
 #[derive(Debug)]
@@ -88,21 +92,37 @@ impl Import {
         self.source.bytes()
     }
 
+    /// The model with the checkpoint's weights, on `device`.
+    ///
+    /// # Errors
+    ///
+    /// Where a file cannot be read any more.
+    pub fn model(&self, device: &Device) -> Result<MambaLm> {
+        let model = self.config.empty_lm(device);
+        // Weights stay, so they do not belong between activations.
+        device.memory_persistent_allocations(model, |model| {
+            parameters::replace(model, |name| self.values(name))
+        })
+    }
+
+    /// The values of one of our parameters, in our order.
+    fn values(&self, name: &str) -> Result<Vec<f32>> {
+        let stored = &self.source.tensors[self.tensors[name]];
+        let values = self.source.values(stored)?;
+        Ok(reordered(name, &stored.shape, values))
+    }
+
     /// Writes the weights as a file of ours, one tensor at a time.
     pub fn write(&self, path: &Path) -> Result<()> {
         let table = self.config.parameter_table();
         let outgoing: Vec<Outgoing<'_>> = table
             .into_iter()
             .map(|parameter| {
-                let stored = &self.source.tensors[self.tensors[&parameter.name]];
                 let name = parameter.name.clone();
                 Outgoing {
                     name: parameter.name,
                     shape: parameter.shape,
-                    values: Box::new(move || {
-                        let values = self.source.values(stored)?;
-                        Ok(reordered(&name, &stored.shape, values))
-                    }),
+                    values: Box::new(move || self.values(&name)),
                 }
             })
             .collect();

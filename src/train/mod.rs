@@ -12,7 +12,7 @@ mod interrupt;
 pub mod learner;
 pub mod metrics;
 mod optimizer;
-mod parameters;
+pub(crate) mod parameters;
 mod progress;
 mod recompute;
 pub mod run;

@@ -78,7 +78,7 @@ pub(super) fn collect<M: Module>(module: &M) -> Vec<Named> {
 /// # Errors
 ///
 /// The first of `read`.
-pub(super) fn replace<M: Module>(
+pub(crate) fn replace<M: Module>(
     module: M,
     read: impl FnMut(&str) -> Result<Vec<f32>>,
 ) -> Result<M> {

@@ -161,7 +161,9 @@ def state_dict(folder):
     for file in files:
         path = str(folder / file)
         load = load_file if file.endswith(".safetensors") else torch.load
-        tensors.update(load(path))
+        for name, tensor in load(path).items():
+            # An export has both forms.
+            assert torch.equal(tensors.setdefault(name, tensor), tensor), f"{name} of {folder}"
     return tensors
 
 

@@ -40,8 +40,8 @@ compare_all() {
 
 	# One file is one document: the peer cannot clear its state inside a window.
 	mkdir text
-	(cd "$here/../.." && cat README.md docs/*.md src/*.rs src/*/*.rs) > text/corpus.txt
-	"$program" data prepare --source text --path text --out data 2> /dev/null
+	(cd "$here/../.." && cat src/*.rs src/*/*.rs) > text/corpus.txt
+	"$program" data prepare --source text --path text --out data &> /dev/null
 	dump() { "$examples/dump_training" "$here/train.toml" "$@" > /dev/null; }
 	export_initial() { "$program" export --checkpoint "$1/step-0" --format mamba-ssm --out "$2"; }
 
