@@ -57,7 +57,7 @@ def figure(ours, theirs, names):
         (CURVES[0] + 16, "#1f4fd1", f"{names[0]} (thin)"),
         (CURVES[0] + 34, "#d1701d", f"{names[1]} (wide)"),
         (CURVES[0] + 52, "black", "loss in nats per byte"),
-        (GAPS[0] + GAPS[1] - 8, "#444", "relative difference of the two"),
+        (GAPS[0] - 6, "#444", "relative difference of the two"),
     ]
     for at, colour, text in texts:
         svg.append(

@@ -27,6 +27,8 @@ TOLERANCE = 1e-4
 # Bytes that go through one at a time, here and in mamba_ssm.
 STEPS, THEIR_STEPS = 256, 64
 
+SIZE = {"mamba_ssm": ("d_model", "n_layer"), "transformers": ("hidden_size", "num_hidden_layers")}
+
 
 @dataclass
 class Case:
@@ -102,6 +104,7 @@ CASES = [
 
 def write(case, folder, seed):
     """Writes the checkpoint as its library would; returns the model it holds, in float32."""
+    torch.manual_seed(seed)
     model = peers.build(case.config)
     peers.randomise(model, seed)
     model = model.to(case.dtype)
@@ -217,8 +220,8 @@ def main():
     header = [f"L = {length}" for length in LENGTHS] + [
         f"{STEPS} single steps", f"beside {THEIR_STEPS} of theirs", "largest logit", "round trip"
     ]
-    print("| written by | checkpoint | " + " | ".join(header) + " |")
-    print("| --- | --- |" + " --- |" * len(header))
+    print("| written by | checkpoint | D × layers | " + " | ".join(header) + " |")
+    print("| --- | --- | --- |" + " --- |" * len(header))
     failed = []
     for index, case in enumerate(CASES):
         forward, steps, own_steps, scale, equal = check(
@@ -229,7 +232,8 @@ def main():
         cells.append("" if own_steps is None else f"{own_steps:.1e}")
         cells += [f"{scale:.1f}", "equal" if equal else "**differs**"]
         by = "transformers" if peers.is_transformers(case.config) else "mamba_ssm"
-        print(f"| {by} | {case.name} | " + " | ".join(cells) + " |", flush=True)
+        width, depth = (case.config[key] for key in SIZE[by])
+        print(f"| {by} | {case.name} | {width} × {depth} | " + " | ".join(cells) + " |", flush=True)
         if max(numbers) > TOLERANCE or not equal:
             failed.append(case.name)
     if failed:
