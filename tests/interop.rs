@@ -464,6 +464,10 @@ fn what_is_no_checkpoint_is_refused() {
         &config(8, 2),
     );
     room.import_fails("words", &["no safetensors file"]);
+    let mut long = (17u64 << 20).to_le_bytes().to_vec();
+    long.resize(18 << 20, b' ');
+    write(&room.path("long"), &long, &config(8, 2));
+    room.import_fails("long", &["a header of 17825792 bytes"]);
     write(&room.path("empty"), b"", &config(8, 2));
     room.import_fails("empty", &["truncated"]);
 

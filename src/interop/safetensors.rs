@@ -38,11 +38,17 @@ pub(super) fn tensors(file: &impl RandomAccess, index: usize) -> Result<Vec<Stor
         .read(0, 8)?
         .first_chunk()
         .map_or(0, |bytes| u64::from_le_bytes(*bytes));
-    if length > MOST_HEADER.min(file.length() - 8) {
+    if length > file.length() - 8 {
         return Err(format!(
             "is no safetensors file: its first bytes announce a header of {length} bytes, and it \
              has {} in all",
             file.length()
+        ));
+    }
+    if length > MOST_HEADER {
+        return Err(format!(
+            "has a header of {length} bytes, more than {MOST_HEADER}: a model has some thousand \
+             tensors"
         ));
     }
     let bytes = file.read(8, length)?;
