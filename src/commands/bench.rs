@@ -86,10 +86,6 @@ pub struct ScanArgs {
     /// States a channel, N
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = super::positive)]
     pub state: usize,
-    /// On a GPU: forward in one pass with so many states a lane, 0 in two passes; instead of as the
-    /// plan says
-    #[arg(long, value_name = "STATES")]
-    pub walk: Option<usize>,
     /// Where and in which storage.
     #[command(flatten)]
     pub place: Place,
@@ -192,24 +188,7 @@ fn random<const D: usize>(dims: [usize; D], dtype: DType, device: &Device) -> Te
     Tensor::<D>::random(dims, Distribution::Normal(0.0, 1.0), device).cast(dtype)
 }
 
-/// Has forward go through time as `states` says.
-#[cfg(any(feature = "cuda", feature = "wgpu"))]
-fn choose_walk(states: usize) {
-    use mambabyte_kernels::selective_scan::measure::{Choice, Forward, choose};
-    let forward = match states {
-        0 => Forward::Cut,
-        per_lane => Forward::Walk { per_lane },
-    };
-    choose(Choice {
-        forward: Some(forward),
-    });
-}
-
 fn scan(args: &ScanArgs) -> Result<Vec<Line>> {
-    #[cfg(any(feature = "cuda", feature = "wgpu"))]
-    if let Some(states) = args.walk {
-        choose_walk(states);
-    }
     let device = device::open(&args.place.device)?;
     let (b, l, e, n) = (args.batch, args.length, args.inner, args.state);
     let dtype = args.place.dtype.dtype();

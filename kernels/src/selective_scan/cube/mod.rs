@@ -12,8 +12,7 @@
 //! 3. *Outputs*: every chunk again from its entering state.
 //!
 //! With one chunk (generation's L = 1), or enough channels to keep the device busy, the third kernel
-//! alone walks all positions: half the exponentials. With a great many channels each is in one lane;
-//! with fewer its states are spread over lanes. All ways leave the states that enter chunks for
+//! alone walks all positions: half the exponentials. Both ways leave the states that enter chunks for
 //! backward, and compute an output from them by the same operations in the same order, so that
 //! backward can have forward's bits again.
 //!
@@ -67,8 +66,6 @@ pub(crate) use self::backward::backward;
 /// Most units of a cube in forward: the more units, the fewer registers each of them has, and here
 /// few registers and many units in flight are faster.
 const FORWARD_UNITS: usize = 1024;
-/// The same where states are spread over lanes.
-const WALK_UNITS: usize = 128;
 /// Units of a cube in the carry.
 const CARRY_UNITS: usize = 128;
 
@@ -91,11 +88,7 @@ pub(crate) fn forward(inputs: ScanInputs<CubeTensor>) -> ScanOutputs<CubeTensor>
         y: empty(&inputs.u, [batch, length, inner], inputs.u.dtype),
     };
     let softplus = inputs.delta_softplus;
-    let most = match chunks.forward {
-        Forward::Walk { per_lane } if per_lane < shape.state => WALK_UNITS,
-        _ => FORWARD_UNITS,
-    };
-    let config = sweep(&shape, &chunks, &device, alignment, softplus, most);
+    let config = sweep(&shape, &chunks, &device, alignment, softplus, FORWARD_UNITS);
     if chunks.forward == Forward::Cut {
         launch_chunk_ends(&inputs, &strides, &shape, &chunks, &config, &results);
     }

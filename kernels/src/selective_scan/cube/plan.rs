@@ -24,15 +24,7 @@ const TRANSIENT_BYTES: usize = if cfg!(test) {
     BACKWARD_TRANSIENT_BYTES
 };
 
-/// Planes of 32 units a processor from which [`Forward::Walk`] with states spread over lanes is taken:
-/// one and a half for each of the four schedulers that processors have. (Four sequences of 2048
-/// channels of 16 states on 132 processors are nearly 8, two sequences nearly 4; two on 82 are 6.)
-const WALK_PLANES: usize = 6;
-
-/// States of a lane there.
-const WALK_STATES: usize = 4;
-
-/// States of a lane elsewhere: all of a channel's, for the usual number of states.
+/// States of a lane: all of a channel's, for the usual number of states.
 const LANE_STATES: usize = 16;
 
 /// How forward goes through time.
@@ -41,12 +33,8 @@ pub enum Forward {
     /// Every chunk on its own, twice: its end from a zero state, then its outputs from the state
     /// that enters it.
     Cut,
-    /// Once through all positions: for one chunk, or very many channels with all their states in one
-    /// lane; for many channels, with the states spread over lanes.
-    Walk {
-        /// States of a lane, about.
-        per_lane: usize,
-    },
+    /// Once through all positions: for one chunk, or very many channels.
+    Walk,
 }
 
 /// Choices in the place of the plan's own, for tests and measurements.
@@ -106,17 +94,11 @@ impl Chunks {
             .next_power_of_two()
             .clamp(CHUNK[0], CHUNK[1]);
         let count = shape.length.div_ceil(size);
-        let (per_lane, lanes) = spread_states(shape.state, WALK_STATES, device.plane);
-        let processors = device.busy_units / 1024;
-        // Cutting costs two exponentials an element, so one pass pays before it fills the device.
-        let own = if count == 1 || 2 * channels >= device.busy_units {
-            Forward::Walk {
-                per_lane: LANE_STATES,
-            }
-        } else if channels * lanes >= WALK_PLANES * 32 * processors {
-            Forward::Walk { per_lane }
-        } else {
-            Forward::Cut
+        // Cutting costs two exponentials an element, but a walk waits at every position for the one
+        // before: it takes many units to hide that.
+        let own = match count == 1 || 2 * channels >= device.busy_units {
+            true => Forward::Walk,
+            false => Forward::Cut,
         };
         Self {
             size,
@@ -137,7 +119,7 @@ impl Chunks {
     pub fn parts(&self) -> usize {
         match self.forward {
             Forward::Cut => self.count,
-            Forward::Walk { .. } => 1,
+            Forward::Walk => 1,
         }
     }
 }
@@ -241,8 +223,7 @@ fn spread_states(state: usize, wanted: usize, plane: usize) -> (usize, usize) {
     (per_lane, lanes)
 }
 
-/// The kernels that go left to right, a channel's states in one lane where they fit, unless forward
-/// spreads them.
+/// The kernels that go left to right, a channel's states in one lane where they fit.
 ///
 /// `most_units` bounds the cube: the compiler shares 65,536 registers over it, and the cube's size
 /// is the only way to ask for fewer.
@@ -254,11 +235,7 @@ pub(super) fn sweep(
     softplus: bool,
     most_units: usize,
 ) -> SweepConfig {
-    let wanted = match chunks.forward {
-        Forward::Walk { per_lane } => per_lane,
-        Forward::Cut => LANE_STATES,
-    };
-    let (per_lane, lanes) = spread_states(shape.state, wanted, device.plane);
+    let (per_lane, lanes) = spread_states(shape.state, LANE_STATES, device.plane);
     let most_units = if per_lane > LANE_STATES {
         128
     } else {

@@ -55,13 +55,8 @@ fn plans_cover_every_state_within_every_limit() {
                 channels: 2,
                 states: 4,
             };
-            let walk = Chunks {
-                forward: Forward::Walk { per_lane: 4 },
-                ..chunks
-            };
             for config in [
                 sweep(&shape, &chunks, &device, alignment, true, 1024),
-                sweep(&shape, &walk, &device, alignment, true, 128),
                 sweep(&shape, &chunks.cut(), &device, alignment, true, 128),
             ] {
                 let what = format!("{device:?} {shape:?} {config:?}");
@@ -354,8 +349,7 @@ fn all_ways_through_time_agree() {
             inputs.resets = cleared.then(|| CubeBackend::float_from_data(flags, &device));
             inputs.z = inputs.z.filter(|_| gated);
             let mut expected: Option<[Vec<f32>; 3]> = None;
-            let walks = [16, 8, 4].map(|per_lane| Forward::Walk { per_lane });
-            for way in [Forward::Cut].into_iter().chain(walks) {
+            for way in [Forward::Cut, Forward::Walk] {
                 let what = format!("{device:?} {dims:?} {way:?} {gated} {cleared}");
                 choose(Choice { forward: Some(way) });
                 let first = CubeBackend::selective_scan(inputs.clone());
