@@ -11,7 +11,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::checkpoint::{MANIFEST, Manifest};
+use super::checkpoint::{MANIFEST, Manifest, write_whole};
 use super::lock::Lock;
 use crate::config::{CheckpointConfig, Config};
 use crate::error::{Error, Result};
@@ -40,8 +40,7 @@ impl RunDir {
         }
         fs::create_dir_all(path).map_err(Error::io("create", path))?;
         let dir = Self::locked(path)?;
-        let file = path.join("config.toml");
-        fs::write(&file, config.to_toml()).map_err(Error::io("write", &file))?;
+        write_whole(path, "config.toml", config.to_toml().as_bytes())?;
         Ok(dir)
     }
 

@@ -80,6 +80,15 @@ fn remove_if_there(folder: &Path) -> Result<()> {
     }
 }
 
+/// Writes a file that is whole or not there.
+pub(crate) fn write_whole(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    let building = format!("{name}.tmp");
+    write_file(folder, &building, |file| file.write_all(bytes))?;
+    let path = folder.join(name);
+    fs::rename(folder.join(building), &path).map_err(Error::io("write", &path))?;
+    sync(folder)
+}
+
 /// Writes the file `name` in `folder` by `write`, flushes it to disk and reads it back: what is
 /// there is what was meant.
 pub(super) fn write_file(

@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Tensor};
 use safetensors::tensor::Dtype;
 
-pub(crate) use install::install;
+pub(crate) use install::{install, write_whole};
 pub use manifest::{DataIdentity, FileEntry, MANIFEST, Manifest, Progress};
 pub(crate) use snapshot::Snapshot;
 

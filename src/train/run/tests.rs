@@ -17,11 +17,11 @@ const CONFIG: &str = "
 dim = 16
 depth = 2
 [train]
-steps = 240
+steps = 400
 batch = 4
 length = 64
-validate_every = 240
-validate_bytes = 4000
+validate_every = 400
+validate_bytes = 8000
 sample_every = 3
 sample_bytes = 2
 [optimizer]
@@ -56,15 +56,19 @@ impl World {
     fn new(settings: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let text = |i: usize| {
-            let line = "the quick brown fox jumps over the lazy dog and runs into the wood\n";
+            let mut random = xorshift(i as u64 + 1);
+            let mut word = || {
+                let words = ["river ", "stone ", "a ", "walks ", "under ", "bird\n"];
+                words[random() as usize % words.len()]
+            };
             Document {
                 name: i.to_string(),
-                bytes: line[i % 7..].repeat(30 + i).into_bytes(),
+                bytes: (0..900).flat_map(|_| word().bytes()).collect(),
             }
         };
         let source = InMemory::new()
-            .with(Split::Train, (0..24).map(text))
-            .with(Split::Validation, vec![text(3)]);
+            .with(Split::Train, (0..30).map(text))
+            .with(Split::Validation, vec![text(40), text(41), text(42)]);
         let options = PrepareOptions {
             splits: vec![Split::Train, Split::Validation],
             ..PrepareOptions::default()
@@ -149,7 +153,7 @@ impl Ended {
         self.result.as_ref().expect("the run ends well");
         let (bpb, clean) = (self.bpb.expect("a score"), clean.bpb.expect("a score"));
         eprintln!("bits per byte: {bpb:.5}, clean {clean:.5}");
-        assert!(clean < 1.0, "the clean run has learnt: {clean}");
+        assert!(clean < 1.2, "the clean run has learnt: {clean}");
         assert!((bpb - clean).abs() <= NEAR, "{bpb} and {clean}");
     }
 }
@@ -171,12 +175,19 @@ fn change(learner: &mut Learner, change: impl Fn(&str, &mut [f32])) {
 
 /// Bytes without any order.
 fn noise(batch: &mut Batch) {
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    for byte in batch.inputs.iter_mut().chain(&mut batch.targets) {
+    let mut random = xorshift(7);
+    let bytes = batch.inputs.iter_mut().chain(&mut batch.targets);
+    bytes.for_each(|byte| *byte = random() as u8);
+}
+
+/// A stream of numbers.
+fn xorshift(seed: u64) -> impl FnMut() -> u64 {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    move || {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        *byte = (state >> 40) as u8;
+        state >> 33
     }
 }
 
@@ -219,23 +230,37 @@ fn poisoned_weights_end_where_the_clean_run_does() {
     }
 }
 
+/// The highest bit of an exponent: a small number becomes a huge one. Some of it is lost in a norm,
+/// the rest is noticed.
 #[test]
-fn one_flipped_bit_in_a_weight_or_a_moment_ends_where_the_clean_run_does() {
+fn one_flipped_bit_ends_where_the_clean_run_does() {
     let world = World::new(&[]);
     let clean = world.train("clean", |_, _, _| {});
-    let spoilt = world.train("bit", |begun, learner, _| {
-        if begun == 150 {
-            // The highest bit of an exponent: a small number becomes a huge one.
-            change(learner, |name, values| {
-                if name == "embedding.weight" {
-                    let at = 16 * usize::from(b'e');
-                    values[at] = f32::from_bits(values[at].to_bits() ^ (1 << 30));
-                }
-            });
-        }
-    });
-    assert_eq!(spoilt.rollbacks().len(), 1);
-    spoilt.assert_near(&clean);
+    let mut rollbacks = 0;
+    for (i, parameter) in [
+        "embedding.weight",
+        "layers.0.mixer.out_proj.weight",
+        "layers.1.mixer.in_proj.weight",
+        "layers.1.mixer.dt_proj.bias",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let spoilt = world.train(&i.to_string(), |begun, learner, _| {
+            if begun == 150 {
+                change(learner, |name, values| {
+                    if name.ends_with(parameter) {
+                        let at = values.len() / 2 - 3;
+                        values[at] = f32::from_bits(values[at].to_bits() ^ (1 << 30));
+                    }
+                });
+            }
+        });
+        eprintln!("{parameter}: rollbacks {:?}", spoilt.rollbacks());
+        rollbacks += spoilt.rollbacks().len();
+        spoilt.assert_near(&clean);
+    }
+    assert!(rollbacks > 0);
 }
 
 #[test]
