@@ -15,12 +15,12 @@ use crate::train::parameters;
 const CONFIG: &str = "
 [model]
 dim = 16
-depth = 2
+depth = 1
 [train]
-steps = 400
+steps = 800
 batch = 4
 length = 64
-validate_every = 400
+validate_every = 800
 validate_bytes = 8000
 sample_every = 3
 sample_bytes = 2
@@ -67,7 +67,7 @@ impl World {
             }
         };
         let source = InMemory::new()
-            .with(Split::Train, (0..30).map(text))
+            .with(Split::Train, (0..60).map(text))
             .with(Split::Validation, vec![text(40), text(41), text(42)]);
         let options = PrepareOptions {
             splits: vec![Split::Train, Split::Validation],
@@ -203,7 +203,7 @@ fn poisoned_weights_end_where_the_clean_run_does() {
         let spoilt = world.train("nan", |begun, learner, _| {
             if begun == 130 {
                 change(learner, |name, values| {
-                    if name.ends_with("layers.1.mixer.in_proj.weight") {
+                    if name.ends_with("layers.0.mixer.in_proj.weight") {
                         values[77] = f32::NAN;
                     }
                 });
@@ -240,8 +240,8 @@ fn one_flipped_bit_ends_where_the_clean_run_does() {
     for (i, parameter) in [
         "embedding.weight",
         "layers.0.mixer.out_proj.weight",
-        "layers.1.mixer.in_proj.weight",
-        "layers.1.mixer.dt_proj.bias",
+        "layers.0.mixer.in_proj.weight",
+        "layers.0.mixer.dt_proj.bias",
     ]
     .iter()
     .enumerate()
