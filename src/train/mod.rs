@@ -9,6 +9,7 @@
 //! as they are.
 
 pub mod checkpoint;
+pub mod fit;
 pub mod guard;
 mod interrupt;
 pub mod launch;
