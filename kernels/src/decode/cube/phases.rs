@@ -27,9 +27,7 @@ pub(super) const DT_BIAS: usize = 3;
 pub(super) const SKIP: usize = 4;
 pub(super) const CHANNEL_NUMBERS: usize = 5;
 
-/// Numbers of a column in the buffer of width parameters.
-pub(super) const NORM_WEIGHT: usize = 0;
-pub(super) const NORM_BIAS: usize = 1;
+/// Numbers of a column in the buffer of width parameters: weight and bias of the norm, then this.
 pub(super) const OUT_BIAS: usize = 2;
 pub(super) const WIDTH_NUMBERS: usize = 3;
 
