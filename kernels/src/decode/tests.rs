@@ -396,3 +396,66 @@ fn the_reference_carries_its_memory() {
         assert_eq!(after[3 * e..3 * e + 2], before[3 * e + 1..3 * e + 3]);
     }
 }
+
+/// Bytes, probabilities and logits of 150 steps on a GPU, run one way, and what it is called.
+#[cfg(feature = "cube")]
+fn run_as(
+    shape: &Shape,
+    mode: cube::Mode,
+    processors: Option<usize>,
+    device: &Device,
+) -> (Vec<Choice>, Vec<f32>, &'static str) {
+    let sampling = Sampling {
+        top_k: 0,
+        temperature: 0.9,
+        ..GREEDY
+    };
+    let mut rng = Rng::new(9);
+    let draws = (0..150 * shape.batch).map(|_| Draw::free(rng.uniform()));
+    let draws: Vec<Draw> = draws.collect();
+    let mut decoder = cube::Decoder::new(&shape.model(device), DType::F32).expect("kernels");
+    decoder.set_mode(mode, processors);
+    decoder.begin(shape.start(shape.lanes(sampling), device));
+    let choices = decoder.run(&draws);
+    (choices, decoder.logits(), decoder.describe())
+}
+
+/// On a GPU a step is run kernel by kernel, as a graph, or with many others in one kernel: on CUDA,
+/// where that is the best way.
+#[cfg(feature = "cube")]
+#[test]
+fn all_ways_to_run_steps_give_the_same_bits() {
+    use super::cube::Mode;
+    for batch in [1, 3] {
+        let shape = Shape { batch, ..SHAPE };
+        for device in devices().into_iter().skip(1) {
+            let (expected, logits, _) = run_as(&shape, Mode::Kernels, None, &device);
+            let (graph, graph_logits, how) = run_as(&shape, Mode::Graph, None, &device);
+            assert_eq!(how, "GPU kernels, one graph a byte", "{device:?}");
+            assert_eq!((&graph, &graph_logits), (&expected, &logits));
+            let (best, best_logits, _) = run_as(&shape, Mode::Best, None, &device);
+            assert_eq!((&best, &best_logits), (&expected, &logits));
+        }
+    }
+}
+
+/// A single cube waits for nobody, so every device can run it: a model small enough for one.
+#[cfg(feature = "cube")]
+#[test]
+fn one_kernel_for_many_steps_gives_the_same_bits() {
+    use super::cube::Mode;
+    let shape = Shape {
+        depth: 3,
+        width: 16,
+        inner: 32,
+        vocabulary: 32,
+        rows: 32,
+        ..SHAPE
+    };
+    for device in devices().into_iter().skip(1) {
+        let (expected, logits, _) = run_as(&shape, Mode::Kernels, Some(1), &device);
+        let (got, got_logits, how) = run_as(&shape, Mode::Persistent(1), Some(1), &device);
+        assert_eq!(how, "one GPU kernel for many bytes");
+        assert_eq!((got, got_logits), (expected, logits), "{device:?}");
+    }
+}

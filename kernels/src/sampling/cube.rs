@@ -37,7 +37,7 @@ fn rank_of(values: &Shared<[f32]>, own: f32, unit: usize) -> usize {
 /// - choices: `[steps, B, 4]`
 #[cube]
 pub(crate) fn choose(
-    logits: &[f32],
+    logits: &mut [f32],
     seen: &mut [f32],
     limits: &[f32],
     draws: &[f32],

@@ -2,6 +2,7 @@
 //!
 //! The choice of a byte is part of the graph, so bytes reach the host in pieces, not one by one.
 
+mod persistent;
 mod phases;
 mod plan;
 mod steps;
@@ -80,6 +81,8 @@ pub(super) struct Buffers {
     pub choices: Handle,
     /// Steps since `draws` was written.
     pub position: Handle,
+    /// How often cubes have come to a meeting.
+    pub arrivals: Handle,
 }
 
 /// See [`super::Decoder`].
@@ -88,7 +91,40 @@ pub struct Decoder {
     weights: Weights,
     sizes: Sizes,
     traits: DeviceTraits,
+    mode: Mode,
     session: Option<Session>,
+}
+
+/// Which of the ways to run steps; all give the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// The fastest that the device has.
+    Best,
+    /// One graph a step.
+    Graph,
+    /// Kernel by kernel.
+    Kernels,
+    /// Many steps in one kernel of so many cubes.
+    #[cfg(test)]
+    Persistent(usize),
+}
+
+impl Mode {
+    /// The way that the variable MAMBABYTE_DECODE names, for comparisons: `graph` or `kernels`.
+    fn from_environment() -> Self {
+        match std::env::var("MAMBABYTE_DECODE").as_deref() {
+            Ok("graph") => Self::Graph,
+            Ok("kernels") => Self::Kernels,
+            _ => Self::Best,
+        }
+    }
+}
+
+/// How many cubes run a whole step in one kernel; none where there is too much work, or where cubes
+/// that wait for each other are not sure to run at the same time.
+fn persistent_cubes(config: &StepConfig, batch: usize, traits: &DeviceTraits) -> Option<usize> {
+    let cubes = traits.busy_units / 1024;
+    (traits.ptx && config.fits_at_once(cubes, batch)).then_some(cubes)
 }
 
 /// A number of sequences with all that belongs to it.
@@ -99,10 +135,12 @@ struct Session {
     graph: Recording,
 }
 
-/// The graph of a step, if there is one.
+/// How steps are run.
 #[derive(Debug)]
 enum Recording {
-    /// Nothing ran yet.
+    /// Many of them in one kernel, of so many cubes.
+    Persistent(usize),
+    /// One by one, as a graph that is not there yet: nothing ran.
     None,
     Graph(Graph),
     /// This device records none.
@@ -205,8 +243,19 @@ impl Decoder {
             weights,
             sizes,
             traits,
+            mode: Mode::from_environment(),
             session: None,
         })
+    }
+
+    /// Runs steps another way, dividing the work for so many processors.
+    #[cfg(test)]
+    pub(super) fn set_mode(&mut self, mode: Mode, processors: Option<usize>) {
+        self.mode = mode;
+        self.session = None;
+        if let Some(processors) = processors {
+            self.traits.busy_units = 1024 * processors;
+        }
     }
 
     /// See [`super::Decoder::begin`].
@@ -219,7 +268,13 @@ impl Decoder {
         {
             // The old one's memory is free before the new one's is taken.
             self.session = None;
-            self.session = Some(Session::new(&self.weights, self.sizes, batch, &self.traits));
+            self.session = Some(Session::new(
+                &self.weights,
+                self.sizes,
+                batch,
+                &self.traits,
+                self.mode,
+            ));
         }
         if let Some(session) = &self.session {
             session.load(&self.weights, start);
@@ -249,13 +304,20 @@ impl Decoder {
     pub(super) fn describe(&self) -> &'static str {
         match self.session.as_ref().map(|session| &session.graph) {
             Some(Recording::Graph(_)) => "GPU kernels, one graph a byte",
+            Some(Recording::Persistent(_)) => "one GPU kernel for many bytes",
             _ => "GPU kernels",
         }
     }
 }
 
 impl Session {
-    fn new(weights: &Weights, sizes: Sizes, batch: usize, traits: &DeviceTraits) -> Self {
+    fn new(
+        weights: &Weights,
+        sizes: Sizes,
+        batch: usize,
+        traits: &DeviceTraits,
+        mode: Mode,
+    ) -> Self {
         let config = StepConfig::new(sizes, batch, traits)
             .unwrap_or_else(|| panic!("decode: {batch} sequences do not fit the device"));
         let client = &weights.embedding.client;
@@ -277,9 +339,19 @@ impl Session {
                 draws: floats(AHEAD * batch),
                 choices: floats(AHEAD * batch * CHOICE),
                 position: floats(1),
+                arrivals: floats(1),
+            },
+            graph: match mode {
+                Mode::Kernels => Recording::Impossible,
+                Mode::Graph => Recording::None,
+                Mode::Best => match persistent_cubes(&config, batch, traits) {
+                    Some(cubes) => Recording::Persistent(cubes),
+                    None => Recording::None,
+                },
+                #[cfg(test)]
+                Mode::Persistent(cubes) => Recording::Persistent(cubes),
             },
             config,
-            graph: Recording::None,
         }
     }
 
@@ -337,8 +409,13 @@ impl Session {
             &self.buffers.position,
             cubecl::bytes::Bytes::from_elems(vec![0u32]),
         );
-        for _ in 0..steps {
-            self.step(weights);
+        match self.graph {
+            Recording::Persistent(cubes) => {
+                let zero = cubecl::bytes::Bytes::from_elems(vec![0u32]);
+                client.write(&self.buffers.arrivals, zero);
+                persistent::launch(weights, &self.buffers, &self.config, steps, cubes);
+            }
+            _ => (0..steps).for_each(|_| self.step(weights)),
         }
         let values = self.read(weights, &self.buffers.choices);
         let choice = |it: &[f32]| Choice {
@@ -366,16 +443,18 @@ impl Session {
                     panic!("decode: the graph of a step: {error:?}");
                 }
             }
-            Recording::Impossible => steps::launch(weights, &self.buffers, &self.config),
+            Recording::Impossible | Recording::Persistent(_) => {
+                steps::launch(weights, &self.buffers, &self.config)
+            }
             Recording::None => {
                 let prepared = client.graph_prepare().is_ok();
                 steps::launch(weights, &self.buffers, &self.config);
                 self.graph = Recording::Impossible;
                 if prepared && client.start_capture().is_ok() {
                     steps::launch(weights, &self.buffers, &self.config);
-                    match client.stop_capture() {
-                        Ok(graph) => self.graph = Recording::Graph(graph),
-                        Err(error) => tracing_debug(&format!("{error:?}")),
+                    // Without a graph bytes come all the same, more slowly.
+                    if let Ok(graph) = client.stop_capture() {
+                        self.graph = Recording::Graph(graph);
                     }
                 }
             }
@@ -388,9 +467,4 @@ impl Session {
             Err(error) => panic!("decode: {error:?}"),
         }
     }
-}
-
-/// Why no graph could be recorded: bytes come all the same.
-fn tracing_debug(reason: &str) {
-    let _ = reason;
 }

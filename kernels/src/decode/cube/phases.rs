@@ -19,6 +19,9 @@ use super::plan::StepConfig;
 use crate::cube::math::{exp2, sigmoid, step_size};
 use crate::cube::reduce::{lane_sum, total};
 
+/// A number of a buffer that some phases read as wider vectors.
+pub(super) type One = Vector<f32, Const<1>>;
+
 /// Numbers of a channel in the buffer of channel parameters: its taps, then these.
 pub(super) const CONV_BIAS: usize = 0;
 pub(super) const X_BIAS: usize = 1;
@@ -173,21 +176,73 @@ fn own_sum(
     own
 }
 
+/// What a unit loads for [`enter`] before it waits for the stream: all that is known ahead.
+#[derive(CubeType)]
+pub(super) struct EnterAhead<W: Float, V: Size> {
+    /// The row of x of the plane's first channel, and that of z.
+    x_row: Array<Vector<W, V>>,
+    z_row: Array<Vector<W, V>>,
+    /// The unit's column of the cube's rows of `x_proj`.
+    low: Array<W>,
+}
+
+/// An empty [`EnterAhead`].
+#[cube]
+pub(super) fn no_enter<W: Float, V: Size>(#[comptime] c: StepConfig) -> EnterAhead<W, V> {
+    EnterAhead::<W, V> {
+        x_row: Array::new(comptime!(c.loads(c.width / c.vector)[0])),
+        z_row: Array::new(comptime!(c.loads(c.width / c.vector)[0])),
+        low: Array::new(comptime!(c.channels)),
+    }
+}
+
+/// Loads ahead for [`enter`].
+#[cube]
+pub(super) fn load_enter<W: Float, V: Size>(
+    ahead: &mut EnterAhead<W, V>,
+    in_proj: &[Vector<W, V>],
+    x_proj: &[W],
+    layer: usize,
+    cube: usize,
+    #[comptime] c: StepConfig,
+) {
+    let vectors = comptime!(c.width / c.vector);
+    let unit = UNIT_POS as usize;
+    let first = cube * comptime!(c.channels);
+    let last = comptime!(c.inner - 1).runtime();
+    let row = layer * comptime!(2 * c.inner) + min(first + unit / comptime!(c.plane), last);
+    read_row(in_proj, &mut ahead.x_row, row, vectors, 0usize, c);
+    read_row(
+        in_proj,
+        &mut ahead.z_row,
+        row + comptime!(c.inner),
+        vectors,
+        0usize,
+        c,
+    );
+    let column = min(unit, comptime!(c.low() - 1).runtime());
+    #[unroll]
+    for i in 0..c.channels {
+        let row = layer * comptime!(c.inner) + min(first + i, last);
+        ahead.low[i] = x_proj[row * comptime!(c.low()) + column];
+    }
+}
+
 /// Norm, `in_proj`, one step of the convolution, SiLU, and the cube's part of `x_proj`.
 ///
 /// - stream: `[B, D]`; in_proj: `[layers, 2E, D]`; x_proj: `[layers, E, R + 2N]`
 /// - window: `[layers, B, E, K-1]`; u, z: `[B, E]`; parts: `[B, parts, R + 2N]`
 #[cube]
 pub(super) fn enter<W: Float, V: Size>(
-    stream: &[Vector<f32, V>],
+    ahead: &mut EnterAhead<W, V>,
+    stream: &mut [One],
     widths: &[Vector<f32, V>],
     channels: &[f32],
     in_proj: &[Vector<W, V>],
-    x_proj: &[W],
     window: &mut [f32],
     u: &mut [f32],
     z: &mut [f32],
-    parts: &mut [f32],
+    parts: &mut [One],
     layer: usize,
     batch: usize,
     cube: usize,
@@ -198,25 +253,17 @@ pub(super) fn enter<W: Float, V: Size>(
     let lane = unit % comptime!(c.plane);
     let plane = unit / comptime!(c.plane);
     let vectors = comptime!(c.width / c.vector);
-    let loads = comptime!(c.loads(vectors)[0]);
     let rounds = comptime!(c.loads(vectors)[1]);
     let turns = comptime!(c.channels.div_ceil(c.planes()));
     let numbers = comptime!(c.taps + CHANNEL_NUMBERS);
     let past = comptime!(c.taps - 1);
     let low = comptime!(c.low());
     let first_channel = cube * comptime!(c.channels);
+    let norm_at = layer * comptime!(WIDTH_NUMBERS * vectors);
+    let stream = stream.with_vector_size::<V>();
 
     let mut hat = Shared::<[Vector<f32, V>]>::new_slice(comptime!(c.group * c.padded_width()));
     let mut us = Shared::<[f32]>::new_slice(comptime!(c.group * c.channels));
-    // Loaded ahead: what follows waits for the stream.
-    let mut low_weights = Array::<W>::new(comptime!(c.channels));
-    #[unroll]
-    for i in 0..c.channels {
-        let channel = min(first_channel + i, comptime!(c.inner - 1).runtime());
-        let column = min(unit, comptime!(c.low() - 1).runtime());
-        low_weights[i] = x_proj[(layer * comptime!(c.inner) + channel) * low + column];
-    }
-
     for group in 0..batch.div_ceil(comptime!(c.group)) {
         let first = group * comptime!(c.group);
         let sequence = first + lane;
@@ -227,17 +274,6 @@ pub(super) fn enter<W: Float, V: Size>(
             let inside = place < comptime!(c.channels) && channel < comptime!(c.inner);
             let channel = min(channel, comptime!(c.inner - 1).runtime());
             let row = layer * comptime!(2 * c.inner) + channel;
-            let mut x_row = Array::<Vector<W, V>>::new(loads);
-            let mut z_row = Array::<Vector<W, V>>::new(loads);
-            read_row(in_proj, &mut x_row, row, vectors, 0usize, c);
-            read_row(
-                in_proj,
-                &mut z_row,
-                row + comptime!(c.inner),
-                vectors,
-                0usize,
-                c,
-            );
             let own = inside && lane < comptime!(c.group) && sequence < batch;
             let numbers_at = (layer * comptime!(c.inner) + channel) * numbers;
             let state = (layer * batch + min(sequence, batch - 1)) * comptime!(c.inner) + channel;
@@ -255,15 +291,7 @@ pub(super) fn enter<W: Float, V: Size>(
                 // Others may still read the group before.
                 sync_cube();
                 normalise(
-                    stream,
-                    widths,
-                    &mut hat,
-                    first,
-                    batch,
-                    layer * comptime!(WIDTH_NUMBERS * vectors),
-                    eps,
-                    true,
-                    c,
+                    stream, widths, &mut hat, first, batch, norm_at, eps, true, c,
                 );
                 sync_cube();
             }
@@ -274,19 +302,16 @@ pub(super) fn enter<W: Float, V: Size>(
             }
             #[unroll]
             for round in 0..rounds {
-                if round > 0 {
-                    read_row(in_proj, &mut x_row, row, vectors, round, c);
-                    read_row(
-                        in_proj,
-                        &mut z_row,
-                        row + comptime!(c.inner),
-                        vectors,
-                        round,
-                        c,
-                    );
+                // The first channel's first round is there already, for the first sequences.
+                if comptime!(round > 0 || turn > 0 || turns * rounds > 1) {
+                    if comptime!(round > 0 || turn > 0) || group > 0 {
+                        read_row(in_proj, &mut ahead.x_row, row, vectors, round, c);
+                        let z_row = row + comptime!(c.inner);
+                        read_row(in_proj, &mut ahead.z_row, z_row, vectors, round, c);
+                    }
                 }
-                add_products(&x_row, &hat, &mut sums, 0usize, round, c);
-                add_products(&z_row, &hat, &mut sums, c.group, round, c);
+                add_products(&ahead.x_row, &hat, &mut sums, 0usize, round, c);
+                add_products(&ahead.z_row, &hat, &mut sums, c.group, round, c);
             }
             let x = own_sum(&sums, lane, 0usize, c) + parameters[comptime!(c.taps + X_BIAS)];
             let gate = own_sum(&sums, lane, c.group, c) + parameters[comptime!(c.taps + Z_BIAS)];
@@ -318,7 +343,7 @@ pub(super) fn enter<W: Float, V: Size>(
             }
             #[unroll]
             for i in 0..c.channels {
-                let weight = f32::cast_from(low_weights[i]);
+                let weight = f32::cast_from(ahead.low[i]);
                 #[unroll]
                 for b in 0..c.group {
                     sums[b] = fma(weight, us[comptime!(i * c.group + b)], sums[b]);
@@ -327,11 +352,100 @@ pub(super) fn enter<W: Float, V: Size>(
             #[unroll]
             for b in 0..c.group {
                 if first + b < batch {
-                    parts[((first + b) * comptime!(c.parts()) + cube) * low + unit] = sums[b];
+                    parts[((first + b) * comptime!(c.parts()) + cube) * low + unit] =
+                        Vector::new(sums[b]);
                 }
             }
         }
     }
+}
+
+/// What a unit loads for [`advance`] before it waits for u, z and the parts.
+#[derive(CubeType)]
+pub(super) struct AdvanceAhead<W: Float, T: Size, S: Size> {
+    /// The lane's states, their rates, and its weights of `dt_proj`.
+    state: Array<Vector<f32, S>>,
+    rate: Array<Vector<f32, S>>,
+    weights: Array<Vector<W, T>>,
+    /// Bias of Δ, and d.
+    numbers: Array<f32>,
+}
+
+/// An empty [`AdvanceAhead`].
+#[cube]
+pub(super) fn no_advance<W: Float, T: Size, S: Size>(
+    #[comptime] c: StepConfig,
+) -> AdvanceAhead<W, T, S> {
+    AdvanceAhead::<W, T, S> {
+        state: Array::new(comptime!(c.held())),
+        rate: Array::new(comptime!(c.held())),
+        weights: Array::new(comptime!(c.ranks())),
+        numbers: Array::new(2usize),
+    }
+}
+
+/// The channel of a unit in [`advance`], as a row of `[B, E]`, and whether there is one.
+#[derive(CubeType)]
+struct Place {
+    sequence: usize,
+    channel: usize,
+    lane: usize,
+    inside: bool,
+}
+
+#[cube]
+fn place(cube: usize, #[comptime] c: StepConfig) -> Place {
+    let lanes = comptime!(c.lanes());
+    let unit = UNIT_POS as usize;
+    let place = unit / lanes;
+    let channel = cube % comptime!(c.blocks()) * comptime!(c.block) + place;
+    Place {
+        sequence: cube / comptime!(c.blocks()),
+        channel: min(channel, comptime!(c.inner - 1).runtime()),
+        lane: unit % lanes,
+        inside: place < comptime!(c.block) && channel < comptime!(c.inner),
+    }
+}
+
+/// Loads ahead for [`advance`].
+#[cube]
+pub(super) fn load_advance<W: Float, T: Size, S: Size>(
+    ahead: &mut AdvanceAhead<W, T, S>,
+    channels: &[f32],
+    dt_proj: &[Vector<W, T>],
+    rates: &[Vector<f32, S>],
+    h: &mut [Vector<f32, S>],
+    layer: usize,
+    batch: usize,
+    cube: usize,
+    #[comptime] c: StepConfig,
+) {
+    let place = place(cube, c);
+    let lanes = comptime!(c.lanes());
+    let states = comptime!(c.states / c.state_vector);
+    let ranks = comptime!(c.rank / c.rank_vector);
+    let row = layer * comptime!(c.inner) + place.channel;
+    let own = (layer * batch + place.sequence) * comptime!(c.inner) + place.channel;
+    #[unroll]
+    for i in 0..comptime!(c.held()) {
+        let vector = min(
+            comptime!(i * lanes) + place.lane,
+            comptime!(states - 1).runtime(),
+        );
+        ahead.state[i] = h[own * states + vector];
+        ahead.rate[i] = rates[row * states + vector];
+    }
+    #[unroll]
+    for i in 0..comptime!(c.ranks()) {
+        let vector = min(
+            comptime!(i * lanes) + place.lane,
+            comptime!(ranks - 1).runtime(),
+        );
+        ahead.weights[i] = dt_proj[row * ranks + vector];
+    }
+    let numbers = row * comptime!(c.taps + CHANNEL_NUMBERS);
+    ahead.numbers[0] = channels[numbers + comptime!(c.taps + DT_BIAS)];
+    ahead.numbers[1] = channels[numbers + comptime!(c.taps + SKIP)];
 }
 
 /// Δ, B and C from the parts, then one step of the recurrence and the gate.
@@ -339,71 +453,39 @@ pub(super) fn enter<W: Float, V: Size>(
 /// `cube` counts blocks of channels within a sequence, then sequences.
 ///
 /// - dt_proj: `[layers, E, R]`; rates: `[layers, E, N]`, times log₂ e; h: `[layers, B, E, N]`
-/// - parts as [`enter`] leaves them, as vectors; u, z, y: `[B, E]`
+/// - parts as [`enter`] leaves them; u, z, y: `[B, E]`
 #[cube]
 pub(super) fn advance<W: Float, T: Size, S: Size, Q: Size>(
-    parts: &[Vector<f32, Q>],
-    u: &[f32],
-    z: &[f32],
-    channels: &[f32],
-    dt_proj: &[Vector<W, T>],
-    rates: &[Vector<f32, S>],
+    ahead: &AdvanceAhead<W, T, S>,
+    parts: &mut [One],
+    u: &mut [f32],
+    z: &mut [f32],
     h: &mut [Vector<f32, S>],
-    y: &mut [f32],
+    y: &mut [One],
     layer: usize,
     batch: usize,
     cube: usize,
     #[comptime] c: StepConfig,
 ) {
-    let unit = UNIT_POS as usize;
+    let place = place(cube, c);
     let lanes = comptime!(c.lanes());
     let held = comptime!(c.held());
+    let ranks = comptime!(c.ranks());
     let state_vectors = comptime!(c.states / c.state_vector);
     let rank_vectors = comptime!(c.rank / c.rank_vector);
-    let ranks = comptime!(rank_vectors.div_ceil(lanes));
-    let numbers = comptime!(c.taps + CHANNEL_NUMBERS);
-    let sequence = cube / comptime!(c.blocks());
-    let place = unit / lanes;
-    let lane = unit % lanes;
-    let channel = cube % comptime!(c.blocks()) * comptime!(c.block) + place;
-    let inside = place < comptime!(c.block) && channel < comptime!(c.inner);
-    let channel = min(channel, comptime!(c.inner - 1).runtime());
-    let row = layer * comptime!(c.inner) + channel;
-    let at = sequence * comptime!(c.inner) + channel;
-    let state_row = (layer * batch + sequence) * comptime!(c.inner) + channel;
-
-    // Loaded ahead: what follows waits for the parts.
-    let mut state = Array::<Vector<f32, S>>::new(held);
-    let mut rate = Array::<Vector<f32, S>>::new(held);
-    let mut weights = Array::<Vector<W, T>>::new(ranks);
-    #[unroll]
-    for i in 0..held {
-        let vector = min(
-            comptime!(i * lanes) + lane,
-            comptime!(state_vectors - 1).runtime(),
-        );
-        state[i] = h[state_row * state_vectors + vector];
-        rate[i] = rates[row * state_vectors + vector];
-    }
-    #[unroll]
-    for i in 0..ranks {
-        let vector = min(
-            comptime!(i * lanes) + lane,
-            comptime!(rank_vectors - 1).runtime(),
-        );
-        weights[i] = dt_proj[row * rank_vectors + vector];
-    }
+    let lane = place.lane;
+    let inside = place.inside;
+    let at = place.sequence * comptime!(c.inner) + place.channel;
+    let state_row = (layer * batch + place.sequence) * comptime!(c.inner) + place.channel;
     let input = u[at];
     let gate = z[at];
-    let bias = channels[row * numbers + comptime!(c.taps + DT_BIAS)];
-    let skip = channels[row * numbers + comptime!(c.taps + SKIP)];
 
-    let low = low_rank(parts, sequence, c);
+    let low = low_rank(parts.with_vector_size::<Q>(), place.sequence, c);
     let mut delta = 0.0f32;
     #[unroll]
     for i in 0..ranks {
         let vector = comptime!(i * lanes) + lane;
-        let weight = Vector::<f32, T>::cast_from(weights[i]);
+        let weight = Vector::<f32, T>::cast_from(ahead.weights[i]);
         #[unroll]
         for k in 0..T::value() {
             let index = min(vector, comptime!(rank_vectors - 1).runtime()) * T::value() + k;
@@ -411,7 +493,7 @@ pub(super) fn advance<W: Float, T: Size, S: Size, Q: Size>(
             delta += select(vector < rank_vectors, term, 0.0f32);
         }
     }
-    let delta = lane_sum(delta, lanes, 1usize) + bias;
+    let delta = lane_sum(delta, lanes, 1usize) + ahead.numbers[0];
     let delta = step_size(delta, true, c.ptx);
     let scaled = delta * input;
     let mut sum = 0.0f32;
@@ -425,9 +507,9 @@ pub(super) fn advance<W: Float, T: Size, S: Size, Q: Size>(
         for k in 0..S::value() {
             let b = low[comptime!(c.rank) + n + k];
             let out = low[comptime!(c.rank + c.states) + n + k];
-            let exponent = delta * rate[i].extract(k);
+            let exponent = delta * ahead.rate[i].extract(k);
             let decay = exp2(exponent, c.ptx);
-            let value = fma(decay, state[i].extract(k), scaled * b);
+            let value = fma(decay, ahead.state[i].extract(k), scaled * b);
             next.insert(k, value);
             sum += select(within, value * out, 0.0f32);
         }
@@ -435,10 +517,10 @@ pub(super) fn advance<W: Float, T: Size, S: Size, Q: Size>(
             h[state_row * state_vectors + vector] = next;
         }
     }
-    let value = fma(skip, input, lane_sum(sum, lanes, 1usize));
+    let value = fma(ahead.numbers[1], input, lane_sum(sum, lanes, 1usize));
     let value = value * gate * sigmoid(gate, c.ptx);
     if inside && lane == 0 {
-        y[at] = value;
+        y[at] = Vector::new(value);
     }
 }
 
@@ -486,15 +568,66 @@ fn low_rank<Q: Size>(
     low
 }
 
-/// `out_proj`, added to the stream.
+/// What a unit loads for [`leave`] before it waits for y.
+#[derive(CubeType)]
+pub(super) struct LeaveAhead<W: Float, V: Size> {
+    weights: Array<Vector<W, V>>,
+}
+
+/// An empty [`LeaveAhead`].
+#[cube]
+pub(super) fn no_leave<W: Float, V: Size>(#[comptime] c: StepConfig) -> LeaveAhead<W, V> {
+    LeaveAhead::<W, V> {
+        weights: Array::new(comptime!(c.loads(c.out_vectors())[0])),
+    }
+}
+
+/// Reads the plane's part of a row of `out_proj`, as [`read_row`] does.
+#[cube]
+fn read_part<W: Float, V: Size>(
+    out_proj: &[Vector<W, V>],
+    weights: &mut Array<Vector<W, V>>,
+    layer: usize,
+    cube: usize,
+    #[comptime] round: usize,
+    #[comptime] c: StepConfig,
+) {
+    let vectors = comptime!(c.inner / c.vector);
+    let loads = comptime!(c.loads(c.out_vectors())[0]);
+    let lane = UNIT_POS as usize % comptime!(c.plane);
+    let plane = UNIT_POS as usize / comptime!(c.plane);
+    let column = cube * comptime!(c.out_rows) + plane / comptime!(c.split);
+    let row = layer * comptime!(c.width) + min(column, comptime!(c.width - 1).runtime());
+    let first = plane % comptime!(c.split) * comptime!(c.out_vectors());
+    #[unroll]
+    for i in 0..loads {
+        let place = first + comptime!((round * loads + i) * c.plane) + lane;
+        weights[i] = out_proj[row * vectors + min(place, comptime!(vectors - 1).runtime())];
+    }
+}
+
+/// Loads ahead for [`leave`].
+#[cube]
+pub(super) fn load_leave<W: Float, V: Size>(
+    ahead: &mut LeaveAhead<W, V>,
+    out_proj: &[Vector<W, V>],
+    layer: usize,
+    cube: usize,
+    #[comptime] c: StepConfig,
+) {
+    read_part(out_proj, &mut ahead.weights, layer, cube, 0usize, c);
+}
+
+/// `out_proj`, added to the stream. A row is divided among a few planes.
 ///
 /// - y: `[B, E]`; out_proj: `[layers, D, E]`; stream: `[B, D]`
 #[cube]
 pub(super) fn leave<W: Float, V: Size>(
-    y: &[Vector<f32, V>],
+    ahead: &mut LeaveAhead<W, V>,
+    y: &mut [One],
     out_proj: &[Vector<W, V>],
-    widths: &[f32],
-    stream: &mut [f32],
+    widths: &[Vector<f32, V>],
+    stream: &mut [One],
     layer: usize,
     batch: usize,
     cube: usize,
@@ -504,46 +637,67 @@ pub(super) fn leave<W: Float, V: Size>(
     let lane = unit % comptime!(c.plane);
     let plane = unit / comptime!(c.plane);
     let vectors = comptime!(c.inner / c.vector);
-    let loads = comptime!(c.loads(vectors)[0]);
-    let rounds = comptime!(c.loads(vectors)[1]);
-    let column = cube * comptime!(c.out_rows) + plane;
-    if plane < comptime!(c.out_rows) && column < comptime!(c.width) {
-        let row = layer * comptime!(c.width) + column;
-        let bias = widths[(layer * WIDTH_NUMBERS + OUT_BIAS) * comptime!(c.width) + column];
-        let mut weights = Array::<Vector<W, V>>::new(loads);
-        read_row(out_proj, &mut weights, row, vectors, 0usize, c);
-        for group in 0..batch.div_ceil(comptime!(c.group)) {
-            let first = group * comptime!(c.group);
-            let sequence = first + lane;
-            let at = min(sequence, batch - 1) * comptime!(c.width) + column;
-            let before = stream[at];
-            let mut sums = Array::<f32>::new(comptime!(c.group));
-            #[unroll]
-            for b in 0..c.group {
-                sums[b] = 0.0f32;
+    let per_part = comptime!(c.out_vectors());
+    let loads = comptime!(c.loads(per_part)[0]);
+    let rounds = comptime!(c.loads(per_part)[1]);
+    let y = y.with_vector_size::<V>();
+    let widths = widths.with_vector_size::<Const<1>>();
+    let mut shared = Shared::<[f32]>::new_slice(comptime!(c.planes() * c.group));
+    let column = cube * comptime!(c.out_rows) + plane / comptime!(c.split);
+    let part = plane % comptime!(c.split);
+    let inside = plane < comptime!(c.out_rows * c.split) && column < comptime!(c.width);
+    let column = min(column, comptime!(c.width - 1).runtime());
+    let first_place = part * per_part;
+    let end = min(first_place + per_part, vectors);
+    let bias =
+        widths[(layer * WIDTH_NUMBERS + OUT_BIAS) * comptime!(c.width) + column].extract(0usize);
+    for group in 0..batch.div_ceil(comptime!(c.group)) {
+        let first = group * comptime!(c.group);
+        let sequence = first + lane;
+        let at = min(sequence, batch - 1) * comptime!(c.width) + column;
+        let before = stream[at].extract(0usize);
+        let mut sums = Array::<f32>::new(comptime!(c.group));
+        #[unroll]
+        for b in 0..c.group {
+            sums[b] = 0.0f32;
+        }
+        #[unroll]
+        for round in 0..rounds {
+            if comptime!(rounds > 1) {
+                if comptime!(round > 0) || group > 0 {
+                    read_part(out_proj, &mut ahead.weights, layer, cube, round, c);
+                }
             }
             #[unroll]
-            for round in 0..rounds {
-                if comptime!(rounds > 1) {
-                    read_row(out_proj, &mut weights, row, vectors, round, c);
-                }
-                #[unroll]
-                for i in 0..loads {
-                    let place = comptime!((round * loads + i) * c.plane) + lane;
-                    let weight = Vector::<f32, V>::cast_from(weights[i]);
-                    if place < vectors {
-                        #[unroll]
-                        for b in 0..c.group {
-                            let x = y[min(first + b, batch - 1) * vectors + place];
-                            sums[b] = dot(weight, x, sums[b]);
-                        }
+            for i in 0..loads {
+                let place = first_place + comptime!((round * loads + i) * c.plane) + lane;
+                let weight = Vector::<f32, V>::cast_from(ahead.weights[i]);
+                if place < end {
+                    #[unroll]
+                    for b in 0..c.group {
+                        let x = y[min(first + b, batch - 1) * vectors + place];
+                        sums[b] = dot(weight, x, sums[b]);
                     }
                 }
             }
-            let sum = own_sum(&sums, lane, 0usize, c);
-            if lane < comptime!(c.group) && sequence < batch {
-                stream[at] = before + sum + bias;
+        }
+        let mut sum = own_sum(&sums, lane, 0usize, c);
+        if comptime!(c.split > 1) {
+            // Others may still read the group before.
+            sync_cube();
+            if lane < comptime!(c.group) {
+                shared[plane * comptime!(c.group) + lane] = sum;
             }
+            sync_cube();
+            #[unroll]
+            for i in 1..c.split {
+                let other = min(plane + i, comptime!(c.planes() - 1).runtime());
+                sum += shared
+                    [other * comptime!(c.group) + min(lane, comptime!(c.group - 1).runtime())];
+            }
+        }
+        if inside && part == 0 && lane < comptime!(c.group) && sequence < batch {
+            stream[at] = Vector::new(before + sum + bias);
         }
     }
 }
@@ -553,7 +707,7 @@ pub(super) fn leave<W: Float, V: Size>(
 /// - norm: `[2, D]`; head: `[V, D]`; logits: `[B, V]`
 #[cube]
 pub(super) fn head<W: Float, V: Size>(
-    stream: &[Vector<f32, V>],
+    stream: &mut [One],
     norm: &[Vector<f32, V>],
     head: &[Vector<W, V>],
     logits: &mut [f32],
@@ -568,6 +722,7 @@ pub(super) fn head<W: Float, V: Size>(
     let vectors = comptime!(c.width / c.vector);
     let loads = comptime!(c.loads(vectors)[0]);
     let rounds = comptime!(c.loads(vectors)[1]);
+    let stream = stream.with_vector_size::<V>();
     let row = cube * comptime!(c.head_rows) + plane;
     let inside = plane < comptime!(c.head_rows) && row < comptime!(c.rows);
     let row = min(row, comptime!(c.rows - 1).runtime());

@@ -5,7 +5,7 @@ use crate::cube::{DeviceTraits, power_of_two_below};
 /// Units of a cube at most.
 const UNITS: usize = 512;
 /// Vectors of a row of weights that a lane has in flight.
-const AHEAD: usize = 16;
+const AHEAD: usize = 8;
 /// Most sequences whose sums a plane holds at once.
 const GROUP: usize = 8;
 /// Most channels of a cube: their rows of `x_proj` are held in registers.
@@ -41,8 +41,9 @@ pub(super) struct StepConfig {
     pub channels: usize,
     /// Channels of a cube of the second.
     pub block: usize,
-    /// Rows of `out_proj` of a cube of the third.
+    /// Rows of `out_proj` of a cube of the third, and planes that share a row.
     pub out_rows: usize,
+    pub split: usize,
     /// Rows of the head of a cube.
     pub head_rows: usize,
     /// Elements of a vector: of weights along D and E, of `dt_proj` along R, of states, of the
@@ -94,6 +95,7 @@ impl StepConfig {
         let lanes = LANES.min(plane);
         let most = units / lanes;
         let block = share(sizes.inner * batch, most);
+        let out_rows = share(sizes.width, planes);
         let config = Self {
             ptx: device.ptx,
             plane,
@@ -110,7 +112,8 @@ impl StepConfig {
             channels: share(sizes.inner, CHANNELS),
             // A cube has channels of one sequence only.
             block: sizes.inner.div_ceil(sizes.inner.div_ceil(block)),
-            out_rows: share(sizes.width, planes),
+            out_rows,
+            split: power_of_two_below(planes / out_rows),
             head_rows: share(sizes.rows, planes),
             vector,
             rank_vector: widest(vector, &[sizes.rank]),
@@ -131,7 +134,11 @@ impl StepConfig {
         let enter = self.group * (self.padded_width() * self.vector + self.channels);
         let advance = self.low() * (self.slices() + 1);
         // The choice of a byte has four numbers for each of 256 bytes.
-        4 * enter.max(advance).max(4 * 256 + 64)
+        let choice = 4 * 256 + 64;
+        4 * enter
+            .max(advance)
+            .max(choice)
+            .max(self.planes() * self.group)
     }
 
     /// R + 2N.
@@ -160,6 +167,28 @@ impl StepConfig {
             lanes /= 2;
         }
         lanes
+    }
+
+    /// Vectors of a row of `dt_proj` of a lane.
+    pub const fn ranks(&self) -> usize {
+        (self.rank / self.rank_vector).div_ceil(self.lanes())
+    }
+
+    /// Vectors of a plane's part of a row of `out_proj`.
+    pub const fn out_vectors(&self) -> usize {
+        (self.inner / self.vector).div_ceil(self.split)
+    }
+
+    /// Whether every phase has at most one piece of work for each of `cubes` cubes.
+    pub fn fits_at_once(&self, cubes: usize, batch: usize) -> bool {
+        let phases = [
+            self.parts(),
+            self.blocks() * batch,
+            self.out_cubes(),
+            self.head_cubes(),
+            batch,
+        ];
+        phases.iter().all(|pieces| *pieces <= cubes)
     }
 
     /// Vectors of states of a lane.

@@ -5,6 +5,7 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
+use super::phases::One;
 use super::plan::StepConfig;
 use super::{Buffers, Weights, phases};
 use crate::cube::{address_type, buffer, cube_dim, elem, grid};
@@ -106,7 +107,6 @@ pub(super) fn launch(weights: &Weights, buffers: &Buffers, config: &StepConfig) 
                 address,
                 c.rank_vector,
                 c.state_vector,
-                c.low_vector,
                 all(&buffers.parts, parts),
                 all(&buffers.u, channels),
                 all(&buffers.z, channels),
@@ -119,6 +119,7 @@ pub(super) fn launch(weights: &Weights, buffers: &Buffers, config: &StepConfig) 
                 batch,
                 c,
                 dtype,
+                c.low_vector,
             );
             leave::launch_unchecked(
                 client,
@@ -161,14 +162,14 @@ pub(super) fn launch(weights: &Weights, buffers: &Buffers, config: &StepConfig) 
 /// The choice of every sequence's byte, and its row of the embedding: `stream` `[B, D]`.
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn choose_and_embed(
-    logits: &[f32],
+    logits: &mut [f32],
     seen: &mut [f32],
     limits: &[f32],
     draws: &[f32],
     choices: &mut [f32],
     position: &[u32],
     embedding: &[f32],
-    stream: &mut [f32],
+    stream: &mut [One],
     batch: usize,
     #[comptime] c: StepConfig,
 ) {
@@ -177,21 +178,41 @@ fn choose_and_embed(
         terminate!();
     }
     let step = usize::cast_from(position[0]);
+    next_byte(
+        logits, seen, limits, draws, choices, embedding, stream, step, sequence, batch, c,
+    );
+}
+
+/// Chooses the byte of a sequence and puts its row of the embedding into the stream.
+#[cube]
+pub(super) fn next_byte(
+    logits: &mut [f32],
+    seen: &mut [f32],
+    limits: &[f32],
+    draws: &[f32],
+    choices: &mut [f32],
+    embedding: &[f32],
+    stream: &mut [One],
+    step: usize,
+    sequence: usize,
+    batch: usize,
+    #[comptime] c: StepConfig,
+) {
     let byte = choose(
         logits, seen, limits, draws, choices, step, sequence, batch, c.rows, c.units, c.plane,
     );
     for i in 0..comptime!(c.width.div_ceil(c.units)) {
         let column = i * comptime!(c.units) + UNIT_POS as usize;
         if column < comptime!(c.width) {
-            stream[sequence * comptime!(c.width) + column] =
-                embedding[byte * comptime!(c.width) + column];
+            let number = embedding[byte * comptime!(c.width) + column];
+            stream[sequence * comptime!(c.width) + column] = Vector::new(number);
         }
     }
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn enter<W: Float, V: Size>(
-    stream: &[Vector<f32, V>],
+    stream: &mut [One],
     widths: &[Vector<f32, V>],
     channels: &[f32],
     in_proj: &[Vector<W, V>],
@@ -199,7 +220,7 @@ fn enter<W: Float, V: Size>(
     window: &mut [f32],
     u: &mut [f32],
     z: &mut [f32],
-    parts: &mut [f32],
+    parts: &mut [One],
     layer: usize,
     batch: usize,
     eps: f32,
@@ -210,41 +231,47 @@ fn enter<W: Float, V: Size>(
     if cube >= comptime!(c.parts()) {
         terminate!();
     }
+    let mut ahead = phases::no_enter::<W, V>(c);
+    phases::load_enter(&mut ahead, in_proj, x_proj, layer, cube, c);
     phases::enter(
-        stream, widths, channels, in_proj, x_proj, window, u, z, parts, layer, batch, cube, eps, c,
+        &mut ahead, stream, widths, channels, in_proj, window, u, z, parts, layer, batch, cube,
+        eps, c,
     );
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn advance<W: Float, T: Size, S: Size, Q: Size>(
-    parts: &[Vector<f32, Q>],
-    u: &[f32],
-    z: &[f32],
+    parts: &mut [One],
+    u: &mut [f32],
+    z: &mut [f32],
     channels: &[f32],
     dt_proj: &[Vector<W, T>],
     rates: &[Vector<f32, S>],
     h: &mut [Vector<f32, S>],
-    y: &mut [f32],
+    y: &mut [One],
     layer: usize,
     batch: usize,
     #[comptime] c: StepConfig,
     #[define(W)] _type: ElemType,
+    #[define(Q)] _size: usize,
 ) {
     let cube = CUBE_POS;
     if cube >= comptime!(c.blocks()) * batch {
         terminate!();
     }
-    phases::advance(
-        parts, u, z, channels, dt_proj, rates, h, y, layer, batch, cube, c,
+    let mut ahead = phases::no_advance::<W, T, S>(c);
+    phases::load_advance(
+        &mut ahead, channels, dt_proj, rates, h, layer, batch, cube, c,
     );
+    phases::advance::<W, T, S, Q>(&ahead, parts, u, z, h, y, layer, batch, cube, c);
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn leave<W: Float, V: Size>(
-    y: &[Vector<f32, V>],
+    y: &mut [One],
     out_proj: &[Vector<W, V>],
-    widths: &[f32],
-    stream: &mut [f32],
+    widths: &[Vector<f32, V>],
+    stream: &mut [One],
     layer: usize,
     batch: usize,
     #[comptime] c: StepConfig,
@@ -254,13 +281,17 @@ fn leave<W: Float, V: Size>(
     if cube >= comptime!(c.out_cubes()) {
         terminate!();
     }
-    phases::leave(y, out_proj, widths, stream, layer, batch, cube, c);
+    let mut ahead = phases::no_leave::<W, V>(c);
+    phases::load_leave(&mut ahead, out_proj, layer, cube, c);
+    phases::leave(
+        &mut ahead, y, out_proj, widths, stream, layer, batch, cube, c,
+    );
 }
 
 /// The logits; the step is over.
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn head<W: Float, V: Size>(
-    stream: &[Vector<f32, V>],
+    stream: &mut [One],
     norm: &[Vector<f32, V>],
     weights: &[Vector<W, V>],
     logits: &mut [f32],
