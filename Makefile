@@ -125,7 +125,7 @@ chaos: ## Kill runs, make disks fail, damage files, for a chosen time [SECONDS]
 	export MAMBABYTE_CHAOS_SEED=$${MAMBABYTE_CHAOS_SEED:-$$RANDOM}
 	export MAMBABYTE_FUZZ_SEED=$$MAMBABYTE_CHAOS_SEED MAMBABYTE_FUZZ=10000
 	echo "seed $$MAMBABYTE_CHAOS_SEED (MAMBABYTE_CHAOS_SEED)"
-	MAMBABYTE_CHAOS_SECONDS=$$(($(SECONDS) / 8)) \
+	MAMBABYTE_CHAOS_SECONDS=$$(($(SECONDS) / 10)) \
 		cargo test --quiet --release --workspace --test chaos -- --test-threads=1 --nocapture
 	while
 		cargo test --quiet --release --workspace --test faults --test fuzz -- --nocapture

@@ -38,7 +38,7 @@ pub(super) struct Run<'a> {
     sampler: Arc<Sampler>,
     validation: Option<Shards>,
     progress: Progress,
-    /// Step of the newest save that was begun.
+    /// Step of the newest save that was begun, or from which the run goes on.
     begun: Option<u64>,
 }
 
@@ -63,8 +63,8 @@ impl<'a> Run<'a> {
             dir,
             sampler: data.0,
             validation: data.1,
+            begun: Some(progress.step),
             progress,
-            begun: None,
         }
     }
 
@@ -128,11 +128,13 @@ impl<'a> Run<'a> {
         self.metrics.finish()?;
         match self.progress.step < last {
             true => Err(Error::Interrupted {
-                state: format!(
-                    "saved step {}; go on with `mambabyte resume {}`",
-                    self.progress.step,
-                    self.dir.path().display()
-                ),
+                state: match self.progress.step {
+                    0 => "no step was done yet".to_owned(),
+                    step => format!(
+                        "saved step {step}; go on with `mambabyte resume {}`",
+                        self.dir.path().display()
+                    ),
+                },
             }),
             false => Ok(()),
         }
