@@ -2,16 +2,15 @@
 
 use std::io::Write as _;
 
-use super::GenerateArgs;
+use super::{GenerateArgs, checkpoint_folder};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::generate::{Generator, SampleOptions};
 use crate::train::Checkpoint;
-use crate::train::run_dir::resolve_checkpoint;
 
 /// Runs the command: new bytes go to standard output as they are chosen.
 pub fn run(args: &GenerateArgs) -> Result<()> {
-    let checkpoint = Checkpoint::open(&resolve_checkpoint(&args.checkpoint)?)?;
+    let checkpoint = Checkpoint::open(&checkpoint_folder(&args.checkpoint)?)?;
     let device = device::open(&args.device)?;
     let model = checkpoint.model(&device)?;
     let options = SampleOptions {

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use serde_json::{Value, json};
 
+use super::config::CONFIG;
 use super::names::{foreign_shape, mamba_ssm, reordered, transformers};
 use super::safetensors::{self, Outgoing};
 use super::torch_writer;
@@ -53,7 +54,7 @@ pub fn export(
         Format::MambaSsm => mamba_ssm_config(config),
         Format::Transformers => transformers_config(config),
     };
-    let path = folder.join("config.json");
+    let path = folder.join(CONFIG);
     let text = serde_json::to_string_pretty(&settings).map_err(anyhow::Error::from)?;
     fs::write(&path, text + "\n").map_err(Error::io("write", &path))?;
     let tensors = outgoing(config, weights, format);

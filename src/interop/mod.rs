@@ -27,6 +27,11 @@ pub use export::{Format as ExportFormat, export};
 pub use import::Import;
 pub use weights::WeightsFile;
 
+#[cfg(feature = "hub")]
+pub(crate) use config::{CONFIG, check_config};
+#[cfg(feature = "hub")]
+pub(crate) use source::{files, indexed, weights_among};
+
 /// Problems that a message lists.
 const SHOWN: usize = 20;
 

@@ -67,6 +67,9 @@ pub struct Manifest {
     pub data: Option<String>,
     /// Bits a byte of the newest validation, if there was one.
     pub valid_bpb: Option<f64>,
+    /// Where imported weights are from, with the commit: `hf:OWNER/NAME@COMMIT`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
     /// All other files.
     pub files: Vec<FileEntry>,
 }
@@ -309,10 +312,11 @@ impl Checkpoint {
     }
 
     /// Writes a checkpoint of weights alone into `folder`, which `write` puts into the file it is
-    /// given: something to start from, not to go on with.
+    /// given: something to start from, not to go on with. `source` is where they are from.
     pub fn save_weights(
         folder: &Path,
         config: &Config,
+        source: Option<&str>,
         write: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<()> {
         let progress = Progress {
@@ -324,7 +328,7 @@ impl Checkpoint {
         install(folder, |building| {
             write_config(building, config)?;
             write(&building.join(WEIGHTS))?;
-            write_manifest(building, &[CONFIG, WEIGHTS], &progress)
+            write_manifest(building, &[CONFIG, WEIGHTS], &progress, source)
         })
     }
 }
@@ -371,11 +375,16 @@ fn write_files(folder: &Path, learner: &Learner, progress: &Progress) -> Result<
         write_tensors(&folder.join(STATE), states)?;
         names.push(STATE);
     }
-    write_manifest(folder, &names, progress)
+    write_manifest(folder, &names, progress, None)
 }
 
 /// Flushes the files `names` to disk and writes the manifest of them.
-fn write_manifest(folder: &Path, names: &[&str], progress: &Progress) -> Result<()> {
+fn write_manifest(
+    folder: &Path,
+    names: &[&str],
+    progress: &Progress,
+    source: Option<&str>,
+) -> Result<()> {
     let config = folder.join(CONFIG);
     // The tensor writer makes files that only their owner may read; a checkpoint is as public as
     // its folder's other files.
@@ -394,6 +403,7 @@ fn write_manifest(folder: &Path, names: &[&str], progress: &Progress) -> Result<
         bytes_seen: progress.bytes_seen,
         data: progress.data.clone(),
         valid_bpb: progress.valid_bpb,
+        source: source.map(str::to_owned),
         files: files.collect::<Result<_>>()?,
     };
     let path = folder.join(MANIFEST);
