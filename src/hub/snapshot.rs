@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use indicatif::DecimalBytes;
 use mambabyte_datasets::DataError;
@@ -20,12 +21,18 @@ use crate::interop;
 const ENDPOINT: &str = "https://huggingface.co";
 
 /// The hub, and this disk's cache of it.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Hub {
-    endpoint: String,
-    cache: PathBuf,
-    token: Option<String>,
-    offline: bool,
+    /// Its address, without a slash at the end.
+    pub endpoint: String,
+    /// Folder of the cache.
+    pub cache: PathBuf,
+    /// For repositories that not everyone may read. It is sent to the endpoint's host only.
+    pub token: Option<String>,
+    /// Nothing is asked for: what the cache has is all there is.
+    pub offline: bool,
+    /// Pause before a request is made a second time; it doubles each time.
+    pub backoff: Duration,
 }
 
 impl Hub {
@@ -51,6 +58,7 @@ impl Hub {
             cache: cache::folder()?,
             token: cache::token(),
             offline: offline || set,
+            backoff: Duration::from_secs(1),
         })
     }
 
@@ -129,6 +137,7 @@ impl Hub {
         let bar = Bar::new();
         let mut fetcher = Fetcher::new(&bar);
         fetcher.token = self.token.clone();
+        fetcher.backoff = self.backoff;
         let url = format!(
             "{}/api/models/{}/revision/{}?blobs=true",
             self.endpoint,
