@@ -16,7 +16,7 @@ const POSITIONS: usize = 32 * 1024;
 
 /// Runs the command.
 pub fn run(args: &EvalArgs) -> Result<()> {
-    let checkpoint = Checkpoint::open(&checkpoint_folder(&args.checkpoint)?)?;
+    let checkpoint = Checkpoint::open_for_model(&checkpoint_folder(&args.checkpoint)?)?;
     let shards = Shards::open(args.data.join(args.split.as_str()))?;
     let device = device::open(&args.device)?;
     let model = checkpoint.model(&device)?;

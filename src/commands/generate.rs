@@ -10,7 +10,7 @@ use crate::train::Checkpoint;
 
 /// Runs the command: new bytes go to standard output as they are chosen.
 pub fn run(args: &GenerateArgs) -> Result<()> {
-    let checkpoint = Checkpoint::open(&checkpoint_folder(&args.checkpoint)?)?;
+    let checkpoint = Checkpoint::open_for_model(&checkpoint_folder(&args.checkpoint)?)?;
     let device = device::open(&args.device)?;
     let model = checkpoint.model(&device)?;
     let options = SampleOptions {

@@ -13,7 +13,7 @@ use crate::train::Checkpoint;
 
 /// Runs the command.
 pub fn run(args: &LogitsArgs) -> Result<()> {
-    let checkpoint = Checkpoint::open(&checkpoint_folder(&args.checkpoint)?)?;
+    let checkpoint = Checkpoint::open_for_model(&checkpoint_folder(&args.checkpoint)?)?;
     let bytes = fs::read(&args.bytes).map_err(Error::io("read", &args.bytes))?;
     let device = device::open(&args.device)?;
     let model = checkpoint.model(&device)?.frozen();

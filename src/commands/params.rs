@@ -30,7 +30,7 @@ fn load(args: &ParamsArgs) -> Result<Config> {
     match (&args.checkpoint, &args.config) {
         (Some(checkpoint), _) => {
             let folder = checkpoint_folder(checkpoint)?;
-            Ok(Checkpoint::open(&folder)?.config().clone())
+            Ok(Checkpoint::open_for_model(&folder)?.config().clone())
         }
         (None, config) => ConfigArgs {
             config: config.clone().unwrap_or_default(),
