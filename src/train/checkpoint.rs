@@ -18,10 +18,12 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
+use tracing::debug;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::learner::Learner;
@@ -183,11 +185,17 @@ impl Checkpoint {
             .model
             .empty_lm(device)
             .with_compute(self.config.train.precision.into());
+        let started = Instant::now();
         // Weights stay, so they do not belong between activations, where they would keep pages from
         // being used whole.
-        device.memory_persistent_allocations(model, |model| {
+        let model = device.memory_persistent_allocations(model, |model| {
             self.load_weights(model, &self.config.model, device)
-        })
+        })?;
+        debug!(
+            "read the weights in {:.2} s",
+            started.elapsed().as_secs_f64()
+        );
+        Ok(model)
     }
 
     /// Puts the weights into `model`, which is one of `config`: one tensor after the other goes to
