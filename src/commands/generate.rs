@@ -2,7 +2,7 @@
 
 use std::io::Write as _;
 
-use super::{GenerateArgs, checkpoint_folder};
+use super::{GenerateArgs, checkpoint_folder, warn_unless_bytes};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::generate::{Generator, SampleOptions};
@@ -11,6 +11,7 @@ use crate::train::Checkpoint;
 /// Runs the command: new bytes go to standard output as they are chosen.
 pub fn run(args: &GenerateArgs) -> Result<()> {
     let checkpoint = Checkpoint::open_for_model(&checkpoint_folder(&args.checkpoint)?)?;
+    warn_unless_bytes(&checkpoint.config().model);
     let device = device::open(&args.device)?;
     let model = checkpoint.model(&device)?;
     let options = SampleOptions {

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::{ImportArgs, grouped, scaled};
+use super::{ImportArgs, grouped, scaled, warn_unless_bytes};
 use crate::config::{Config, MambaConfig};
 use crate::error::{Error, Result, print_warning};
 use crate::hub::{Hub, Name};
@@ -71,13 +71,7 @@ fn convert(from: &Path, given: Option<&Path>, source: Option<&str>, out: &Path) 
     if let Some(source) = source {
         eprintln!("from {source}");
     }
-    if model.vocab_size != 256 {
-        print_warning(&format!(
-            "the model has {} tokens of a tokenizer that is not here: its logits can be had for \
-             token numbers below 256 only, and it cannot write text",
-            model.vocab_size
-        ));
-    }
+    warn_unless_bytes(model);
     Ok(())
 }
 

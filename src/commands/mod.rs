@@ -23,7 +23,7 @@ use mambabyte_datasets::Split;
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
-use crate::config::{Config, DeviceConfig, DeviceKind};
+use crate::config::{Config, DeviceConfig, DeviceKind, MambaConfig};
 use crate::error::{Error, Result, print_warning};
 use crate::hub::Name;
 use crate::interop::ExportFormat;
@@ -278,6 +278,17 @@ pub(crate) fn checkpoint_folder(path: &Path) -> Result<PathBuf> {
     match Name::of(path) {
         Some(name) => import::of_hub(&name?),
         None => resolve_checkpoint(path),
+    }
+}
+
+/// Says what the numbers of a model mean whose tokens are not the byte values.
+pub(crate) fn warn_unless_bytes(model: &MambaConfig) {
+    if model.vocab_size != 256 {
+        print_warning(&format!(
+            "the model has {} tokens, and no tokenizer is here: every byte is taken for the token of \
+             its number, which only a model of bytes has learnt",
+            grouped(model.vocab_size as u64)
+        ));
     }
 }
 

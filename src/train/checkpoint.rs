@@ -273,7 +273,7 @@ impl Checkpoint {
     /// Puts the weights alone into `learner`.
     pub(super) fn restore_weights(&self, learner: &mut Learner) -> Result<()> {
         let config = learner.config().model.clone();
-        let device = learner.inner_device();
+        let device = learner.device().clone();
         let mut loaded = Ok(());
         learner.map_model(
             |model| match self.load_weights(model.clone(), &config, &device) {
