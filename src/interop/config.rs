@@ -72,6 +72,7 @@ fn is_yaml(path: &Path) -> bool {
 }
 
 /// That a config is one of a model that can be had here.
+#[cfg(feature = "hub")]
 pub(crate) fn check_config(path: &Path) -> Result<()> {
     read(path, None).map(|_| ())
 }

@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::file::{DiskFile, RandomAccess as _};
 use super::tensor::Stored;
-use super::{config, listed, safetensors, shown, torch, zip};
+use super::{listed, safetensors, shown, torch, zip};
 use crate::error::{Error, Result};
 
 /// Files that a folder's weights are looked for in, the first that is there.
@@ -221,18 +221,20 @@ pub(crate) fn weights_among<'a>(names: &[&'a str]) -> Result<&'a str, String> {
 }
 
 /// The files that an index names.
+#[cfg(feature = "hub")]
 pub(crate) fn indexed(path: &Path) -> Result<BTreeSet<String>> {
     Ok(read_index(path)?.into_values().collect())
 }
 
 /// All files of the checkpoint in `folder`: its config, if there is one, its index and its weights.
+#[cfg(feature = "hub")]
 pub(crate) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let weights = weights_in(folder)?;
     let mut files = vec![weights.clone()];
     if is_index(&weights) {
         files.extend(indexed(&weights)?.iter().map(|name| folder.join(name)));
     }
-    files.extend(config::find(folder, None)?);
+    files.extend(super::config::find(folder, None)?);
     match files.iter().find(|file| !file.is_file()) {
         Some(absent) => Err(unreadable(absent, "does not exist")),
         None => Ok(files),
