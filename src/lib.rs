@@ -12,6 +12,7 @@
 //! | [`eval`] | bits per byte |
 //! | [`generate`] | prefill, step, sampling |
 //! | [`interop`] | checkpoints of other programs |
+//! | [`hub`] | checkpoints by name, from Hugging Face |
 //! | [`commands`] | one file a command |
 //!
 //! The operations are in [`mambabyte_kernels`], the data in [`mambabyte_datasets`].
@@ -22,6 +23,7 @@ pub mod device;
 pub mod error;
 pub mod eval;
 pub mod generate;
+pub mod hub;
 pub mod interop;
 mod library;
 pub mod memory;

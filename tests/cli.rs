@@ -275,9 +275,16 @@ mod checkpoint {
         for file in ["model.safetensors", "optimizer.safetensors", "config.toml"] {
             let path = folder.join(file);
             let whole = fs::read(&path).expect("a file");
-            edit(&path, |bytes| bytes[whole.len() / 2] ^= 1);
-            for line in ["generate --checkpoint checkpoints/run", "resume run"] {
-                workspace.fails(line, CHECKPOINT, &[file, "altered"]);
+            // In the tensors, and in what says where they are.
+            for place in [whole.len() / 2, 20] {
+                edit(&path, |bytes| bytes[place] ^= 1);
+                workspace.fails("resume run", CHECKPOINT, &[file, "altered"]);
+                // The optimizer is not read for this.
+                if file != "optimizer.safetensors" {
+                    let line = "generate --checkpoint checkpoints/run";
+                    workspace.fails(line, CHECKPOINT, &[file, "altered"]);
+                }
+                fs::write(&path, &whole).expect("writable");
             }
             edit(&path, |bytes| bytes.truncate(whole.len() / 2));
             let line = "generate --checkpoint checkpoints/run";

@@ -475,11 +475,6 @@ fn what_is_no_checkpoint_is_refused() {
     room.import_fails("nothing", &["no weights", "pytorch_model.bin"]);
     room.import_fails("absent", &["does not exist"]);
     room.fails(
-        &["import", "--from", "hf:a/b", "--out", "x"],
-        USAGE,
-        &["hf:a/b", "--from b"],
-    );
-    room.fails(
         &["import", "--from", "tied", "--out", "tied"],
         USAGE,
         &["exists already"],

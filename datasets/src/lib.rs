@@ -17,6 +17,7 @@
 
 pub mod download;
 pub mod error;
+pub mod fetch;
 pub mod loader;
 pub mod progress;
 pub mod sampling;

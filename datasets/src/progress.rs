@@ -10,6 +10,8 @@ pub trait Progress: Sync {
     fn start(&self, stage: &str, total: u64);
     /// `bytes` more have been handled in the current stage.
     fn advance(&self, bytes: u64);
+    /// The current stage has come to `bytes`, which may be less than before.
+    fn reach(&self, bytes: u64);
     /// Something worth a line that is not an error, such as a retry.
     fn note(&self, message: &str);
     /// The current stage is done.
@@ -23,6 +25,7 @@ pub struct Silent;
 impl Progress for Silent {
     fn start(&self, _stage: &str, _total: u64) {}
     fn advance(&self, _bytes: u64) {}
+    fn reach(&self, _bytes: u64) {}
     fn note(&self, _message: &str) {}
     fn finish(&self) {}
 }
@@ -62,6 +65,10 @@ impl Progress for Bar {
 
     fn advance(&self, bytes: u64) {
         self.bar.inc(bytes);
+    }
+
+    fn reach(&self, bytes: u64) {
+        self.bar.set_position(bytes);
     }
 
     fn note(&self, message: &str) {

@@ -5,19 +5,19 @@ use std::io::IsTerminal;
 use mambabyte_datasets::progress::{Bar, Silent};
 use mambabyte_datasets::{Progress, Shards};
 
-use super::{EvalArgs, print, print_json};
+use super::{EvalArgs, checkpoint_folder, print, print_json, warn_unless_bytes};
 use crate::device;
 use crate::error::Result;
 use crate::eval::{EvalOptions, Report, evaluate};
 use crate::train::Checkpoint;
-use crate::train::run_dir::resolve_checkpoint;
 
 /// Positions computed at once: enough to fill a device, little enough for any.
 const POSITIONS: usize = 32 * 1024;
 
 /// Runs the command.
 pub fn run(args: &EvalArgs) -> Result<()> {
-    let checkpoint = Checkpoint::open(&resolve_checkpoint(&args.checkpoint)?)?;
+    let checkpoint = Checkpoint::open_for_model(&checkpoint_folder(&args.checkpoint)?)?;
+    warn_unless_bytes(&checkpoint.config().model);
     let shards = Shards::open(args.data.join(args.split.as_str()))?;
     let device = device::open(&args.device)?;
     let model = checkpoint.model(&device)?;

@@ -5,16 +5,15 @@ use std::io::{BufWriter, Write};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-use super::LogitsArgs;
+use super::{LogitsArgs, checkpoint_folder};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::model::MambaLm;
 use crate::train::Checkpoint;
-use crate::train::run_dir::resolve_checkpoint;
 
 /// Runs the command.
 pub fn run(args: &LogitsArgs) -> Result<()> {
-    let checkpoint = Checkpoint::open(&resolve_checkpoint(&args.checkpoint)?)?;
+    let checkpoint = Checkpoint::open_for_model(&checkpoint_folder(&args.checkpoint)?)?;
     let bytes = fs::read(&args.bytes).map_err(Error::io("read", &args.bytes))?;
     let device = device::open(&args.device)?;
     let model = checkpoint.model(&device)?.frozen();

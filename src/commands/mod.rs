@@ -17,16 +17,18 @@ pub mod resume;
 pub mod train;
 
 use std::io::{self, IsTerminal, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 use mambabyte_datasets::Split;
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
-use crate::config::{Config, DeviceConfig, DeviceKind};
+use crate::config::{Config, DeviceConfig, DeviceKind, MambaConfig};
 use crate::error::{Error, Result, print_warning};
+use crate::hub::Name;
 use crate::interop::ExportFormat;
+use crate::train::run_dir::resolve_checkpoint;
 
 /// Train, evaluate and run byte-level Mamba language models on one GPU.
 #[derive(Debug, Parser)]
@@ -130,7 +132,7 @@ pub struct ResumeArgs {
 /// Arguments of `eval`.
 #[derive(Clone, Debug, Args)]
 pub struct EvalArgs {
-    /// Folder of the checkpoint, or of a run, whose newest is taken
+    /// Folder of the checkpoint, or of a run, whose newest is taken; or hf:OWNER/NAME
     #[arg(long, value_name = "DIR")]
     pub checkpoint: PathBuf,
     /// Folder written by `data prepare`
@@ -150,7 +152,7 @@ pub struct EvalArgs {
 /// Arguments of `logits`.
 #[derive(Clone, Debug, Args)]
 pub struct LogitsArgs {
-    /// Folder of the checkpoint, or of a run, whose newest is taken
+    /// Folder of the checkpoint, or of a run, whose newest is taken; or hf:OWNER/NAME
     #[arg(long, value_name = "DIR")]
     pub checkpoint: PathBuf,
     /// File whose bytes are read
@@ -170,8 +172,9 @@ pub struct LogitsArgs {
 /// Arguments of `import`.
 #[derive(Clone, Debug, Args)]
 pub struct ImportArgs {
-    /// Folder or file of the checkpoint: pytorch_model.bin or safetensors
-    #[arg(long, value_name = "PATH")]
+    /// Folder or file of the checkpoint: pytorch_model.bin or safetensors; or its name on Hugging
+    /// Face, as in hf:JunxiongWang/MambaByte_PG19_972M, with @REVISION behind it if not the newest
+    #[arg(long, value_name = "PATH|hf:OWNER/NAME")]
     pub from: PathBuf,
     /// Its config, JSON or YAML, where it is not the `config.json` beside the weights
     #[arg(long, value_name = "FILE")]
@@ -179,12 +182,15 @@ pub struct ImportArgs {
     /// Folder to make, which then is a checkpoint
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
+    /// Take a name on Hugging Face from what was downloaded before; as HF_HUB_OFFLINE=1
+    #[arg(long)]
+    pub offline: bool,
 }
 
 /// Arguments of `export`.
 #[derive(Clone, Debug, Args)]
 pub struct ExportArgs {
-    /// Folder of the checkpoint, or of a run, whose newest is taken
+    /// Folder of the checkpoint, or of a run, whose newest is taken; or hf:OWNER/NAME
     #[arg(long, value_name = "DIR")]
     pub checkpoint: PathBuf,
     /// What it is for: mamba-ssm or transformers
@@ -231,6 +237,30 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Estimate(args) => estimate::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Bench(command) => bench::run(command),
+    }
+}
+
+/// The checkpoint folder that an argument means: one, or a run's newest, or what a name on Hugging
+/// Face (`hf:OWNER/NAME`) stands for.
+///
+/// # Errors
+///
+/// [`Error::Checkpoint`] where there is none; for a name also what downloading it says.
+pub(crate) fn checkpoint_folder(path: &Path) -> Result<PathBuf> {
+    match Name::of(path) {
+        Some(name) => import::of_hub(&name?),
+        None => resolve_checkpoint(path),
+    }
+}
+
+/// Says what the numbers of a model mean whose tokens are not the byte values.
+pub(crate) fn warn_unless_bytes(model: &MambaConfig) {
+    if model.vocab_size != 256 {
+        print_warning(&format!(
+            "the model has {} tokens, and no tokenizer is here: every byte is taken for the token of \
+             its number, which only a model of bytes has learnt",
+            grouped(model.vocab_size as u64)
+        ));
     }
 }
 

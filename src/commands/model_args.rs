@@ -74,6 +74,7 @@ impl ModelArgs {
             Weights::Checkpoint(checkpoint) => checkpoint.config().model.clone(),
             Weights::Random(config) => config.clone(),
         };
+        super::warn_unless_bytes(&config);
         let model: MambaLm = match source {
             Weights::Checkpoint(checkpoint) => checkpoint.model(&device)?,
             Weights::Random(config) => {

@@ -4,11 +4,10 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
-use super::{ConfigArgs, ParamsArgs, grouped, print, print_json, scaled};
+use super::{ConfigArgs, ParamsArgs, checkpoint_folder, grouped, print, print_json, scaled};
 use crate::config::{Config, MambaConfig, ParameterSpec};
 use crate::error::Result;
 use crate::train::Checkpoint;
-use crate::train::run_dir::resolve_checkpoint;
 
 /// Training computes the forward pass once and the backward pass, which costs twice as much.
 const TRAINING_OVER_FORWARD: u64 = 3;
@@ -30,8 +29,8 @@ pub fn run(args: &ParamsArgs) -> Result<()> {
 fn load(args: &ParamsArgs) -> Result<Config> {
     match (&args.checkpoint, &args.config) {
         (Some(checkpoint), _) => {
-            let folder = resolve_checkpoint(checkpoint)?;
-            Ok(Checkpoint::open(&folder)?.config().clone())
+            let folder = checkpoint_folder(checkpoint)?;
+            Ok(Checkpoint::open_for_model(&folder)?.config().clone())
         }
         (None, config) => ConfigArgs {
             config: config.clone().unwrap_or_default(),

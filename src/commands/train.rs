@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::TrainArgs;
+use super::{TrainArgs, checkpoint_folder};
 use crate::config::Config;
 use crate::device;
 use crate::error::Result;
@@ -15,7 +15,8 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     device::set_threads(config.train.threads);
     let path = run_path(&config, args);
     eprintln!("run: {}", path.display());
-    train::start(&config, &path, args.init.as_deref(), args.stop_after)
+    let init = args.init.as_deref().map(checkpoint_folder).transpose()?;
+    train::start(&config, &path, init.as_deref(), args.stop_after)
 }
 
 /// The run's folder: the given name, or the config's with the time.

@@ -12,6 +12,8 @@ use super::source::unreadable;
 use super::{listed, shown};
 use crate::error::{Error, Result};
 
+/// Name of the config in either form.
+pub(crate) const CONFIG: &str = "config.json";
 /// Largest config that is read.
 const MOST_BYTES: u64 = 1 << 20;
 
@@ -45,7 +47,7 @@ pub(super) fn find(path: &Path, given: Option<&Path>) -> Result<Option<PathBuf>>
         true => path,
         false => path.parent().unwrap_or(Path::new(".")),
     };
-    let json = folder.join("config.json");
+    let json = folder.join(CONFIG);
     if json.is_file() {
         return Ok(Some(json));
     }
@@ -67,6 +69,12 @@ pub(super) fn find(path: &Path, given: Option<&Path>) -> Result<Option<PathBuf>>
 fn is_yaml(path: &Path) -> bool {
     path.extension()
         .is_some_and(|ending| ending == "yml" || ending == "yaml")
+}
+
+/// That a config is one of a model that can be had here.
+#[cfg(feature = "hub")]
+pub(crate) fn check_config(path: &Path) -> Result<()> {
+    read(path, None).map(|_| ())
 }
 
 /// Reads a config. `width` chooses among the sizes of a YAML that has several.

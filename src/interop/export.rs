@@ -6,6 +6,8 @@ use std::str::FromStr;
 
 use serde_json::{Value, json};
 
+use super::card::{Learnt, card};
+use super::config::CONFIG;
 use super::names::{foreign_shape, mamba_ssm, reordered, transformers};
 use super::safetensors::{self, Outgoing};
 use super::torch_writer;
@@ -34,7 +36,7 @@ impl FromStr for Format {
     }
 }
 
-/// Fills `folder` with `config.json` and the weights.
+/// Fills `folder` with `config.json`, the weights, and a card that says what they are.
 ///
 /// mamba_ssm's own loader reads `pytorch_model.bin`, so that this format has the weights in both
 /// files; transformers reads `model.safetensors`.
@@ -45,15 +47,19 @@ impl FromStr for Format {
 pub fn export(
     config: &MambaConfig,
     weights: &WeightsFile,
+    learnt: Learnt,
     format: Format,
     folder: &Path,
 ) -> Result<()> {
     check(config, format)?;
+    let path = folder.join("README.md");
+    let text = card(config, format, learnt);
+    fs::write(&path, text).map_err(Error::io("write", &path))?;
     let settings = match format {
         Format::MambaSsm => mamba_ssm_config(config),
         Format::Transformers => transformers_config(config),
     };
-    let path = folder.join("config.json");
+    let path = folder.join(CONFIG);
     let text = serde_json::to_string_pretty(&settings).map_err(anyhow::Error::from)?;
     fs::write(&path, text + "\n").map_err(Error::io("write", &path))?;
     let tensors = outgoing(config, weights, format);

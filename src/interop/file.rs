@@ -48,6 +48,9 @@ impl DiskFile {
     pub(super) fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io("read", path))?;
         let length = file.metadata().map_err(Error::io("read", path))?.len();
+        // Tensors are read from front to back: the system may read further ahead. It is a wish.
+        #[cfg(target_os = "linux")]
+        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Sequential);
         Ok(Self {
             path: path.to_owned(),
             file,
@@ -76,8 +79,8 @@ impl DiskFile {
     #[cfg(not(unix))]
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         use std::io::{Read as _, Seek as _, SeekFrom};
-        // One reader at a time: the place in the file is shared.
-        let mut file = &self.file;
+        // The place in an open file is shared by all who read it, and this one has several.
+        let mut file = File::open(&self.path)?;
         file.seek(SeekFrom::Start(offset))?;
         file.read_exact(buffer)
     }

@@ -101,7 +101,9 @@ impl Import {
         let model = self.config.empty_lm(device);
         // Weights stay, so they do not belong between activations.
         device.memory_persistent_allocations(model, |model| {
-            parameters::replace(model, |name| self.values(name))
+            parameters::replace(model, |name| {
+                Ok(parameters::row(self.values(name)?, device))
+            })
         })
     }
 

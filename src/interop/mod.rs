@@ -7,6 +7,7 @@
 //! Tensors are read and written one at a time: memory is what the largest takes, not the model.
 //! Whatever a file says of lengths and places is compared with the file before memory is taken.
 
+mod card;
 mod config;
 mod export;
 mod file;
@@ -23,9 +24,15 @@ mod torch_writer;
 mod weights;
 mod zip;
 
+pub use card::Learnt;
 pub use export::{Format as ExportFormat, export};
 pub use import::Import;
 pub use weights::WeightsFile;
+
+#[cfg(feature = "hub")]
+pub(crate) use config::{CONFIG, check_config};
+#[cfg(feature = "hub")]
+pub(crate) use source::{files, indexed, weights_among};
 
 /// Problems that a message lists.
 const SHOWN: usize = 20;

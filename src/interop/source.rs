@@ -61,7 +61,7 @@ impl Source {
             files: Vec::new(),
             tensors: Vec::new(),
         };
-        match found.extension().is_some_and(|it| it == "json") {
+        match is_index(&found) {
             true => source.add_indexed(&found)?,
             false => source.add(&found)?,
         }
@@ -104,16 +104,7 @@ impl Source {
 
     /// Adds the tensors of all files that an index names.
     fn add_indexed(&mut self, path: &Path) -> Result<()> {
-        let index = DiskFile::open(path)?;
-        let length = index.length();
-        if length > MOST_INDEX {
-            let reason = format!("has {length} bytes, more than an index has");
-            return Err(unreadable(path, reason));
-        }
-        let map = index
-            .read(0, length)
-            .and_then(|bytes| weight_map(&bytes))
-            .map_err(|problem| unreadable(path, problem))?;
+        let map = read_index(path)?;
         let folder = path.parent().unwrap_or(Path::new("."));
         let files: BTreeSet<&str> = map.values().map(String::as_str).collect();
         for file in files {
@@ -133,6 +124,24 @@ impl Source {
             )),
         }
     }
+}
+
+fn is_index(path: &Path) -> bool {
+    path.extension().is_some_and(|ending| ending == "json")
+}
+
+/// Which tensor is in which file, as the index at `path` says.
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+    let index = DiskFile::open(path)?;
+    let length = index.length();
+    if length > MOST_INDEX {
+        let reason = format!("has {length} bytes, more than an index has");
+        return Err(unreadable(path, reason));
+    }
+    index
+        .read(0, length)
+        .and_then(|bytes| weight_map(&bytes))
+        .map_err(|problem| unreadable(path, problem))
 }
 
 /// Which tensor is in which file, as an index says.
@@ -172,27 +181,62 @@ fn weights_in(path: &Path) -> Result<PathBuf> {
             false => Err(unreadable(path, "does not exist")),
         };
     }
-    let known = WEIGHTS.iter().map(|name| path.join(name));
-    if let Some(found) = known.into_iter().find(|file| file.is_file()) {
-        return Ok(found);
-    }
-    let mut candidates = Vec::new();
+    let mut names = Vec::new();
     for entry in fs::read_dir(path).map_err(Error::io("read", path))? {
-        let file = entry.map_err(Error::io("read", path))?.path();
-        let ending = file.extension().and_then(|it| it.to_str());
-        if ending.is_some_and(|it| ENDINGS.contains(&it)) && file.is_file() {
-            candidates.push(file);
+        let entry = entry.map_err(Error::io("read", path))?;
+        if let (true, Ok(name)) = (entry.path().is_file(), entry.file_name().into_string()) {
+            names.push(name);
         }
     }
-    match candidates.len() {
-        1 => Ok(candidates.remove(0)),
-        0 => Err(unreadable(
-            path,
-            format!("has no weights: none of {}", WEIGHTS.join(", ")),
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    match weights_among(&names) {
+        Ok(name) => Ok(path.join(name)),
+        Err(problem) => Err(unreadable(path, problem)),
+    }
+}
+
+/// Which of a folder's files has the weights, or their index.
+pub(crate) fn weights_among<'a>(names: &[&'a str]) -> Result<&'a str, String> {
+    let known = WEIGHTS.iter().find_map(|known| {
+        let found = names.iter().find(|name| *name == known);
+        found.copied()
+    });
+    if let Some(found) = known {
+        return Ok(found);
+    }
+    let ending = |name: &str| Path::new(name).extension()?.to_str().map(str::to_owned);
+    let candidates: Vec<&str> = names
+        .iter()
+        .copied()
+        .filter(|name| ending(name).is_some_and(|it| ENDINGS.contains(&it.as_str())))
+        .collect();
+    match candidates[..] {
+        [found] => Ok(found),
+        [] => Err(format!("has no weights: none of {}", WEIGHTS.join(", "))),
+        _ => Err(format!(
+            "has {} files that may be the weights: name one of them",
+            candidates.len()
         )),
-        count => Err(unreadable(
-            path,
-            format!("has {count} files that may be the weights: name one of them"),
-        )),
+    }
+}
+
+/// The files that an index names.
+#[cfg(feature = "hub")]
+pub(crate) fn indexed(path: &Path) -> Result<BTreeSet<String>> {
+    Ok(read_index(path)?.into_values().collect())
+}
+
+/// All files of the checkpoint in `folder`: its config, if there is one, its index and its weights.
+#[cfg(feature = "hub")]
+pub(crate) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let weights = weights_in(folder)?;
+    let mut files = vec![weights.clone()];
+    if is_index(&weights) {
+        files.extend(indexed(&weights)?.iter().map(|name| folder.join(name)));
+    }
+    files.extend(super::config::find(folder, None)?);
+    match files.iter().find(|file| !file.is_file()) {
+        Some(absent) => Err(unreadable(absent, "does not exist")),
+        None => Ok(files),
     }
 }

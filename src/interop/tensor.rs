@@ -5,6 +5,9 @@ use rayon::prelude::*;
 
 use super::file::RandomAccess;
 
+/// Values that a thread reads at once.
+const CHUNK: usize = 1 << 20;
+
 /// Number format of a tensor in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Format {
@@ -82,7 +85,7 @@ impl Stored {
     }
 
     /// Reads the values, as f32.
-    pub(super) fn values(&self, file: &impl RandomAccess) -> Result<Vec<f32>, String> {
+    pub(super) fn values(&self, file: &(impl RandomAccess + Sync)) -> Result<Vec<f32>, String> {
         let count: usize = self.shape.iter().product();
         let wide = |from: fn(u16) -> f32| {
             let bytes = file.read(self.offset, 2 * count as u64)?;
@@ -94,8 +97,15 @@ impl Stored {
         match self.format {
             Format::F32 => {
                 let mut values = vec![0.0f32; count];
-                // The files are little-endian, as is every machine that this program is built for.
-                file.fill(self.offset, bytemuck::cast_slice_mut(&mut values))?;
+                // By all threads: more than reading, the system is busy making memory ready. The
+                // files are little-endian, as is every machine that this program is built for.
+                values
+                    .par_chunks_mut(CHUNK)
+                    .enumerate()
+                    .try_for_each(|(i, chunk)| {
+                        let offset = self.offset + 4 * (i * CHUNK) as u64;
+                        file.fill(offset, bytemuck::cast_slice_mut(chunk))
+                    })?;
                 Ok(values)
             }
             Format::F16 => wide(|half| f16::from_bits(half).to_f32()),

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::mpsc::sync_channel;
+use std::thread;
 
-use super::file::DiskFile;
+use super::file::{DiskFile, RandomAccess as _};
 use super::safetensors;
 use super::tensor::{Format, Stored};
 use super::{listed, shown};
@@ -82,6 +84,70 @@ impl WeightsFile {
         tensor
             .values(&self.file)
             .map_err(|reason| mismatch(&self.file.path, reason))
+    }
+}
+
+/// What a file is read in: a tensor's values, or the bytes between tensors.
+enum Piece<'a> {
+    Tensor(&'a str, Vec<f32>),
+    Between(Vec<u8>),
+}
+
+impl WeightsFile {
+    /// Reads the file from front to back, once: `take` gets every tensor, in the order of the file,
+    /// and `see` every byte.
+    ///
+    /// Another thread is one tensor ahead, so that the disk works while values are put to use.
+    ///
+    /// # Errors
+    ///
+    /// The first of `take`, or what reading says.
+    pub(crate) fn read_through(
+        &self,
+        mut see: impl FnMut(&[u8]),
+        mut take: impl FnMut(&str, Vec<f32>) -> Result<()>,
+    ) -> Result<()> {
+        thread::scope(|scope| {
+            let (send, receive) = sync_channel(1);
+            scope.spawn(move || {
+                self.pieces(|piece| {
+                    // The receiver is gone where `take` has failed.
+                    send.send(piece).is_ok()
+                });
+            });
+            for piece in receive {
+                match piece.map_err(|reason| mismatch(&self.file.path, reason))? {
+                    Piece::Between(bytes) => see(&bytes),
+                    Piece::Tensor(name, values) => {
+                        see(bytemuck::cast_slice(&values));
+                        take(name, values)?;
+                    }
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Gives the whole file away in pieces, until it ends, cannot be read or nobody wants more.
+    fn pieces<'a>(&'a self, mut give: impl FnMut(Result<Piece<'a>, String>) -> bool) {
+        let mut tensors: Vec<&Stored> = self.tensors.values().collect();
+        tensors.sort_by_key(|tensor| tensor.offset);
+        let mut place = 0;
+        for tensor in tensors {
+            let between = self.between(place, tensor.offset);
+            let values = tensor.values(&self.file);
+            let values = values.map(|values| Piece::Tensor(&tensor.name, values));
+            if !give(between) || !give(values) {
+                return;
+            }
+            place = tensor.offset + tensor.bytes();
+        }
+        give(self.between(place, self.file.length()));
+    }
+
+    fn between(&self, from: u64, to: u64) -> Result<Piece<'static>, String> {
+        let length = to.checked_sub(from).ok_or("has tensors that overlap")?;
+        Ok(Piece::Between(self.file.read(from, length)?))
     }
 }
 

@@ -12,6 +12,7 @@
 //! Letters: B batch, L length, D model width, E inner width, N state, R Δ-rank, K conv width,
 //! V vocabulary.
 
+mod activation;
 mod block;
 mod compute;
 mod init;
@@ -23,6 +24,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
+pub use activation::{ActivatedLinear, Activation};
 pub use block::{Mamba, ResidualBlock};
 pub use compute::Compute;
 pub use linear::{Embedding, Linear};

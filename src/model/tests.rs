@@ -1,8 +1,8 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-use super::{Mamba, MambaBlock, MambaLm, ResidualBlock, State};
-use crate::config::{DtInit, DtRank, MambaConfig, Norm};
+use super::{Mamba, MambaBlock, MambaLm, Norm, ResidualBlock, State};
+use crate::config::{self, DtInit, DtRank, MambaConfig};
 
 fn device() -> Device {
     Device::flex()
@@ -64,7 +64,7 @@ fn the_parameter_table_is_that_of_the_model() {
     for config in [
         tiny(),
         MambaConfig {
-            norm: Norm::Rms,
+            norm: config::Norm::Rms,
             bias: true,
             conv_bias: false,
             tie_embeddings: true,
@@ -224,7 +224,7 @@ fn all_paths_give_the_same_numbers() {
 #[test]
 fn rms_norm_tied_head_and_padding_work_together() {
     let config = MambaConfig {
-        norm: Norm::Rms,
+        norm: config::Norm::Rms,
         tie_embeddings: true,
         vocab_size: 257,
         pad_vocab_size_multiple: 16,
@@ -335,4 +335,30 @@ fn a_seed_gives_the_same_model() {
     };
     assert_eq!(run(1), run(1));
     assert_ne!(run(1), run(2));
+}
+
+#[test]
+fn norms_stand_alone() {
+    let x = Tensor::<3>::from_floats([[[1.0, 2.0, -3.0, 4.0]]], &device());
+    let mut rms = Norm::rms(4, 1e-5, true, &device());
+    let root = (30.0f32 / 4.0 + 1e-5).sqrt();
+    let expected = [1.0, 2.0, -3.0, 4.0].map(|x| x / root);
+    assert_close("RMSNorm", &values(rms.forward(x.clone())), &expected, 1e-6);
+    rms.bias = Some(Param::from_tensor(Tensor::from_floats(
+        [1.0, 0.0, -1.0, 0.5],
+        &device(),
+    )));
+    let shifted = [0, 1, 2, 3].map(|i| expected[i] + [1.0, 0.0, -1.0, 0.5][i]);
+    assert_close(
+        "with a bias",
+        &values(rms.forward(x.clone())),
+        &shifted,
+        1e-6,
+    );
+    assert!(Norm::rms(4, 1e-5, false, &device()).bias.is_none());
+
+    let layer = Norm::layer(4, 1e-5, &device());
+    let deviation = (6.5f32 + 1e-5).sqrt();
+    let expected = [0.0, 1.0, -4.0, 3.0].map(|x| x / deviation);
+    assert_close("LayerNorm", &values(layer.forward(x)), &expected, 1e-6);
 }

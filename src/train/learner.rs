@@ -103,6 +103,11 @@ impl Learner {
         self.device.clone().inner()
     }
 
+    /// The device of the weights, with gradients.
+    pub(super) fn device(&self) -> &Device {
+        &self.device
+    }
+
     fn weights(&self) -> &MambaLm {
         self.model
             .as_ref()

@@ -2,7 +2,7 @@
 //! `backbone.layers.0.mixer.a_log`.
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use safetensors::tensor::Dtype;
 
 use crate::error::{Error, Result};
@@ -72,15 +72,21 @@ pub(super) fn collect<M: Module>(module: &M) -> Vec<Named> {
     collector.found
 }
 
-/// Replaces every parameter of `module` by the values that `read` gives for its name and shape.
-/// Parameters without values yet are given none but these.
+/// Values in one row, on `device`.
+pub(crate) fn row(values: Vec<f32>, device: &Device) -> Tensor<1> {
+    let count = values.len();
+    Tensor::from_data(TensorData::new(values, [count]), device)
+}
+
+/// Replaces every parameter of `module` by the values that `read` gives for its name, all in one
+/// row. Parameters without values yet are given none but these.
 ///
 /// # Errors
 ///
 /// The first of `read`.
 pub(crate) fn replace<M: Module>(
     module: M,
-    read: impl FnMut(&str) -> Result<Vec<f32>>,
+    read: impl FnMut(&str) -> Result<Tensor<1>>,
 ) -> Result<M> {
     struct Replacer<F> {
         path: Path,
@@ -88,7 +94,7 @@ pub(crate) fn replace<M: Module>(
         error: Option<Error>,
     }
 
-    impl<F: FnMut(&str) -> Result<Vec<f32>>> ModuleMapper for Replacer<F> {
+    impl<F: FnMut(&str) -> Result<Tensor<1>>> ModuleMapper for Replacer<F> {
         fn enter_module(&mut self, name: &str, _container: &str) {
             self.path.enter(name);
         }
@@ -103,8 +109,7 @@ pub(crate) fn replace<M: Module>(
             }
             match (self.read)(&self.path.join()) {
                 Ok(values) => {
-                    let data = TensorData::new(values, param.lazy_shape());
-                    let tensor = Tensor::from_data(data, &param.lazy_device());
+                    let tensor = values.reshape(param.lazy_shape());
                     let id = param.id;
                     param.transform_for_load(tensor, id)
                 }

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -17,13 +18,12 @@ use serde::Serialize;
 
 use crate::document::Split;
 use crate::error::{DataError, Result};
+use crate::fetch::{Expected, Fetcher, sha256_of};
 use crate::progress::Progress;
 
 mod listing;
-mod transfer;
 
 pub use listing::{Listing, RemoteFile, RemoteName};
-use transfer::Fetcher;
 
 /// DeepMind's bucket.
 pub const PG19_BUCKET: &str = "https://storage.googleapis.com/deepmind-gutenberg";
@@ -99,12 +99,9 @@ pub fn download_pg19(
     options: &DownloadOptions,
     progress: &dyn Progress,
 ) -> Result<DownloadReport> {
-    let fetcher = Fetcher {
-        agent: transfer::agent(options.timeout),
-        attempts: options.attempts,
-        backoff: options.backoff,
-        progress,
-    };
+    let mut fetcher = Fetcher::with_timeout(options.timeout, progress);
+    fetcher.attempts = options.attempts;
+    fetcher.backoff = options.backoff;
     let listing = read_listing(&fetcher, &options.listing)?;
     let files = listing.select(&options.splits, options.max_books);
     for split in &options.splits {
@@ -191,14 +188,30 @@ impl Job<'_> {
     fn file(&self, file: &RemoteFile) -> Result<bool> {
         let name = file.name.to_string();
         let path = self.dir.join(&name);
-        let present = transfer::is_present(file, &path, self.options.verify)?;
+        let present = is_present(file, &path, self.options.verify)?;
         if !present {
             let url = format!("{}/{name}", self.options.bucket.trim_end_matches('/'));
-            self.fetcher.fetch_file(&url, file, &path)?;
+            let expected = Expected {
+                bytes: file.bytes,
+                sha256: Some(&file.sha256),
+            };
+            // Books are small: the bar moves when one is there.
+            self.fetcher
+                .fetch_file(&url, expected, &path, &mut |_| {})?;
         }
         self.fetcher.progress.advance(file.bytes);
         Ok(!present)
     }
+}
+
+/// Whether the right file is there. A wrong one stays until the right one replaces it.
+fn is_present(file: &RemoteFile, path: &Path, verify: bool) -> Result<bool> {
+    let bytes = match fs::metadata(path) {
+        Ok(metadata) => metadata.len(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(DataError::io("inspect", path)(error)),
+    };
+    Ok(bytes == file.bytes && (!verify || sha256_of(path)? == file.sha256))
 }
 
 #[cfg(test)]

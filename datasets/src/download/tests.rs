@@ -192,7 +192,7 @@ impl Scene {
     }
 
     fn part(&self) -> PathBuf {
-        transfer::part_path(&self.path())
+        crate::fetch::part_path(&self.path())
     }
 
     /// First bytes of the requests made for the book.

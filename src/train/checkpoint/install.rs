@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use xxhash_rust::xxh3::Xxh3;
 
+use super::check::hash_text;
 use super::manifest::FileEntry;
 use crate::error::{Error, Result};
 
@@ -185,6 +186,6 @@ pub(super) fn describe(folder: &Path, name: &str) -> io::Result<FileEntry> {
     Ok(FileEntry {
         name: name.to_owned(),
         bytes,
-        xxh3: format!("{:032x}", hash.digest128()),
+        xxh3: hash_text(&hash),
     })
 }

@@ -117,6 +117,9 @@ pub struct Manifest {
     /// Where training is.
     #[serde(flatten)]
     pub progress: Progress,
+    /// Where imported weights are from, with the commit: `hf:OWNER/NAME@COMMIT`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
     /// All other files.
     pub files: Vec<FileEntry>,
 }
@@ -225,6 +228,7 @@ mod tests {
                 guard: GuardState::default(),
                 planned: true,
             },
+            source: Some("hf:a/b@c".to_owned()),
             files: vec![FileEntry {
                 name: "config.toml".to_owned(),
                 bytes: 3,

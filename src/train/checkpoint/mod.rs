@@ -14,21 +14,24 @@
 //! not there. Batches are a pure function of seed and step, so the step, and how many batches
 //! rollbacks went past, is all there is to know of the data's position.
 
+mod check;
 mod install;
 mod manifest;
 mod snapshot;
 mod tensors;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor};
 use safetensors::tensor::Dtype;
+use xxhash_rust::xxh3::Xxh3;
 
 pub(crate) use install::{install, write_whole};
 pub use manifest::{DataIdentity, FileEntry, MANIFEST, Manifest, Progress};
 pub(crate) use snapshot::Snapshot;
 
-use install::describe;
+use check::{ANOTHER, check_content, check_length, compare_hash, hash_text};
 use tensors::{TensorFile, read_tensor};
 
 use super::learner::Learner;
@@ -58,27 +61,25 @@ impl Checkpoint {
     ///
     /// [`Error::Checkpoint`] naming the file that is missing, truncated or altered.
     pub fn open(folder: &Path) -> Result<Self> {
+        let checkpoint = Self::open_for_model(folder)?;
+        for entry in &checkpoint.manifest.files {
+            check_content(folder, entry)?;
+        }
+        Ok(checkpoint)
+    }
+
+    /// Opens a checkpoint whose weights alone are wanted: only lengths are checked here, and the
+    /// weights' hash while [`model`](Self::model) reads them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Checkpoint`] naming the file that is missing or truncated.
+    pub fn open_for_model(folder: &Path) -> Result<Self> {
         let manifest = Manifest::read(folder)?;
         for entry in &manifest.files {
-            let path = folder.join(&entry.name);
-            let damaged = |reason: String| Error::Checkpoint {
-                path: path.clone(),
-                reason,
-                hint: "use another checkpoint of the run".to_owned(),
-            };
-            let actual = describe(folder, &entry.name)
-                .map_err(|e| damaged(format!("is part of the checkpoint but unreadable: {e}")))?;
-            if actual.bytes != entry.bytes {
-                return Err(damaged(format!(
-                    "has {} bytes, and was written with {}",
-                    actual.bytes, entry.bytes
-                )));
-            }
-            if actual.xxh3 != entry.xxh3 {
-                return Err(damaged(format!(
-                    "was altered: its hash is {}, and was {}",
-                    actual.xxh3, entry.xxh3
-                )));
+            check_length(folder, entry)?;
+            if entry.name == CONFIG {
+                check_content(folder, entry)?;
             }
         }
         Ok(Self {
@@ -98,7 +99,11 @@ impl Checkpoint {
         &self.manifest.progress
     }
 
-    /// The model with the checkpoint's weights, on `device`.
+    /// The model with the checkpoint's weights, on `device`. The file of weights is read once.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Checkpoint`] where the weights were altered or do not fit the config.
     pub fn model(&self, device: &Device) -> Result<MambaLm> {
         let model = self
             .config
@@ -108,29 +113,68 @@ impl Checkpoint {
         // Weights stay, so they do not belong between activations, where they would keep pages from
         // being used whole.
         device.memory_persistent_allocations(model, |model| {
-            self.load_weights(model, &self.config.model)
+            self.load_weights(model, &self.config.model, device)
         })
     }
 
-    /// Puts the weights into `model`, which is one of `config`, one tensor at a time.
-    fn load_weights(&self, model: MambaLm, config: &MambaConfig) -> Result<MambaLm> {
+    /// Puts the weights into `model`, which is one of `config`: one tensor after the other goes to
+    /// the device, and the hash is taken on the way.
+    fn load_weights(
+        &self,
+        model: MambaLm,
+        config: &MambaConfig,
+        device: &Device,
+    ) -> Result<MambaLm> {
         let file = self.weights_of(config)?;
-        parameters::replace(model, |name| file.read(name))
+        let mut hash = Xxh3::new();
+        let mut tensors = BTreeMap::new();
+        file.read_through(
+            |bytes| hash.update(bytes),
+            |name, values| {
+                tensors.insert(name.to_owned(), parameters::row(values, device));
+                Ok(())
+            },
+        )?;
+        self.check_weights_hash(&hash)?;
+        parameters::replace(model, |name| {
+            let missing = || Error::Checkpoint {
+                path: self.folder.join(WEIGHTS),
+                reason: format!("has no `{name}`"),
+                hint: ANOTHER.to_owned(),
+            };
+            tensors.remove(name).ok_or_else(missing)
+        })
     }
 
-    /// The file of weights.
+    fn check_weights_hash(&self, hash: &Xxh3) -> Result<()> {
+        let entry = self.manifest.files.iter().find(|it| it.name == WEIGHTS);
+        match entry {
+            Some(entry) => compare_hash(&self.folder, entry, hash_text(hash)),
+            None => Ok(()),
+        }
+    }
+
+    /// The file of weights, checked.
     ///
     /// # Errors
     ///
-    /// [`Error::Checkpoint`] where it does not fit the config, with every tensor that does not.
+    /// [`Error::Checkpoint`] where it was altered, or does not fit the config, with every tensor that
+    /// does not.
     pub fn weights(&self) -> Result<WeightsFile> {
+        self.check_weights()?;
         self.weights_of(&self.config.model)
     }
 
+    fn check_weights(&self) -> Result<()> {
+        let entry = self.manifest.files.iter().find(|it| it.name == WEIGHTS);
+        entry.map_or(Ok(()), |entry| check_content(&self.folder, entry))
+    }
+
     fn weights_of(&self, config: &MambaConfig) -> Result<WeightsFile> {
-        let file = WeightsFile::open(&self.folder.join(WEIGHTS))?;
-        file.check(config)?;
-        Ok(file)
+        let opened = WeightsFile::open(&self.folder.join(WEIGHTS));
+        let checked = opened.and_then(|file| file.check(config).map(|()| file));
+        // A damaged header looks like another model's.
+        checked.or_else(|error| self.check_weights().and(Err(error)))
     }
 
     /// Puts weights, optimizer and carried states into `learner`.
@@ -147,14 +191,17 @@ impl Checkpoint {
     /// Puts the weights alone into `learner`.
     pub(super) fn restore_weights(&self, learner: &mut Learner) -> Result<()> {
         let config = learner.config().model.clone();
+        let device = learner.device().clone();
         let mut loaded = Ok(());
-        learner.map_model(|model| match self.load_weights(model.clone(), &config) {
-            Ok(model) => model,
-            Err(error) => {
-                loaded = Err(error);
-                model
-            }
-        });
+        learner.map_model(
+            |model| match self.load_weights(model.clone(), &config, &device) {
+                Ok(model) => model,
+                Err(error) => {
+                    loaded = Err(error);
+                    model
+                }
+            },
+        );
         loaded
     }
 
@@ -215,13 +262,14 @@ impl Checkpoint {
     }
 
     /// Writes a checkpoint of weights alone into `folder`, which `write` puts into the file it is
-    /// given: something to start from, not to go on with.
+    /// given: something to start from, not to go on with. `source` is where they are from.
     pub fn save_weights(
         folder: &Path,
         config: &Config,
+        source: Option<&str>,
         write: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<()> {
-        snapshot::save_weights(folder, config, write)
+        snapshot::save_weights(folder, config, source, write)
     }
 }
 

@@ -60,7 +60,7 @@ impl Snapshot {
                     tensors::write(file, held)
                 })?);
             }
-            write_manifest(building, files, &self.progress)
+            write_manifest(building, files, &self.progress, None)
         })?;
         Ok(folder)
     }
@@ -72,11 +72,17 @@ fn write_config(folder: &Path, config: &str) -> Result<FileEntry> {
 }
 
 /// Writes the manifest, the last file, and flushes the folder.
-fn write_manifest(folder: &Path, files: Vec<FileEntry>, progress: &Progress) -> Result<()> {
+fn write_manifest(
+    folder: &Path,
+    files: Vec<FileEntry>,
+    progress: &Progress,
+    source: Option<&str>,
+) -> Result<()> {
     let manifest = Manifest {
         format: FORMAT,
         program: env!("CARGO_PKG_VERSION").to_owned(),
         progress: progress.clone(),
+        source: source.map(str::to_owned),
         files,
     };
     let text = manifest.to_text()?;
@@ -85,10 +91,11 @@ fn write_manifest(folder: &Path, files: Vec<FileEntry>, progress: &Progress) -> 
 }
 
 /// Writes a checkpoint of weights alone into `folder`, which `write` puts into the file it is
-/// given.
+/// given; they are from `source`.
 pub(super) fn save_weights(
     folder: &Path,
     config: &Config,
+    source: Option<&str>,
     write: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
     install(folder, |building| {
@@ -97,6 +104,11 @@ pub(super) fn save_weights(
         write(&path)?;
         sync(&path)?;
         let weights = describe(building, WEIGHTS).map_err(Error::io("read", &path))?;
-        write_manifest(building, vec![config, weights], &Progress::default())
+        write_manifest(
+            building,
+            vec![config, weights],
+            &Progress::default(),
+            source,
+        )
     })
 }

@@ -19,10 +19,14 @@ pub(super) struct Held {
 }
 
 impl Held {
-    /// Reads a tensor from its device.
+    /// Copies a tensor from its device.
     pub(super) fn take(tensor: Named) -> Self {
+        let data = (tensor.read)();
+        // Burn's GPU backends copy when the bytes are first looked at: as late as that, they would
+        // be those of a later step.
+        let _ = data.as_bytes();
         Self {
-            data: (tensor.read)(),
+            data,
             name: tensor.name,
             shape: tensor.shape,
             dtype: tensor.dtype,

@@ -168,8 +168,10 @@ fn change(learner: &mut Learner, change: impl Fn(&str, &mut [f32])) {
     for (name, values) in &mut values {
         change(name, values);
     }
+    let device = learner.device().clone();
     learner.map_model(|model| {
-        parameters::replace(model, |name| Ok(values[name].clone())).expect("the same shapes")
+        let row = |name: &str| Ok(parameters::row(values[name].clone(), &device));
+        parameters::replace(model, row).expect("the same shapes")
     });
 }
 

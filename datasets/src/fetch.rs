@@ -1,15 +1,20 @@
-//! Fetching one file: ranges, retries, verification.
+//! Fetching files over HTTP: ranges, retries, verification.
+//!
+//! A file appears under its name only when its length, and its hash where one is known, are right.
+//! What a broken transfer leaves beside it is gone on with.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
-use ureq::Agent;
+use ureq::config::RedirectAuthHeaders;
+use ureq::http::HeaderMap;
+use ureq::typestate::WithoutBody;
+use ureq::{Agent, RequestBuilder};
 
-use super::listing::RemoteFile;
 use crate::error::{DataError, Result};
 use crate::fsutil;
 use crate::hashing::hex;
@@ -21,17 +26,32 @@ const CHUNK: usize = 64 << 10;
 const MAX_BACKOFF: Duration = Duration::from_secs(60);
 
 /// How to fetch.
-pub(super) struct Fetcher<'a> {
-    pub agent: Agent,
+pub struct Fetcher<'a> {
+    agent: Agent,
+    /// Attempts per file, at least 1.
     pub attempts: u32,
+    /// Pause before the second attempt; it doubles each time, up to a minute. A server that asks for
+    /// a longer one gets it, up to a minute.
     pub backoff: Duration,
+    /// Sent as `Authorization: Bearer` to the address asked for, and on to no other host.
+    pub token: Option<String>,
+    /// Hears of attempts that failed.
     pub progress: &'a dyn Progress,
+}
+
+/// What a file has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expected<'a> {
+    /// Its length.
+    pub bytes: u64,
+    /// Its SHA-256, as 64 lower-case hexadecimal digits, where it is known.
+    pub sha256: Option<&'a str>,
 }
 
 /// Why one attempt did not succeed.
 enum Failure {
-    /// Worth another attempt.
-    Passing(String),
+    /// Worth another attempt, after this time if the server names one.
+    Passing(String, Option<Duration>),
     /// The same would happen again.
     Lasting(DataError),
 }
@@ -42,11 +62,17 @@ impl From<DataError> for Failure {
     }
 }
 
+/// A failure worth another attempt.
+fn passing(problem: impl ToString) -> Failure {
+    Failure::Passing(problem.to_string(), None)
+}
+
 /// The agent for all requests. Timeouts are per stage, not for a whole file: a slow line is no
 /// error, a silent one is.
-pub(super) fn agent(timeout: Duration) -> Agent {
+fn agent(timeout: Duration) -> Agent {
     Agent::config_builder()
         .http_status_as_error(false)
+        .redirect_auth_headers(RedirectAuthHeaders::SameHost)
         // Lengths and ranges refer to the file itself, so it must not come compressed.
         .accept_encoding("identity")
         .timeout_resolve(Some(timeout))
@@ -57,13 +83,33 @@ pub(super) fn agent(timeout: Duration) -> Agent {
         .new_agent()
 }
 
-impl Fetcher<'_> {
+impl<'a> Fetcher<'a> {
+    /// Five attempts, a second before the second of them, a minute of silence at most.
+    pub fn new(progress: &'a dyn Progress) -> Self {
+        let quiet = Duration::from_secs(60);
+        Self::with_timeout(quiet, progress)
+    }
+
+    /// The same with another longest silence of the server.
+    pub fn with_timeout(timeout: Duration, progress: &'a dyn Progress) -> Self {
+        Self {
+            agent: agent(timeout),
+            attempts: 5,
+            backoff: Duration::from_secs(1),
+            token: None,
+            progress,
+        }
+    }
+
     /// Fetches a small file whole into memory, at most `limit` bytes of it.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Fetch`] after all attempts, [`DataError::HttpStatus`].
     pub fn fetch_small(&self, url: &str, limit: u64) -> Result<Vec<u8>> {
         self.retrying(url, || {
-            let passing = |error: ureq::Error| Failure::Passing(error.to_string());
-            let mut response = self.agent.get(url).call().map_err(passing)?;
-            check_status(url, response.status().as_u16())?;
+            let mut response = self.get(url).call().map_err(passing)?;
+            check_status(url, response.status().as_u16(), response.headers())?;
             let body = response.body_mut().with_config().limit(limit);
             body.read_to_vec().map_err(passing)
         })
@@ -71,17 +117,37 @@ impl Fetcher<'_> {
 
     /// Fetches a file to `path`, going on with what an earlier run left in `path` + `.part`.
     ///
-    /// The file gets its name only when its length and hash are right. Progress hears of each
-    /// byte of the file once, on success.
-    pub fn fetch_file(&self, url: &str, file: &RemoteFile, path: &Path) -> Result<()> {
-        let transfer = Transfer {
+    /// The file gets its name only when its length and hash are right. `arrived` hears how many of
+    /// its bytes are there; a transfer that begins again goes back to 0.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Fetch`] after all attempts, [`DataError::HttpStatus`],
+    /// [`DataError::DownloadLength`], [`DataError::DownloadHash`], [`DataError::Io`].
+    pub fn fetch_file(
+        &self,
+        url: &str,
+        expected: Expected<'_>,
+        path: &Path,
+        arrived: &mut dyn FnMut(u64),
+    ) -> Result<()> {
+        let mut transfer = Transfer {
             fetcher: self,
             url,
-            file,
+            expected,
             part: part_path(path),
+            arrived,
         };
         self.retrying(url, || transfer.attempt())?;
         fsutil::rename_durably(&transfer.part, path)
+    }
+
+    fn get(&self, url: &str) -> RequestBuilder<WithoutBody> {
+        let request = self.agent.get(url);
+        match &self.token {
+            Some(token) => request.header("Authorization", format!("Bearer {token}")),
+            None => request,
+        }
     }
 
     /// Tries until success, a lasting failure, or the last attempt; waits longer each time.
@@ -93,17 +159,17 @@ impl Fetcher<'_> {
             match attempt() {
                 Ok(value) => return Ok(value),
                 Err(Failure::Lasting(error)) => return Err(error),
-                Err(Failure::Passing(problem)) if number >= attempts => {
+                Err(Failure::Passing(problem, _)) if number >= attempts => {
                     return Err(DataError::Fetch {
                         url: url.to_owned(),
                         attempts,
                         problem,
                     });
                 }
-                Err(Failure::Passing(problem)) => {
+                Err(Failure::Passing(problem, asked)) => {
                     let note = format!("{url}: {problem}; attempt {} of {attempts}", number + 1);
                     self.progress.note(&note);
-                    thread::sleep(pause);
+                    thread::sleep(pause.max(asked.unwrap_or_default()).min(MAX_BACKOFF));
                     pause = pause.saturating_mul(2).min(MAX_BACKOFF);
                     number += 1;
                 }
@@ -113,10 +179,15 @@ impl Fetcher<'_> {
 }
 
 /// Statuses other than success: those that may pass, and those that stay.
-fn check_status(url: &str, status: u16) -> Result<(), Failure> {
+fn check_status(url: &str, status: u16, headers: &HeaderMap) -> Result<(), Failure> {
     match status {
         200 | 206 => Ok(()),
-        408 | 429 | 500..=599 => Err(Failure::Passing(format!("HTTP status {status}"))),
+        408 | 429 | 500..=599 => {
+            let asked = headers.get("retry-after").and_then(|it| it.to_str().ok());
+            let asked = asked.and_then(|seconds| seconds.trim().parse().ok());
+            let problem = format!("HTTP status {status}");
+            Err(Failure::Passing(problem, asked.map(Duration::from_secs)))
+        }
         got => Err(Failure::Lasting(DataError::HttpStatus {
             url: url.to_owned(),
             got,
@@ -125,14 +196,18 @@ fn check_status(url: &str, status: u16) -> Result<(), Failure> {
 }
 
 /// The name under which an unfinished file lies.
-pub(super) fn part_path(path: &Path) -> PathBuf {
+pub(crate) fn part_path(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".part");
     PathBuf::from(name)
 }
 
-/// SHA-256 of a file.
-fn hash_file(path: &Path) -> Result<String> {
+/// SHA-256 of a file, as 64 lower-case hexadecimal digits.
+///
+/// # Errors
+///
+/// [`DataError::Io`].
+pub fn sha256_of(path: &Path) -> Result<String> {
     let (hash, _) = hash_so_far(path)?;
     Ok(hex(&hash.finalize()))
 }
@@ -163,75 +238,74 @@ fn hash_so_far(path: &Path) -> Result<(Sha256, u64)> {
 struct Transfer<'a> {
     fetcher: &'a Fetcher<'a>,
     url: &'a str,
-    file: &'a RemoteFile,
+    expected: Expected<'a>,
     part: PathBuf,
+    arrived: &'a mut dyn FnMut(u64),
 }
 
 impl Transfer<'_> {
     /// One attempt to have the whole, right file in `part`.
-    fn attempt(&self) -> Result<(), Failure> {
+    fn attempt(&mut self) -> Result<(), Failure> {
         let (mut hash, mut have) = hash_so_far(&self.part)?;
-        if have > self.file.bytes {
+        if have > self.expected.bytes {
             fsutil::remove_file_if_present(&self.part)?;
             (hash, have) = (Sha256::new(), 0);
         }
         let resumed = have > 0;
-        if have < self.file.bytes || !resumed {
+        if have < self.expected.bytes || !resumed {
             self.receive(&mut hash, &mut have)?;
         }
+        let Some(expected) = self.expected.sha256 else {
+            return Ok(());
+        };
         let got = hex(&hash.finalize());
-        if got == self.file.sha256 {
+        if got == expected {
             return Ok(());
         }
         fsutil::remove_file_if_present(&self.part)?;
         if resumed {
             // The leftover may have been the bad part: it is worth one try from the beginning.
-            return Err(Failure::Passing(
-                "the resumed file's SHA-256 is wrong".to_owned(),
-            ));
+            return Err(passing("the resumed file's SHA-256 is wrong"));
         }
         Err(Failure::Lasting(DataError::DownloadHash {
             url: self.url.to_owned(),
             path: self.part.clone(),
             got,
-            expected: self.file.sha256.clone(),
+            expected: expected.to_owned(),
         }))
     }
 
     /// Receives what is missing and appends it, flushed to the disk.
-    fn receive(&self, hash: &mut Sha256, have: &mut u64) -> Result<(), Failure> {
-        let mut request = self.fetcher.agent.get(self.url);
+    fn receive(&mut self, hash: &mut Sha256, have: &mut u64) -> Result<(), Failure> {
+        let mut request = self.fetcher.get(self.url);
         if *have > 0 {
             request = request.header("Range", format!("bytes={have}-"));
         }
-        let response = request
-            .call()
-            .map_err(|error| Failure::Passing(error.to_string()))?;
+        let response = request.call().map_err(passing)?;
         let status = response.status().as_u16();
         let begins = content_range_start(response.headers());
         if *have > 0 && (status == 416 || (status == 206 && begins != Some(*have))) {
             fsutil::remove_file_if_present(&self.part)?;
             let problem = format!("the server does not continue at byte {have}");
-            return Err(Failure::Passing(problem));
+            return Err(passing(problem));
         }
-        check_status(self.url, status)?;
+        check_status(self.url, status, response.headers())?;
         if status == 200 {
             // The server sends the file from its beginning, whatever was asked.
             (*hash, *have) = (Sha256::new(), 0);
         }
         let mut part = self.open_part(*have == 0)?;
+        (self.arrived)(*have);
         let (_, body) = response.into_parts();
         let announced = body.content_length().is_some();
         self.copy(body.into_reader(), &mut part, hash, have)?;
         part.sync_all()
             .map_err(DataError::io("flush", &self.part))?;
-        if *have == self.file.bytes {
+        if *have == self.expected.bytes {
             return Ok(());
         }
-        if *have < self.file.bytes && !announced {
-            return Err(Failure::Passing(format!(
-                "the transfer ended at byte {have}"
-            )));
+        if *have < self.expected.bytes && !announced {
+            return Err(passing(format!("the transfer ended at byte {have}")));
         }
         drop(part);
         fsutil::remove_file_if_present(&self.part)?;
@@ -239,7 +313,7 @@ impl Transfer<'_> {
             url: self.url.to_owned(),
             path: self.part.clone(),
             got: *have,
-            expected: self.file.bytes,
+            expected: self.expected.bytes,
         }))
     }
 
@@ -255,13 +329,13 @@ impl Transfer<'_> {
 
     /// Copies a body to the part; stops after one byte too many.
     fn copy(
-        &self,
+        &mut self,
         body: impl Read,
         part: &mut File,
         hash: &mut Sha256,
         have: &mut u64,
     ) -> Result<(), Failure> {
-        let mut body = body.take(self.file.bytes - *have + 1);
+        let mut body = body.take(self.expected.bytes - *have + 1);
         let mut buffer = vec![0; CHUNK];
         loop {
             let count = match body.read(&mut buffer) {
@@ -270,30 +344,21 @@ impl Transfer<'_> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
                     let problem = format!("the transfer broke off at byte {have}: {error}");
-                    return Err(Failure::Passing(problem));
+                    return Err(passing(problem));
                 }
             };
             part.write_all(&buffer[..count])
                 .map_err(DataError::io("write", &self.part))?;
             hash.update(&buffer[..count]);
             *have += count as u64;
+            (self.arrived)((*have).min(self.expected.bytes));
         }
     }
 }
 
 /// The first byte's position in `Content-Range: bytes FIRST-LAST/TOTAL`.
-fn content_range_start(headers: &ureq::http::HeaderMap) -> Option<u64> {
+fn content_range_start(headers: &HeaderMap) -> Option<u64> {
     let value = headers.get("content-range")?.to_str().ok()?;
     let (first, _) = value.trim().strip_prefix("bytes ")?.split_once('-')?;
     first.trim().parse().ok()
-}
-
-/// Whether the right file is there. A wrong one stays until the right one replaces it.
-pub(super) fn is_present(file: &RemoteFile, path: &Path, verify: bool) -> Result<bool> {
-    let bytes = match fs::metadata(path) {
-        Ok(metadata) => metadata.len(),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        Err(error) => return Err(DataError::io("inspect", path)(error)),
-    };
-    Ok(bytes == file.bytes && (!verify || hash_file(path)? == file.sha256))
 }
