@@ -55,7 +55,7 @@ pub enum Command {
     /// Write text that goes on from a prompt
     Generate(GenerateArgs),
     /// Measure bits per byte of a checkpoint on held-out data
-    Eval(EvalArgs),
+    Eval(eval::EvalArgs),
     /// Write the logits at every byte of a file, as a NumPy array
     Logits(LogitsArgs),
     /// Make a checkpoint of one of another program: mamba_ssm, transformers, MambaByte
@@ -153,26 +153,6 @@ pub struct GenerateArgs {
     /// Where to compute: auto, cpu, cuda, wgpu, with an index as in cuda:1
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
     pub device: DeviceConfig,
-}
-
-/// Arguments of `eval`.
-#[derive(Clone, Debug, Args)]
-pub struct EvalArgs {
-    /// Folder of the checkpoint, or of a run, whose newest is taken
-    #[arg(long, value_name = "DIR")]
-    pub checkpoint: PathBuf,
-    /// Folder written by `data prepare`
-    #[arg(long, value_name = "DIR")]
-    pub data: PathBuf,
-    /// Which part of it: train, validation or test
-    #[arg(long, value_name = "SPLIT", default_value = "test", value_parser = split)]
-    pub split: Split,
-    /// Where to compute: auto, cpu, cuda, wgpu, with an index as in cuda:1
-    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
-    pub device: DeviceConfig,
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// Arguments of `logits`.

@@ -17,7 +17,7 @@ use super::schedule::learning_rate;
 use crate::config::{Config, Mode};
 use crate::device::budget::Budget;
 use crate::error::{Error, Result};
-use crate::eval::{self, EvalOptions};
+use crate::eval::{self, Context, EvalOptions, Lanes};
 use crate::generate::{Generator, SampleOptions};
 
 /// Batches that the loader prepares ahead.
@@ -319,13 +319,20 @@ impl Run<'_> {
             return Ok(());
         };
         let started = Instant::now();
+        let train = &self.config.train;
         let options = EvalOptions {
-            length: self.config.train.length,
-            batch: self.config.train.batch,
-            max_bytes: Some(self.config.train.validate_bytes),
+            context: Context::Windows {
+                length: train.length,
+            },
+            lanes: Lanes {
+                count: train.batch,
+                positions: train.batch * train.length,
+            },
+            max_bytes: Some(train.validate_bytes),
         };
         let device = self.learner.inner_device();
-        let score = eval::evaluate(&self.learner.model(), &device, shards, &options, &Silent)?;
+        let score =
+            eval::evaluate(&self.learner.model(), &device, shards, &options, &Silent)?.total();
         let bpb = score.bits_per_byte();
         self.progress.valid_bpb = Some(bpb);
         self.metrics.write(&MetricRecord::Valid {
