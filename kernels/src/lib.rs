@@ -13,6 +13,7 @@
 //! | [`mamba_layer`] | a residual Mamba layer, norm to addition, in one operation |
 //! | [`adamw`] | one AdamW update of one parameter, its moments in f32 or in 8 bits |
 //! | [`sum_squares`] | sum of the squares of many tensors, for the norm of a gradient |
+//! | [`sampling`] | the choice of a byte from its logits |
 //! | [`pscan`] | first-order linear recurrence by a parallel (Blelloch) scan, in tensor operations |
 //!
 //! Every operation is one folder: `mod.rs` has the contract and the shape checks, `reference.rs`
@@ -50,6 +51,7 @@ pub mod linear;
 pub mod mamba_layer;
 pub mod norm;
 pub mod pscan;
+pub mod sampling;
 pub mod selective_scan;
 pub mod sum_squares;
 

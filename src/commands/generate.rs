@@ -5,7 +5,7 @@ use std::io::Write as _;
 use super::GenerateArgs;
 use crate::device;
 use crate::error::{Error, Result};
-use crate::generate::{Generator, SampleOptions};
+use crate::generate::{Generator, GeneratorOptions, Request, SamplingConfig};
 use crate::train::Checkpoint;
 use crate::train::run_dir::resolve_checkpoint;
 
@@ -14,19 +14,27 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let checkpoint = Checkpoint::open(&resolve_checkpoint(&args.checkpoint)?)?;
     let device = device::open(&args.device)?;
     let model = checkpoint.model(&device)?;
-    let options = SampleOptions {
-        temperature: args.temperature,
-        top_k: args.top_k.into(),
-        top_p: args.top_p,
+    let request = Request {
+        max_new_bytes: args.max_new_bytes,
+        sampling: SamplingConfig {
+            temperature: args.temperature,
+            top_k: args.top_k.into(),
+            top_p: args.top_p,
+            ..SamplingConfig::default()
+        },
         seed: args.seed,
+        ..Request::new(args.prompt.as_bytes())
     };
-    let mut generator = Generator::new(&model, &device, args.prompt.as_bytes(), options);
+    let mut generator = Generator::new(model, &device, GeneratorOptions::default());
+    let mut session = generator.start(&[request])?;
     let mut stdout = std::io::stdout().lock();
-    for _ in 0..args.max_new_bytes {
-        stdout
-            .write_all(&[generator.next_byte()])
-            .and_then(|()| stdout.flush())
-            .map_err(Error::Stdout)?;
+    while !session.is_finished() {
+        for piece in session.advance(1)? {
+            stdout
+                .write_all(&piece.bytes)
+                .and_then(|()| stdout.flush())
+                .map_err(Error::Stdout)?;
+        }
     }
     Ok(())
 }

@@ -1,68 +1,120 @@
-//! Writing bytes: the prompt in one parallel pass, then one byte at a time in constant memory.
+//! Writing bytes: the prompt in one parallel pass, then one byte at a time, in constant memory and
+//! time a byte whatever was read or written before.
+//!
+//! ```text
+//! Generator      a model, made ready once
+//!   .start()     reads the prompts of some requests: a Session, one sequence each
+//!     .advance() some more bytes of every sequence
+//! ```
 
+mod decoder;
+mod prefill;
+mod request;
 mod sampling;
+mod session;
+mod stop;
+
+use std::ops::ControlFlow;
 
 use burn::module::Module;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::Device;
+pub use mambabyte_datasets::text::Utf8Stream;
 
-pub use sampling::{SampleOptions, Sampler};
+use crate::config::Precision;
+use crate::error::Result;
+use crate::model::{Compute, MambaLm};
+use decoder::Decoder;
+pub use request::{Choice, Completion, Finish, Piece, Request, Timing};
+pub use sampling::SamplingConfig;
+pub use session::Session;
 
-use crate::model::{MambaLm, State};
+/// Bytes that [`Generator::generate`] writes before it hands them on.
+const PIECE: usize = 16;
 
-/// A prompt is read in pieces of so many bytes, so that a long one does not need more memory.
-const PREFILL: usize = 8192;
-
-/// What generation starts from without a prompt: the byte after which a text most often begins.
-const START: u8 = b'\n';
-
-/// Goes on from a prompt, one byte at a call.
-pub struct Generator<'a> {
-    model: MambaLm,
-    device: &'a Device,
-    sampler: Sampler,
-    /// Before the next byte is chosen: its logits, and the memory they came from.
-    logits: Vec<f32>,
-    /// Taken while a byte is read.
-    state: Option<State>,
+/// How a [`Generator`] computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GeneratorOptions {
+    /// Format of weights and of the operands of products.
+    pub precision: Precision,
+    /// Use the model's own step instead of kernels made for single bytes: slower, without another
+    /// copy of the weights.
+    pub plain: bool,
 }
 
-impl<'a> Generator<'a> {
-    /// Reads the prompt. `model` is without gradients, on `device`.
-    pub fn new(model: &MambaLm, device: &'a Device, prompt: &[u8], options: SampleOptions) -> Self {
-        debug_assert!(model.devices().iter().all(|d| !d.is_autodiff()));
-        let model = model.clone().frozen();
-        let start = [START];
-        let prompt = if prompt.is_empty() { &start } else { prompt };
-        let mut state = None;
-        let mut last = None;
-        for piece in prompt.chunks(PREFILL) {
-            let values: Vec<i32> = piece.iter().map(|b| i32::from(*b)).collect();
-            let data = TensorData::new(values, [1, piece.len()]);
-            let (logits, next) = model.forward_last(Tensor::from_data(data, device), state, 1);
-            state = Some(next);
-            last = Some(logits);
-        }
-        let (Some(logits), Some(state)) = (last, state) else {
-            unreachable!("a prompt of at least one byte has at least one piece");
-        };
+impl Default for GeneratorOptions {
+    fn default() -> Self {
         Self {
+            precision: Precision::Fp32,
+            plain: false,
+        }
+    }
+}
+
+/// A model that is ready to write.
+///
+/// It stays on the thread that made it: GPU work is ordered within a thread.
+#[derive(Debug)]
+pub struct Generator {
+    model: MambaLm,
+    device: Device,
+    decoder: Decoder,
+}
+
+impl Generator {
+    /// Makes a model ready: `model` is without gradients, on `device`.
+    pub fn new(model: MambaLm, device: &Device, options: GeneratorOptions) -> Self {
+        debug_assert!(model.devices().iter().all(|d| !d.is_autodiff()));
+        let model = model
+            .frozen()
+            .with_compute(Compute::from(options.precision));
+        Self {
+            decoder: Decoder::new(&model, options),
+            device: device.clone(),
             model,
-            device,
-            sampler: Sampler::new(options),
-            logits: logits.into_data().iter::<f32>().collect(),
-            state: Some(state),
         }
     }
 
-    /// Chooses the next byte and reads it.
-    pub fn next_byte(&mut self) -> u8 {
-        let byte = self.sampler.choose(&self.logits);
-        let input = Tensor::<1, Int>::from_data([i32::from(byte)], self.device);
-        if let Some(state) = self.state.take() {
-            let (logits, state) = self.model.step(input, state);
-            self.logits = logits.into_data().iter::<f32>().collect();
-            self.state = Some(state);
+    /// Reads the prompts: afterwards every request is a sequence of its own, side by side.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Usage`](crate::error::Error::Usage) if a setting is outside its range.
+    pub fn start(&mut self, requests: &[Request]) -> Result<Session<'_>> {
+        Session::start(self, requests)
+    }
+
+    /// Writes the texts of all requests side by side, and hands every piece to `sink` as it comes;
+    /// [`ControlFlow::Break`] cancels what is not finished.
+    ///
+    /// # Errors
+    ///
+    /// As [`start`](Self::start).
+    pub fn generate(
+        &mut self,
+        requests: &[Request],
+        sink: &mut dyn FnMut(&Piece) -> ControlFlow<()>,
+    ) -> Result<Vec<Completion>> {
+        let mut session = self.start(requests)?;
+        let empty = Completion {
+            bytes: Vec::new(),
+            choices: Vec::new(),
+            finish: Finish::Cancelled,
+        };
+        let mut texts = vec![empty; requests.len()];
+        'writing: while !session.is_finished() {
+            for piece in session.advance(PIECE)? {
+                let flow = sink(&piece);
+                let text = &mut texts[piece.index];
+                text.bytes.extend(piece.bytes);
+                text.choices.extend(piece.choices);
+                if let Some(finish) = piece.finish {
+                    text.finish = finish;
+                }
+                if flow.is_break() {
+                    break 'writing;
+                }
+            }
         }
-        byte
+        Ok(texts)
     }
 }

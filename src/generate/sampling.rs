@@ -1,192 +1,115 @@
-//! Choosing a byte from logits: top-k, then temperature, then top-p, then a draw.
+//! The settings of a choice, and the random numbers it is made with.
 
+use mambabyte_kernels::sampling::{BYTES, Sampling};
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
 
-/// How bytes are chosen.
+/// How bytes are chosen; the order in which this acts is that of [`mambabyte_kernels::sampling`].
 #[derive(Clone, Debug, PartialEq)]
-pub struct SampleOptions {
+pub struct SamplingConfig {
     /// Divides the logits; 0 takes the likeliest byte.
     pub temperature: f64,
-    /// Choose among so many likeliest bytes: 0 is no limit, 1 takes the likeliest.
+    /// Choose among so many likeliest bytes, at most 256: 0 is no limit, 1 takes the likeliest.
     pub top_k: usize,
-    /// Choose among the likeliest bytes that have this probability together.
+    /// Choose among the likeliest bytes that have this probability together; 0 and 1 are no limit.
     pub top_p: f64,
-    /// Seed of the draws.
-    pub seed: u64,
+    /// Choose among bytes at least this fraction as likely as the likeliest; 0 is no limit.
+    pub min_p: f64,
+    /// Makes bytes that the text has already less likely; 1 does nothing.
+    pub repetition_penalty: f64,
 }
 
-impl Default for SampleOptions {
+impl Default for SamplingConfig {
     fn default() -> Self {
         Self {
             temperature: 1.0,
             top_k: 256,
             top_p: 0.98,
-            seed: 4740,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
         }
     }
 }
 
-/// Chooses bytes by [`SampleOptions`], reproducibly.
-pub struct Sampler {
-    options: SampleOptions,
-    rng: ChaCha8Rng,
-}
-
-impl Sampler {
-    /// A sampler at the start of its seed's sequence.
-    pub fn new(options: SampleOptions) -> Self {
+impl SamplingConfig {
+    /// Always the likeliest byte.
+    pub fn greedy() -> Self {
         Self {
-            rng: ChaCha8Rng::seed_from_u64(options.seed),
-            options,
+            top_k: 1,
+            ..Self::default()
         }
     }
 
-    /// The next byte, given the logits of the 256 byte values (a longer vocabulary's rest is not
-    /// looked at).
-    pub fn choose(&mut self, logits: &[f32]) -> u8 {
-        let mut ranked: Vec<(u8, f64)> = (0..=u8::MAX)
-            .zip(logits)
-            .map(|(byte, logit)| (byte, f64::from(*logit)))
-            .collect();
-        // Equal logits keep the order of the bytes, so that a choice never depends on the sort.
-        ranked.sort_by(|a, b| b.1.total_cmp(&a.1));
-        let SampleOptions {
+    /// All bytes by the model's own probabilities.
+    pub fn plain() -> Self {
+        Self {
+            top_k: 0,
+            top_p: 1.0,
+            ..Self::default()
+        }
+    }
+
+    /// Says which setting is outside its range, if one is.
+    ///
+    /// # Errors
+    ///
+    /// The setting's name, its value and what is expected.
+    pub fn check(&self) -> Result<(), String> {
+        let within = |name: &str, value: f64, good: bool, expected: &str| match good {
+            true => Ok(()),
+            false => Err(format!("{name} is {value}, expected {expected}")),
+        };
+        let fraction = |value: f64| (0.0..=1.0).contains(&value);
+        let Self {
             temperature,
             top_k,
             top_p,
-            ..
-        } = self.options;
-        if top_k == 1 || temperature == 0.0 {
-            return ranked[0].0;
-        }
-        if top_k > 0 {
-            ranked.truncate(top_k);
-        }
-        let highest = ranked[0].1;
-        for (_, weight) in &mut ranked {
-            *weight = ((*weight - highest) / temperature).exp();
-        }
-        keep_likeliest(&mut ranked, top_p);
-        self.draw(&ranked)
+            min_p,
+            repetition_penalty,
+        } = *self;
+        within(
+            "temperature",
+            temperature,
+            temperature == 0.0 || (1e-4..=1e4).contains(&temperature),
+            "0, or 0.0001 to 10,000",
+        )?;
+        within("top_k", top_k as f64, top_k <= BYTES, "0 to 256")?;
+        within("top_p", top_p, fraction(top_p), "0 to 1")?;
+        within("min_p", min_p, fraction(min_p), "0 to 1")?;
+        within(
+            "repetition_penalty",
+            repetition_penalty,
+            (0.01..=100.0).contains(&repetition_penalty),
+            "0.01 to 100",
+        )
     }
 
-    fn draw(&mut self, weights: &[(u8, f64)]) -> u8 {
-        let total: f64 = weights.iter().map(|(_, weight)| weight).sum();
-        let mut left = self.rng.random::<f64>() * total;
-        for (byte, weight) in weights {
-            left -= weight;
-            if left < 0.0 {
-                return *byte;
-            }
+    /// The settings as the kernels take them.
+    pub(super) fn kernel(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature as f32,
+            top_k: self.top_k as u32,
+            top_p: self.top_p as f32,
+            min_p: self.min_p as f32,
+            repetition_penalty: self.repetition_penalty as f32,
         }
-        // Rounding may leave a little: the last byte takes it.
-        weights[weights.len() - 1].0
     }
 }
 
-/// Cuts the sorted list where the probabilities so far first reach `top_p`; one byte always stays.
-fn keep_likeliest(weights: &mut Vec<(u8, f64)>, top_p: f64) {
-    let total: f64 = weights.iter().map(|(_, weight)| weight).sum();
-    let mut sum = 0.0;
-    let mut keep = 0;
-    for (_, weight) in weights.iter() {
-        keep += 1;
-        sum += weight;
-        if sum >= top_p * total {
-            break;
-        }
-    }
-    weights.truncate(keep);
-}
+/// The draws of one sequence: the same seed and stream give the same numbers on every device, and
+/// whatever other sequences run beside it.
+#[derive(Debug)]
+pub(super) struct Draws(ChaCha8Rng);
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn logits(set: &[(u8, f32)]) -> Vec<f32> {
-        let mut logits = vec![-1e9; 256];
-        for (byte, logit) in set {
-            logits[*byte as usize] = *logit;
-        }
-        logits
+impl Draws {
+    pub fn new(seed: u64, stream: u64) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(stream);
+        Self(rng)
     }
 
-    fn shares(options: SampleOptions, logits: &[f32]) -> [f64; 256] {
-        let mut sampler = Sampler::new(options);
-        let mut counts = [0.0; 256];
-        for _ in 0..20_000 {
-            counts[sampler.choose(logits) as usize] += 1.0 / 20_000.0;
-        }
-        counts
-    }
-
-    fn plain() -> SampleOptions {
-        SampleOptions {
-            top_k: 0,
-            top_p: 1.0,
-            ..SampleOptions::default()
-        }
-    }
-
-    #[test]
-    fn draws_have_the_softmax_distribution() {
-        let shares = shares(plain(), &logits(&[(7, 0.0), (200, 3f32.ln())]));
-        assert!((shares[7] - 0.25).abs() < 0.02 && (shares[200] - 0.75).abs() < 0.02);
-    }
-
-    #[test]
-    fn temperature_sharpens_and_zero_is_greedy() {
-        let set = logits(&[(1, 0.0), (2, 3f32.ln())]);
-        let half = SampleOptions {
-            temperature: 0.5,
-            ..plain()
-        };
-        assert!((shares(half, &set)[2] - 0.9).abs() < 0.02);
-        let zero = SampleOptions {
-            temperature: 0.0,
-            ..plain()
-        };
-        assert_eq!(shares(zero, &set)[2].round(), 1.0);
-    }
-
-    #[test]
-    fn top_k_and_top_p_cut_the_tail() {
-        let set = logits(&[(1, 0.5f32.ln()), (2, 0.3f32.ln()), (3, 0.2f32.ln())]);
-        let top_k = shares(
-            SampleOptions {
-                top_k: 2,
-                ..plain()
-            },
-            &set,
-        );
-        assert!(top_k[3] == 0.0 && (top_k[1] - 0.625).abs() < 0.02);
-        let top_p = shares(
-            SampleOptions {
-                top_p: 0.7,
-                ..plain()
-            },
-            &set,
-        );
-        assert!(top_p[3] == 0.0 && top_p[2] > 0.3);
-        let tiny = shares(
-            SampleOptions {
-                top_p: 1e-9,
-                ..plain()
-            },
-            &set,
-        );
-        assert_eq!(tiny[1].round(), 1.0);
-    }
-
-    #[test]
-    fn a_seed_gives_the_same_bytes() {
-        let set: Vec<f32> = (0..256).map(|i| (i % 7) as f32).collect();
-        let run = |seed| {
-            let mut sampler = Sampler::new(SampleOptions { seed, ..plain() });
-            (0..50).map(|_| sampler.choose(&set)).collect::<Vec<_>>()
-        };
-        assert_eq!(run(1), run(1));
-        assert_ne!(run(1), run(2));
+    /// A number in [0, 1).
+    pub fn next(&mut self) -> f32 {
+        self.0.random()
     }
 }

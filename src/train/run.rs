@@ -1,5 +1,6 @@
 //! What happens between steps: data, metrics, validation, samples, checkpoints, signals.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,7 +19,7 @@ use crate::config::{Config, Mode};
 use crate::device::budget::Budget;
 use crate::error::{Error, Result};
 use crate::eval::{self, Context, EvalOptions, Lanes};
-use crate::generate::{Generator, SampleOptions};
+use crate::generate::{Generator, GeneratorOptions, Request};
 
 /// Batches that the loader prepares ahead.
 const QUEUE: usize = 4;
@@ -350,18 +351,24 @@ impl Run<'_> {
 
     fn sample(&mut self, step: u64, display: &Display) -> Result<()> {
         let train = &self.config.train;
-        let options = SampleOptions {
+        let request = Request {
             // Another sample at every step, the same one in a run that is resumed.
             seed: train.seed.wrapping_add(step),
-            ..SampleOptions::default()
+            max_new_bytes: train.sample_bytes,
+            ..Request::new(train.sample_prompt.as_bytes())
         };
-        let model = self.learner.model();
-        let device = self.learner.inner_device();
+        let options = GeneratorOptions {
+            // Training leaves no memory for another copy of the weights.
+            plain: true,
+            ..GeneratorOptions::default()
+        };
         let mut generator =
-            Generator::new(&model, &device, train.sample_prompt.as_bytes(), options);
-        let bytes: Vec<u8> = (0..train.sample_bytes)
-            .map(|_| generator.next_byte())
-            .collect();
+            Generator::new(self.learner.model(), &self.learner.inner_device(), options);
+        let texts = generator.generate(&[request], &mut |_| ControlFlow::Continue(()))?;
+        let bytes = texts
+            .into_iter()
+            .flat_map(|text| text.bytes)
+            .collect::<Vec<u8>>();
         let text = mambabyte_datasets::text::lossy_text(&bytes);
         display.note(&format!(
             "step {step}: sample\n{}{text}\n",
