@@ -7,12 +7,15 @@ pub mod data;
 pub mod doctor;
 pub mod estimate;
 pub mod eval;
+pub mod eval_tasks;
 pub mod export;
 pub mod generate;
 pub mod import;
 pub mod logits;
 pub mod params;
+pub mod perplexity;
 pub mod resume;
+pub mod serve;
 pub mod train;
 
 use std::io::{self, IsTerminal, Write as _};
@@ -56,6 +59,12 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Measure bits per byte of a checkpoint on held-out data
     Eval(eval::EvalArgs),
+    /// Score a checkpoint on zero-shot tasks, as lm-evaluation-harness does
+    EvalTasks(eval_tasks::EvalTasksArgs),
+    /// Convert between bits per byte, cross-entropies and word perplexity
+    Perplexity(perplexity::PerplexityArgs),
+    /// Answer requests over HTTP, in the form of OpenAI's completions
+    Serve(serve::ServeArgs),
     /// Write the logits at every byte of a file, as a NumPy array
     Logits(LogitsArgs),
     /// Make a checkpoint of one of another program: mamba_ssm, transformers, MambaByte
@@ -231,6 +240,9 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Resume(args) => resume::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::EvalTasks(args) => eval_tasks::run(args),
+        Command::Perplexity(args) => perplexity::run(args),
+        Command::Serve(args) => serve::run(args),
         Command::Logits(args) => logits::run(args),
         Command::Import(args) => import::run(args),
         Command::Export(args) => export::run(args),

@@ -7,6 +7,7 @@
 //! | `lanes` | many segments through a model at once, in constant memory |
 //! | `evaluate` | one measurement, every byte scored once |
 //! | `positions`, `report`, `plot` | losses by position, the report, the picture |
+//! | `sequences`, `tasks` | log-probabilities of short texts; zero-shot tasks |
 //! | `npy` | arrays for NumPy |
 //! | `perplexity` | bits per byte, cross-entropies and word perplexity into each other |
 
@@ -20,6 +21,8 @@ pub mod plot;
 mod positions;
 mod report;
 mod score;
+mod sequences;
+pub mod tasks;
 
 pub use context::{Context, Segment};
 pub use corpus::{Corpus, Texts};
@@ -30,3 +33,4 @@ pub use lanes::Lanes;
 pub use positions::{PositionScore, Positions};
 pub use report::{DocumentReport, Report};
 pub use score::Score;
+pub use sequences::{ByteLogProb, ByteScore, SequenceScore, score_sequences};
