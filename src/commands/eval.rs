@@ -26,7 +26,7 @@ use crate::train::Checkpoint;
 use crate::train::run_dir::resolve_checkpoint;
 
 /// Positions computed at once: enough to fill a device, little enough for any.
-const POSITIONS: usize = 32 * 1024;
+pub(crate) const POSITIONS: usize = 32 * 1024;
 
 /// Lanes that carry states through documents: few, so that each reads long pieces.
 const CARRIED: usize = 4;
@@ -93,13 +93,9 @@ impl TextArgs {
     }
 }
 
-/// Arguments of `eval`.
+/// What a byte is predicted from.
 #[derive(Clone, Debug, Args)]
-pub struct EvalArgs {
-    #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
-    text: TextArgs,
+pub struct ContextArgs {
     /// What a byte is predicted from, never beyond its document
     #[arg(long, value_enum, default_value = "windows")]
     pub mode: Mode,
@@ -109,12 +105,54 @@ pub struct EvalArgs {
     /// Bytes by which windows are apart (sliding); half of --length if left out
     #[arg(long, value_name = "BYTES", value_parser = super::positive)]
     pub stride: Option<usize>,
-    /// Measure so many bytes from the beginning; all if left out
-    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(1..))]
-    pub max_bytes: Option<u64>,
     /// Bytes computed at once; memory grows with it
     #[arg(long, value_name = "N", default_value_t = POSITIONS, value_parser = super::positive)]
     pub piece: usize,
+}
+
+impl ContextArgs {
+    /// The context that is asked for; `trained` is the length of the model's training.
+    pub fn context(&self, trained: usize) -> Result<Context> {
+        let refuse = |message: String, hint: &str| {
+            Err(Error::Usage {
+                message,
+                hint: hint.to_owned(),
+            })
+        };
+        let length = self.length.unwrap_or(trained);
+        let stride = self.stride.unwrap_or(length.div_ceil(2));
+        match self.mode {
+            Mode::Carried if self.length.is_some() => refuse(
+                "--length is of windows, and --mode carried has none".to_owned(),
+                "leave --length out; --piece sets how much is computed at once",
+            ),
+            Mode::Windows | Mode::Carried if self.stride.is_some() => refuse(
+                "--stride is of windows that overlap".to_owned(),
+                "add --mode sliding, or leave --stride out",
+            ),
+            Mode::Sliding if stride > length => refuse(
+                format!("--stride {stride} would leave bytes out between windows of {length}"),
+                "the stride is at most --length",
+            ),
+            Mode::Windows => Ok(Context::Windows { length }),
+            Mode::Sliding => Ok(Context::Sliding { length, stride }),
+            Mode::Carried => Ok(Context::Carried),
+        }
+    }
+}
+
+/// Arguments of `eval`.
+#[derive(Clone, Debug, Args)]
+pub struct EvalArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    text: TextArgs,
+    #[command(flatten)]
+    context: ContextArgs,
+    /// Measure so many bytes from the beginning; all if left out
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(1..))]
+    pub max_bytes: Option<u64>,
     /// Words that the perplexity is of
     #[arg(long, value_enum, default_value = "counted")]
     pub words: Words,
@@ -147,12 +185,12 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let folder = resolve_checkpoint(&args.model.checkpoint)?;
     let checkpoint = Checkpoint::open(&folder)?;
     let corpus = args.text.open()?;
-    let context = context(args, checkpoint.config().train.length)?;
+    let context = args.context.context(checkpoint.config().train.length)?;
     let device = device::open(&args.model.device)?;
     let model = checkpoint.model(&device)?;
     let options = EvalOptions {
         context,
-        lanes: lanes(context, args.piece),
+        lanes: lanes(context, args.context.piece),
         max_bytes: args.max_bytes,
     };
     let corpus = corpus.as_ref();
@@ -194,35 +232,6 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     match args.json {
         true => print_json(&output),
         false => print(&text(&output, args.documents)),
-    }
-}
-
-/// The context that the arguments ask for.
-fn context(args: &EvalArgs, trained: usize) -> Result<Context> {
-    let refuse = |message: String, hint: &str| {
-        Err(Error::Usage {
-            message,
-            hint: hint.to_owned(),
-        })
-    };
-    let length = args.length.unwrap_or(trained);
-    let stride = args.stride.unwrap_or(length.div_ceil(2));
-    match args.mode {
-        Mode::Carried if args.length.is_some() => refuse(
-            "--length is of windows, and --mode carried has none".to_owned(),
-            "leave --length out; --piece sets how much is computed at once",
-        ),
-        Mode::Windows | Mode::Carried if args.stride.is_some() => refuse(
-            "--stride is of windows that overlap".to_owned(),
-            "add --mode sliding, or leave --stride out",
-        ),
-        Mode::Sliding if stride > length => refuse(
-            format!("--stride {stride} would leave bytes out between windows of {length}"),
-            "the stride is at most --length",
-        ),
-        Mode::Windows => Ok(Context::Windows { length }),
-        Mode::Sliding => Ok(Context::Sliding { length, stride }),
-        Mode::Carried => Ok(Context::Carried),
     }
 }
 

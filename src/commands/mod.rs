@@ -7,6 +7,8 @@ pub mod data;
 pub mod doctor;
 pub mod estimate;
 pub mod eval;
+pub mod eval_lengths;
+pub mod eval_noise;
 pub mod eval_tasks;
 pub mod export;
 pub mod generate;
@@ -59,6 +61,10 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Measure bits per byte of a checkpoint on held-out data
     Eval(eval::EvalArgs),
+    /// Measure what longer contexts are worth: length extrapolation
+    EvalLengths(eval_lengths::EvalLengthsArgs),
+    /// Measure how much errors in the text cost: robustness against noise
+    EvalNoise(eval_noise::EvalNoiseArgs),
     /// Score a checkpoint on zero-shot tasks, as lm-evaluation-harness does
     EvalTasks(eval_tasks::EvalTasksArgs),
     /// Convert between bits per byte, cross-entropies and word perplexity
@@ -240,6 +246,8 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Resume(args) => resume::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::EvalLengths(args) => eval_lengths::run(args),
+        Command::EvalNoise(args) => eval_noise::run(args),
         Command::EvalTasks(args) => eval_tasks::run(args),
         Command::Perplexity(args) => perplexity::run(args),
         Command::Serve(args) => serve::run(args),

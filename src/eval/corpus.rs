@@ -3,6 +3,7 @@
 use mambabyte_datasets::shards::count_words;
 use mambabyte_datasets::{DataError, Document, DocumentInfo, Shards};
 
+use super::evaluate::beginning;
 use crate::error::{Error, Result};
 
 /// Documents that lie one behind the other in a stream of bytes.
@@ -41,6 +42,31 @@ impl Texts {
         let mut texts = Self::default();
         for document in documents {
             texts.push(&document.name, &document.bytes);
+        }
+        texts
+    }
+
+    /// The documents of another corpus in its first `limit` bytes, the last one cut off there.
+    ///
+    /// # Errors
+    ///
+    /// As [`Corpus::read`].
+    pub fn of(corpus: &dyn Corpus, limit: Option<u64>) -> Result<Self> {
+        let mut texts = Self::default();
+        for document in beginning(corpus, limit)? {
+            let mut bytes = vec![0; document.bytes as usize];
+            corpus.read(document.start, &mut bytes)?;
+            texts.push(&document.name, &bytes);
+        }
+        Ok(texts)
+    }
+
+    /// The same documents, each through `f`, which gets its number and its bytes.
+    pub fn map(&self, f: impl Fn(u64, &[u8]) -> Vec<u8>) -> Self {
+        let mut texts = Self::default();
+        for (number, document) in self.documents.iter().enumerate() {
+            let bytes = &self.bytes[document.start as usize..][..document.bytes as usize];
+            texts.push(&document.name, &f(number as u64, bytes));
         }
         texts
     }

@@ -154,7 +154,7 @@ const UNIFORM: Prediction = Prediction {
 };
 
 /// The documents in the first `limit` bytes, the last one cut off there.
-fn beginning(corpus: &dyn Corpus, limit: Option<u64>) -> Result<Vec<DocumentInfo>> {
+pub(super) fn beginning(corpus: &dyn Corpus, limit: Option<u64>) -> Result<Vec<DocumentInfo>> {
     let mut documents = corpus.documents();
     let mut left = limit.unwrap_or(u64::MAX);
     let mut kept = 0;

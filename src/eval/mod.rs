@@ -7,6 +7,7 @@
 //! | `lanes` | many segments through a model at once, in constant memory |
 //! | `evaluate` | one measurement, every byte scored once |
 //! | `positions`, `report`, `plot` | losses by position, the report, the picture |
+//! | `lengths`, `noise` | longer contexts; text made worse |
 //! | `sequences`, `tasks` | log-probabilities of short texts; zero-shot tasks |
 //! | `npy` | arrays for NumPy |
 //! | `perplexity` | bits per byte, cross-entropies and word perplexity into each other |
@@ -15,6 +16,8 @@ mod context;
 mod corpus;
 mod evaluate;
 pub(crate) mod lanes;
+pub mod lengths;
+pub mod noise;
 pub mod npy;
 pub mod perplexity;
 pub mod plot;
