@@ -25,7 +25,7 @@ RUNS = $(or $(patsubst checkpoint.dir=%,%,$(filter checkpoint.dir=%,$(SET))),che
 # Cargo knows where the program is. It is built before, so that this takes no time and says nothing.
 MAMBABYTE = cargo run --quiet --release --features $(FEATURES) --
 
-.PHONY: help train resume data test lint check-gpu bench-gpu parity doctor
+.PHONY: help train resume data test lint check-gpu bench-gpu parity lm-eval doctor
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s  %s\n", $$1, $$2 }'
@@ -157,6 +157,16 @@ parity: ## Compare logits, initial weights and training with PyTorch, on the CPU
 	cargo build --release --example dump_training
 	target=$$(cargo metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
 	tests/parity/run.sh "$$target/release/mambabyte" "$$target/release/examples" "$$target/parity" $(PYTHON)
+
+# lm_eval is installed from PyPI into a virtual environment in the target folder, once.
+lm-eval: ## Score CHECKPOINT on the tasks in TASKS with lm-evaluation-harness and directly, and compare [LIMIT, PYTHON]
+	@if [ -z "$(CHECKPOINT)" ] || [ -z "$(TASKS)" ]; then
+		echo 'error: give CHECKPOINT=FOLDER and TASKS=FOLDER, a folder with lambada_openai.jsonl and others' >&2
+		exit 2
+	fi
+	cargo build --release --features $(FEATURES)
+	target=$$(cargo metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
+	tests/lm_eval/run.sh "$$target/release/mambabyte" "$(CHECKPOINT)" "$(TASKS)" "$$target/lm_eval" $(or $(LIMIT),0) $(PYTHON)
 
 doctor: ## Say what this machine has and what is missing [FEATURES]
 	@cargo run --release --features $(FEATURES) -- doctor

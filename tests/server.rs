@@ -57,9 +57,11 @@ impl Server {
     fn start(arguments: &str) -> Self {
         let workspace = Workspace::new();
         workspace.train("run", &[], "");
-        let line =
-            format!("serve --checkpoint checkpoints/run --device cpu --port 0 {arguments}");
-        let mut child = workspace.command(&line).spawn().expect("the program starts");
+        let line = format!("serve --checkpoint checkpoints/run --device cpu --port 0 {arguments}");
+        let mut child = workspace
+            .command(&line)
+            .spawn()
+            .expect("the program starts");
         let mut said = String::new();
         let stdout = child.stdout.take().expect("its output is caught");
         BufReader::new(stdout).read_line(&mut said).expect("a line");
@@ -112,7 +114,9 @@ impl Server {
 
     /// Requests that would be taken.
     fn room(&self) -> u64 {
-        self.get("/health").json()["room"].as_u64().expect("a number")
+        self.get("/health").json()["room"]
+            .as_u64()
+            .expect("a number")
     }
 }
 
@@ -133,11 +137,17 @@ fn read(mut stream: TcpStream) -> Answer {
     let text = String::from_utf8(bytes).expect("answers are text");
     let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
     let status = head.split(' ').nth(1).and_then(|it| it.parse().ok());
-    let chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
+    let chunked = head
+        .to_ascii_lowercase()
+        .contains("transfer-encoding: chunked");
     Answer {
         status: status.unwrap_or_else(|| panic!("no status: {text:?}")),
         head: head.to_ascii_lowercase(),
-        body: if chunked { joined(body) } else { body.to_owned() },
+        body: if chunked {
+            joined(body)
+        } else {
+            body.to_owned()
+        },
     }
 }
 
@@ -154,7 +164,9 @@ fn joined(mut chunks: &str) -> String {
 
 #[track_caller]
 fn numbers(value: &Value) -> Vec<Option<f64>> {
-    let list = value.as_array().unwrap_or_else(|| panic!("no list: {value}"));
+    let list = value
+        .as_array()
+        .unwrap_or_else(|| panic!("no list: {value}"));
     list.iter().map(Value::as_f64).collect()
 }
 
@@ -181,21 +193,29 @@ fn scoring_is_as_the_harness_needs_it() {
         assert_eq!(choice["index"], index);
         assert_eq!(choice["logprobs"], by_text["choices"][index]["logprobs"]);
         let log_probs = numbers(&choice["logprobs"]["token_logprobs"]);
-        let top = choice["logprobs"]["top_logprobs"].as_array().expect("a list");
+        let top = choice["logprobs"]["top_logprobs"]
+            .as_array()
+            .expect("a list");
         assert_eq!(log_probs.len(), text.len() + 1, "the prompt and one byte");
         assert_eq!(top.len(), text.len() + 1);
         assert_eq!(log_probs[0], None);
         for (log_prob, top) in log_probs.iter().zip(top).skip(1) {
             let (log_prob, top) = (log_prob.expect("a number"), top.as_object().expect("a map"));
             assert_eq!(top.len(), 1);
-            let best = top.values().next().and_then(Value::as_f64).expect("a number");
+            let best = top
+                .values()
+                .next()
+                .and_then(Value::as_f64)
+                .expect("a number");
             assert!(log_prob <= best && best <= 0.0, "{log_prob} {best}");
         }
         // The byte it wrote is the likeliest: the same number in both places.
         let best = top[text.len()].as_object().expect("a map").values().next();
         assert_eq!(best.and_then(Value::as_f64), log_probs[text.len()]);
         assert!(choice["text"].as_str().expect("a text").starts_with(text));
-        let offsets = choice["logprobs"]["text_offset"].as_array().expect("a list");
+        let offsets = choice["logprobs"]["text_offset"]
+            .as_array()
+            .expect("a list");
         assert_eq!(offsets.len(), text.len() + 1);
     }
     let tokens = &by_ids["choices"][2]["logprobs"]["tokens"];
@@ -210,7 +230,9 @@ fn scores_are_those_of_eval() {
     let text = "the night walks under the stone and slowly a bird";
     let workspace = &server._workspace;
     std::fs::write(workspace.path("one.txt"), text).expect("written");
-    workspace.ok("eval --checkpoint checkpoints/run --text one.txt --mode carried --device cpu --save out");
+    workspace.ok(
+        "eval --checkpoint checkpoints/run --text one.txt --mode carried --device cpu --save out",
+    );
     let bytes = std::fs::read(workspace.path("out/log_probs.npy")).expect("an array");
     let saved: Vec<f64> = bytes[bytes.len() - 4 * text.len()..]
         .chunks_exact(4)
@@ -224,10 +246,15 @@ fn scores_are_those_of_eval() {
     assert_eq!(served.len(), text.len());
     for (i, (served, saved)) in served.iter().zip(&saved).enumerate().skip(1) {
         let served = served.expect("a number");
-        assert!((served - saved).abs() < 1e-4, "byte {i}: {served} and {saved}");
+        assert!(
+            (served - saved).abs() < 1e-4,
+            "byte {i}: {served} and {saved}"
+        );
     }
     assert!((saved[0] + 256f64.ln()).abs() < 1e-6);
-    let top = choice["logprobs"]["top_logprobs"][3].as_object().expect("a map");
+    let top = choice["logprobs"]["top_logprobs"][3]
+        .as_object()
+        .expect("a map");
     assert_eq!(top.len(), 5);
 }
 
@@ -254,7 +281,11 @@ fn texts_are_written_seeded_and_stopped() {
     assert_ne!(text(&one, 0), text(&write(json!({ "seed": 8 })), 0));
 
     let several = write(json!({ "n": 3 }));
-    assert_eq!(text(&several, 0), text(&one, 0), "the first of several is the one alone");
+    assert_eq!(
+        text(&several, 0),
+        text(&one, 0),
+        "the first of several is the one alone"
+    );
     assert_ne!(text(&several, 1), text(&several, 2));
 
     let greedy = write(json!({ "temperature": 0 }));
@@ -295,7 +326,11 @@ fn a_stream_is_the_whole_in_pieces() {
     streamed["stream"] = json!(true);
     streamed["stream_options"] = json!({ "include_usage": true });
     let answer = server.complete(streamed);
-    assert!(answer.head.contains("content-type: text/event-stream"), "{}", answer.head);
+    assert!(
+        answer.head.contains("content-type: text/event-stream"),
+        "{}",
+        answer.head
+    );
     let mut events = answer.events();
     let usage = events.pop().expect("a last piece");
     assert_eq!(usage["usage"]["completion_tokens"], 120);
@@ -349,14 +384,30 @@ fn what_cannot_be_met_is_refused_with_a_reason() {
     let long = "x".repeat(1001);
     for (body, status, words) in [
         (json!({}), 400, "prompt"),
-        (json!({ "prompt": "a", "model": "gpt" }), 404, "no model `gpt`"),
+        (
+            json!({ "prompt": "a", "model": "gpt" }),
+            404,
+            "no model `gpt`",
+        ),
         (json!({ "prompt": [256] }), 400, "token id 256"),
         (json!({ "prompt": [] }), 400, "empty list"),
         (json!({ "prompt": long }), 400, "1001"),
-        (json!({ "prompt": "a", "max_tokens": 51 }), 400, "max_tokens is 51"),
+        (
+            json!({ "prompt": "a", "max_tokens": 51 }),
+            400,
+            "max_tokens is 51",
+        ),
         (json!({ "prompt": "a", "max_tokens": -1 }), 400, "-1"),
-        (json!({ "prompt": "a", "logprobs": 6 }), 400, "logprobs is 6"),
-        (json!({ "prompt": "a", "temperature": -1 }), 400, "temperature is -1"),
+        (
+            json!({ "prompt": "a", "logprobs": 6 }),
+            400,
+            "logprobs is 6",
+        ),
+        (
+            json!({ "prompt": "a", "temperature": -1 }),
+            400,
+            "temperature is -1",
+        ),
         (json!({ "prompt": "a", "top_p": 2 }), 400, "top_p is 2"),
         (json!({ "prompt": "a", "top_k": 257 }), 400, "top_k is 257"),
         (json!({ "prompt": "a", "n": 257 }), 400, "n is 257"),
@@ -365,10 +416,22 @@ fn what_cannot_be_met_is_refused_with_a_reason() {
         (json!({ "prompt": "a", "stop": vec!["x"; 17] }), 400, "17"),
         (json!({ "prompt": "a", "suffix": "b" }), 400, "`suffix`"),
         (json!({ "prompt": "a", "best_of": 2 }), 400, "`best_of`"),
-        (json!({ "prompt": "a", "presence_penalty": 1.0 }), 400, "`presence_penalty`"),
-        (json!({ "prompt": "a", "logit_bias": { "5": 1 } }), 400, "`logit_bias`"),
+        (
+            json!({ "prompt": "a", "presence_penalty": 1.0 }),
+            400,
+            "`presence_penalty`",
+        ),
+        (
+            json!({ "prompt": "a", "logit_bias": { "5": 1 } }),
+            400,
+            "`logit_bias`",
+        ),
         (json!({ "prompt": "a", "num_beams": 2 }), 400, "num_beams"),
-        (json!({ "prompt": "a", "stream": true, "logprobs": 2 }), 400, "streamed"),
+        (
+            json!({ "prompt": "a", "stream": true, "logprobs": 2 }),
+            400,
+            "streamed",
+        ),
     ] {
         let answer = server.complete(body.clone());
         assert_eq!(answer.status, status, "{body}: {}", answer.body);
@@ -423,7 +486,11 @@ fn a_key_is_asked_for() {
     let workspace = Workspace::new();
     workspace.train("run", &[], "");
     let serve = "serve --checkpoint checkpoints/run --device cpu --port 0";
-    workspace.fails(&format!("{serve} --host 0.0.0.0"), 2, &["no key", "--key-file"]);
+    workspace.fails(
+        &format!("{serve} --host 0.0.0.0"),
+        2,
+        &["no key", "--key-file"],
+    );
     std::fs::write(workspace.path("short"), "abc\n").expect("written");
     workspace.fails(&format!("{serve} --key-file short"), 2, &["16 printable"]);
     workspace.fails(&format!("{serve} --key-file none"), 1, &["none"]);
@@ -496,7 +563,10 @@ fn a_deadline_ends_what_takes_too_long() {
     let answer = server.complete(streamed);
     assert_eq!(answer.status, 200);
     let last = answer.body.lines().rfind(|line| line.starts_with("data: "));
-    assert!(last.is_some_and(|line| line.contains("time ran out")), "{last:?}");
+    assert!(
+        last.is_some_and(|line| line.contains("time ran out")),
+        "{last:?}"
+    );
     // A body that never comes.
     let mut stream = TcpStream::connect(("127.0.0.1", server.port)).expect("it listens");
     let head = "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
@@ -516,13 +586,22 @@ fn a_signal_ends_it_well() {
             .status()
             .expect("kill is there");
         assert!(sent.success());
-        assert_eq!(server.child.wait().expect("it ends").code(), Some(0), "{name}");
+        assert_eq!(
+            server.child.wait().expect("it ends").code(),
+            Some(0),
+            "{name}"
+        );
     }
 }
 
 #[test]
 fn a_port_in_use_is_an_error() {
     let server = Server::start("");
-    let line = format!("serve --checkpoint checkpoints/run --device cpu --port {}", server.port);
-    server._workspace.fails(&line, 2, &["cannot listen", "--port"]);
+    let line = format!(
+        "serve --checkpoint checkpoints/run --device cpu --port {}",
+        server.port
+    );
+    server
+        ._workspace
+        .fails(&line, 2, &["cannot listen", "--port"]);
 }

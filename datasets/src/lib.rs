@@ -24,7 +24,6 @@ pub mod shards;
 pub mod sources;
 pub mod text;
 
-
 mod document;
 mod fsutil;
 mod hashing;
@@ -35,4 +34,3 @@ pub use loader::Loader;
 pub use progress::Progress;
 pub use sampling::{Batch, Coordinates, Sampler, SamplerConfig, SamplingMode};
 pub use shards::{DocumentInfo, PrepareOptions, Shards, ShardsInfo, Summary, prepare};
-

@@ -25,8 +25,9 @@ use crate::eval::{
 use crate::train::Checkpoint;
 use crate::train::run_dir::resolve_checkpoint;
 
-/// Positions computed at once: enough to fill a device, little enough for any.
-pub(crate) const POSITIONS: usize = 32 * 1024;
+/// Positions computed at once: enough to fill a GPU; on the CPU fewer would stay in its caches, and
+/// more would not be faster.
+pub(crate) const POSITIONS: usize = 16 * 1024;
 
 /// Lanes that carry states through documents: few, so that each reads long pieces.
 const CARRIED: usize = 4;

@@ -134,7 +134,9 @@ fn table(output: &Output) -> String {
         "context"
     );
     for row in output.lengths.iter().chain([&output.carried]) {
-        let length = row.length.map_or("carried".to_owned(), |it| grouped(it as u64));
+        let length = row
+            .length
+            .map_or("carried".to_owned(), |it| grouped(it as u64));
         let _ = writeln!(
             text,
             "{length:>12}  {:>13.4}  {:>15.2}",

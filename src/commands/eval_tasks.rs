@@ -59,7 +59,14 @@ pub fn run(args: &EvalTasksArgs) -> Result<()> {
     let mut scores = Vec::with_capacity(tasks.len());
     for task in &tasks {
         let limit = args.limit;
-        scores.push(score_task(&model, &device, LANES, task, limit, progress.as_ref())?);
+        scores.push(score_task(
+            &model,
+            &device,
+            LANES,
+            task,
+            limit,
+            progress.as_ref(),
+        )?);
     }
     if let Some(path) = &args.samples {
         std::fs::write(path, samples(&scores)?).map_err(Error::io("write", path))?;
@@ -100,7 +107,10 @@ fn table(scores: &[TaskScore]) -> String {
             score.items,
             share(score.acc),
             score.acc_norm.map(share).unwrap_or_default(),
-            score.perplexity.map(|it| format!("{it:.2}")).unwrap_or_default(),
+            score
+                .perplexity
+                .map(|it| format!("{it:.2}"))
+                .unwrap_or_default(),
         );
     }
     text

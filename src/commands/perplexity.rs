@@ -63,7 +63,8 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
     let losses = loss(&args.loss).and_then(|loss| loss.on(&counts));
     let Some(losses) = losses else {
         return Err(Error::Usage {
-            message: "--subword-ce needs a count of subwords, and prepared data has none".to_owned(),
+            message: "--subword-ce needs a count of subwords, and prepared data has none"
+                .to_owned(),
             hint: "leave --data out, and name one of PG-19's splits with --corpus".to_owned(),
         });
     };
@@ -108,7 +109,11 @@ fn counts(args: &PerplexityArgs) -> Result<Counts> {
 }
 
 fn number(text: &str) -> Result<f64, String> {
-    super::number_where(text, |it| (0.0..1e6).contains(&it), "expected a number from 0")
+    super::number_where(
+        text,
+        |it| (0.0..1e6).contains(&it),
+        "expected a number from 0",
+    )
 }
 
 fn perplexity(text: &str) -> Result<f64, String> {

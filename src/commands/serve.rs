@@ -71,7 +71,9 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         let device = device::open(&wanted)?;
         Ok((checkpoint.model(&device)?, device))
     };
-    serve(options, load, |address| print(&format!("http://{address}/v1\n")))
+    serve(options, load, |address| {
+        print(&format!("http://{address}/v1\n"))
+    })
 }
 
 /// The key in a file: its text without the line's end.

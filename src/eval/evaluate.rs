@@ -307,11 +307,7 @@ mod tests {
         let values: Vec<i32> = context.iter().map(|b| i32::from(*b)).collect();
         let input = TensorData::new(values, [1, context.len()]);
         let (logits, _) = model.forward_last(Tensor::from_data(input, device), None, 1);
-        let logits: Vec<f64> = logits
-            .into_data()
-            .iter::<f32>()
-            .map(f64::from)
-            .collect();
+        let logits: Vec<f64> = logits.into_data().iter::<f32>().map(f64::from).collect();
         let max = logits.iter().copied().fold(f64::MIN, f64::max);
         let sum: f64 = logits.iter().map(|x| (x - max).exp()).sum();
         max + sum.ln() - logits[next as usize]
@@ -386,7 +382,12 @@ mod tests {
             }
             assert!(seen.iter().all(Option::is_some));
             assert!((measurement.total().nats - total).abs() < 1e-3);
-            let binned: u64 = measurement.positions.curve().iter().map(|it| it.bytes).sum();
+            let binned: u64 = measurement
+                .positions
+                .curve()
+                .iter()
+                .map(|it| it.bytes)
+                .sum();
             assert_eq!(binned, measurement.total().bytes);
         }
     }

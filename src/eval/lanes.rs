@@ -87,17 +87,17 @@ pub(crate) fn run(
     let mut plan = Plan {
         jobs: jobs.peekable(),
         read,
-        lanes: std::iter::repeat_with(|| None).take(lanes.count.max(1)).collect(),
+        lanes: std::iter::repeat_with(|| None)
+            .take(lanes.count.max(1))
+            .collect(),
         positions: lanes.positions,
         buffer: Vec::new(),
     };
     let mut state: Option<State> = None;
     while let Some(step) = plan.next()? {
         state = state.map(|state| select(state, &step.lanes));
-        let bytes = Tensor::<2, Int>::from_data(
-            TensorData::new(step.bytes.clone(), step.dims),
-            device,
-        );
+        let bytes =
+            Tensor::<2, Int>::from_data(TensorData::new(step.bytes.clone(), step.dims), device);
         let resets = step.resets.contains(&1.0).then(|| {
             Tensor::<2>::from_data(TensorData::new(step.resets.clone(), step.dims), device)
         });

@@ -83,7 +83,11 @@ mod tests {
         };
         let texts = Texts::new([document(70), document(30), document(32), document(100)]);
         let long = LongDocuments::new(&texts, 32, None).expect("three are long enough");
-        let kept: Vec<_> = long.documents().iter().map(|it| (it.start, it.bytes)).collect();
+        let kept: Vec<_> = long
+            .documents()
+            .iter()
+            .map(|it| (it.start, it.bytes))
+            .collect();
         assert_eq!(kept, [(0, 64), (100, 32), (132, 96)]);
         let mut byte = [0];
         long.read(132 + 95, &mut byte).expect("there");
@@ -96,7 +100,9 @@ mod tests {
         let bytes: u64 = limited.documents().iter().map(|it| it.bytes).sum();
         assert_eq!(bytes, 96);
         for (longest, limit) in [(101, None), (32, Some(31))] {
-            let error = LongDocuments::new(&texts, longest, limit).err().expect("none is");
+            let error = LongDocuments::new(&texts, longest, limit)
+                .err()
+                .expect("none is");
             assert!(error.to_string().contains("100"), "{error}");
         }
     }

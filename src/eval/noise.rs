@@ -183,7 +183,11 @@ mod tests {
         assert!((upper(Noise::Uppercase(0.05)) - 0.05).abs() < 0.01);
         assert!((upper(Noise::RandomCase) - 0.5).abs() < 0.02);
         let moved = noised(Noise::Swap(0.05), &text);
-        let moved = moved.bytes().zip(text.bytes()).filter(|(a, b)| a != b).count();
+        let moved = moved
+            .bytes()
+            .zip(text.bytes())
+            .filter(|(a, b)| a != b)
+            .count();
         // Two characters a swap, and a swap takes the turn of both.
         let share = moved as f64 / text.len() as f64;
         assert!((share - 2.0 * 0.05 / 1.05).abs() < 0.01, "{share}");

@@ -100,8 +100,7 @@ mod tests {
             assert_eq!(header.last(), Some(&b'\n'));
             let length = u16::from_le_bytes([header[8], header[9]]);
             assert_eq!(usize::from(length), header.len() - 10);
-            let expected =
-                format!("{{'descr': '<f4', 'fortran_order': False, 'shape': {text}, }}");
+            let expected = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': {text}, }}");
             assert!(String::from_utf8_lossy(&header[10..]).starts_with(&expected));
         }
     }

@@ -158,12 +158,22 @@ mod tests {
         shows(byte_ce / LN_2, 4, "0.8514");
         let subwords_per_word = 10_282_006.0 / 6_965_511.0;
         let subword_ce = 2.399_497_291_852_516;
-        shows(ppl_from_subword_ce(subword_ce, subwords_per_word), 2, "34.53");
-        let losses = Loss::SubwordCrossEntropy(subword_ce).on(&test).expect("counted");
+        shows(
+            ppl_from_subword_ce(subword_ce, subwords_per_word),
+            2,
+            "34.53",
+        );
+        let losses = Loss::SubwordCrossEntropy(subword_ce)
+            .on(&test)
+            .expect("counted");
         shows(losses.word_perplexity, 2, "34.53");
         // Table 3 of the paper: 39.6 on the validation books is 0.900 bits per byte.
         let validation = Counts::pg19(Split::Validation);
-        shows(bpb_from_ppl(39.6, validation.words_per_byte()).0, 3, "0.900");
+        shows(
+            bpb_from_ppl(39.6, validation.words_per_byte()).0,
+            3,
+            "0.900",
+        );
     }
 
     #[test]

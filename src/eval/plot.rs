@@ -116,9 +116,21 @@ mod tests {
                 .map(|i| (256.0 * f64::from(1 << i), 2.0 + shift / f64::from(i + 1)))
                 .collect(),
         };
-        let svg = svg("a <title>", "position", &[line("one", 0.1), line("two", 0.3)])
-            .expect("drawn");
-        for part in ["<svg", "a &lt;title&gt;", "position", "bits per byte", "one", "two", "KiB"] {
+        let svg = svg(
+            "a <title>",
+            "position",
+            &[line("one", 0.1), line("two", 0.3)],
+        )
+        .expect("drawn");
+        for part in [
+            "<svg",
+            "a &lt;title&gt;",
+            "position",
+            "bits per byte",
+            "one",
+            "two",
+            "KiB",
+        ] {
             assert!(svg.contains(part), "{part} in {svg}");
         }
         assert!(svg.matches("<circle").count() >= 10, "{svg}");

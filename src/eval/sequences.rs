@@ -51,15 +51,18 @@ pub fn score_sequences(
             next: Vec::new(),
         })
         .collect();
-    let jobs = sequences.iter().enumerate().filter_map(|(owner, sequence)| {
-        let length = sequence.len() as u64;
-        // The prediction behind the last byte is wanted as well.
-        let segment = Segment {
-            inputs: 0..length,
-            scored: 1..length + 1,
-        };
-        (length > 0).then_some(Job { owner, segment })
-    });
+    let jobs = sequences
+        .iter()
+        .enumerate()
+        .filter_map(|(owner, sequence)| {
+            let length = sequence.len() as u64;
+            // The prediction behind the last byte is wanted as well.
+            let segment = Segment {
+                inputs: 0..length,
+                scored: 1..length + 1,
+            };
+            (length > 0).then_some(Job { owner, segment })
+        });
     let read = |owner: usize, at: u64, out: &mut [u8]| {
         let rest = &sequences[owner][at as usize..];
         let there = rest.len().min(out.len());
@@ -76,7 +79,8 @@ pub fn score_sequences(
             .iter()
             .flat_map(|span| {
                 let owner = span.owner;
-                span.predictions().map(move |(at, index)| (owner, at, index))
+                span.predictions()
+                    .map(move |(at, index)| (owner, at, index))
             })
             .collect();
         let found: Vec<ByteScore> = wanted
@@ -165,8 +169,8 @@ mod tests {
         let together =
             score_sequences(&model, &device, lanes(2, 24), &sequences, 2).expect("scored");
         for (sequence, scored) in sequences.iter().zip(&together) {
-            let alone = score_sequences(&model, &device, lanes(1, 1000), &[sequence], 2)
-                .expect("scored");
+            let alone =
+                score_sequences(&model, &device, lanes(1, 1000), &[sequence], 2).expect("scored");
             assert_eq!(scored.bytes.len(), sequence.len().saturating_sub(1));
             assert_eq!(scored.next.len(), if sequence.is_empty() { 0 } else { 2 });
             for (a, b) in scored.bytes.iter().zip(&alone[0].bytes) {

@@ -270,7 +270,8 @@ fn judge(task: &Task, items: &[Item], likelihoods: &[(f64, bool)]) -> TaskScore 
         let sums: Vec<f64> = own.iter().map(|(sum, _)| *sum).collect();
         match item {
             Item::Choice { choices, gold, .. } => {
-                let characters = |(sum, choice): (&f64, &String)| sum / choice.chars().count() as f64;
+                let characters =
+                    |(sum, choice): (&f64, &String)| sum / choice.chars().count() as f64;
                 let normed: Vec<f64> = sums.iter().zip(choices).map(characters).collect();
                 hits += usize::from(best(&sums) == *gold);
                 hits_norm += usize::from(best(&normed) == *gold);
@@ -328,7 +329,10 @@ mod tests {
         let own = |a: &str, b: &str| (a.to_owned(), b.to_owned());
         assert_eq!(
             pairs(r#"{"query": "Question: q?", "choices": ["a", "b"], "gold": 1}"#),
-            [own("Question: q?\nAnswer:", " a"), own("Question: q?\nAnswer:", " b")]
+            [
+                own("Question: q?\nAnswer:", " a"),
+                own("Question: q?\nAnswer:", " b")
+            ]
         );
         assert_eq!(
             pairs(r#"{"query": "He ", "choices": ["goes."], "gold": 0}"#),
@@ -350,10 +354,19 @@ mod tests {
         for (lines, words) in [
             ("".to_owned(), "no items"),
             (format!("{good}\n{{\"context\": 1}}"), "line 2"),
-            (format!("{good}\n{{\"context\": \"\", \"continuation\": \"b\"}}"), "context is empty"),
-            (r#"{"query": "q", "choices": ["a"], "gold": 1}"#.to_owned(), "`gold` is 1"),
             (
-                format!("{good}\n{}", r#"{"query": "q", "choices": ["a"], "gold": 0}"#),
+                format!("{good}\n{{\"context\": \"\", \"continuation\": \"b\"}}"),
+                "context is empty",
+            ),
+            (
+                r#"{"query": "q", "choices": ["a"], "gold": 1}"#.to_owned(),
+                "`gold` is 1",
+            ),
+            (
+                format!(
+                    "{good}\n{}",
+                    r#"{"query": "q", "choices": ["a"], "gold": 0}"#
+                ),
                 "another layout",
             ),
             ("[1".to_owned(), "line 1"),

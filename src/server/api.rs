@@ -177,9 +177,19 @@ impl CompletionRequest {
             ));
         }
         let Prompts(prompts) = self.prompt;
-        within("the number of prompts times `n`", prompts.len().saturating_mul(n), 1, TEXTS)?;
+        within(
+            "the number of prompts times `n`",
+            prompts.len().saturating_mul(n),
+            1,
+            TEXTS,
+        )?;
         let bytes = prompts.iter().map(Vec::len).sum();
-        within("the length of the prompts in bytes", bytes, 0, limits.prompt_bytes)?;
+        within(
+            "the length of the prompts in bytes",
+            bytes,
+            0,
+            limits.prompt_bytes,
+        )?;
         let stop = stops(self.stop)?;
         let sampling = SamplingConfig {
             temperature: self.temperature.unwrap_or(1.0),
@@ -221,10 +231,16 @@ impl CompletionRequest {
     fn refuse_what_is_not_there(&self) -> Result<(), ApiError> {
         let zero = |it: Option<f64>| it.is_none_or(|it| it == 0.0);
         let missing = [
-            ("best_of", self.best_of.is_none_or(|it| it == self.n.unwrap_or(1))),
+            (
+                "best_of",
+                self.best_of.is_none_or(|it| it == self.n.unwrap_or(1)),
+            ),
             ("presence_penalty", zero(self.presence_penalty)),
             ("frequency_penalty", zero(self.frequency_penalty)),
-            ("logit_bias", self.logit_bias.as_ref().is_none_or(|it| it.is_empty())),
+            (
+                "logit_bias",
+                self.logit_bias.as_ref().is_none_or(|it| it.is_empty()),
+            ),
             ("suffix", self.suffix.as_ref().is_none_or(String::is_empty)),
         ];
         match missing.into_iter().find(|(_, harmless)| !harmless) {
@@ -251,7 +267,12 @@ fn stops(stop: Option<Stop>) -> Result<Vec<Vec<u8>>, ApiError> {
     };
     within("the number of stop strings", stops.len(), 0, STOPS.0)?;
     for stop in &stops {
-        within("the length of a stop string in bytes", stop.len(), 1, STOPS.1)?;
+        within(
+            "the length of a stop string in bytes",
+            stop.len(),
+            1,
+            STOPS.1,
+        )?;
     }
     Ok(stops.into_iter().map(String::into_bytes).collect())
 }
@@ -346,7 +367,10 @@ pub(super) async fn no_such_route() -> ApiError {
 
 /// A path with another method than its own.
 pub(super) async fn no_such_method() -> ApiError {
-    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "this path takes another method")
+    ApiError::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "this path takes another method",
+    )
 }
 
 /// `logprobs` of a text in an answer: one entry a byte.

@@ -127,9 +127,14 @@ async fn score_and_one_byte(app: &App, order: &Order) -> Result<Scored, ApiError
     for (request, score) in order.requests.iter().zip(scores) {
         let SequenceScore { bytes, next } = score;
         // The first byte has no score: nothing predicts it.
-        let mut bytes: Vec<Option<ByteScore>> =
-            std::iter::once(None).chain(bytes.into_iter().map(Some)).collect();
-        let new: Vec<u8> = next.iter().take(request.max_new_bytes).map(|it| it.0).collect();
+        let mut bytes: Vec<Option<ByteScore>> = std::iter::once(None)
+            .chain(bytes.into_iter().map(Some))
+            .collect();
+        let new: Vec<u8> = next
+            .iter()
+            .take(request.max_new_bytes)
+            .map(|it| it.0)
+            .collect();
         if let (1, Some((_, log_prob))) = (new.len(), next.first()) {
             bytes.push(Some(ByteScore {
                 log_prob: *log_prob,
@@ -162,7 +167,10 @@ async fn write_and_score(app: &App, order: &Order) -> Result<Scored, ApiError> {
         .collect();
     let sequences = contexts.iter().zip(&texts);
     let sequences = sequences.map(|(context, text)| [context, text.bytes.as_slice()].concat());
-    let scores = app.worker.score(sequences.collect(), top.max(1), order.deadline).await?;
+    let scores = app
+        .worker
+        .score(sequences.collect(), top.max(1), order.deadline)
+        .await?;
     let all = scores.into_iter().enumerate().map(|(index, score)| {
         let scored = std::iter::once(None).chain(score.bytes.into_iter().map(Some));
         let hidden = match order.echo && !order.requests[index].prompt.is_empty() {
@@ -225,7 +233,10 @@ fn log_probs(bytes: &[u8], scores: &[Option<ByteScore>], top: usize) -> LogProbs
             .iter()
             .map(|score| score.as_ref().map(|it| f64::from(it.log_prob)))
             .collect(),
-        top_logprobs: scores.iter().map(|score| score.as_ref().map(likeliest)).collect(),
+        top_logprobs: scores
+            .iter()
+            .map(|score| score.as_ref().map(likeliest))
+            .collect(),
         text_offset: text_offsets(bytes),
     }
 }
@@ -263,7 +274,9 @@ async fn send_pieces(
         sender.send(Ok(event)).await.map_err(|_| Gone)
     };
     let count = order.requests.len();
-    let mut decoders: Vec<Utf8Stream> = std::iter::repeat_with(Utf8Stream::new).take(count).collect();
+    let mut decoders: Vec<Utf8Stream> = std::iter::repeat_with(Utf8Stream::new)
+        .take(count)
+        .collect();
     if order.echo {
         for (index, request) in order.requests.iter().enumerate() {
             let choice = piece_of_answer(index, &decoders[index].push(&request.prompt), None, None);

@@ -71,7 +71,10 @@ fn check(app: &App, method: &Method, headers: &HeaderMap) -> Result<(), ApiError
             ));
         }
     }
-    let content = text(header::CONTENT_TYPE).split(';').next().unwrap_or_default();
+    let content = text(header::CONTENT_TYPE)
+        .split(';')
+        .next()
+        .unwrap_or_default();
     if method == Method::POST && !content.trim().eq_ignore_ascii_case("application/json") {
         return Err(ApiError::new(
             StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -153,7 +156,13 @@ mod tests {
         ] {
             assert!(!is_local(host), "{host}");
         }
-        for origin in ["null", "", "localhost", "file://localhost", "http://evil.example"] {
+        for origin in [
+            "null",
+            "",
+            "localhost",
+            "file://localhost",
+            "http://evil.example",
+        ] {
             assert!(!is_local_origin(origin), "{origin}");
         }
     }

@@ -121,15 +121,17 @@ pub fn serve(
     runtime.block_on(async {
         // The port first: it is taken in no time, and a model may load for minutes.
         let address = SocketAddr::new(options.host, options.port);
-        let listener = TcpListener::bind(address).await.map_err(|error| Error::Usage {
-            message: format!("cannot listen on {address}: {error}"),
-            hint: "choose another --port, or end what uses this one".to_owned(),
-        })?;
+        let listener = TcpListener::bind(address)
+            .await
+            .map_err(|error| Error::Usage {
+                message: format!("cannot listen on {address}: {error}"),
+                hint: "choose another --port, or end what uses this one".to_owned(),
+            })?;
         let worker = Worker::spawn(load, options.limits.queue).await?;
         let address = listener.local_addr().map_err(anyhow::Error::from)?;
         ready(address)?;
-        let served = axum::serve(listener, router(options, worker))
-            .with_graceful_shutdown(told_to_end());
+        let served =
+            axum::serve(listener, router(options, worker)).with_graceful_shutdown(told_to_end());
         tokio::select! {
             served = served.into_future() => Ok(served.map_err(anyhow::Error::from)?),
             () = async { told_to_end().await; tokio::time::sleep(GRACE).await } => Ok(()),

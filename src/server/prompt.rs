@@ -72,7 +72,9 @@ impl<'de> Visitor<'de> for ElementVisitor {
 
     fn visit_u64<E: Error>(self, id: u64) -> Result<Element, E> {
         u8::try_from(id).map(Element::Id).map_err(|_| {
-            E::custom(format!("token id {id}: ids are the values of bytes, 0 to 255"))
+            E::custom(format!(
+                "token id {id}: ids are the values of bytes, 0 to 255"
+            ))
         })
     }
 
@@ -86,7 +88,9 @@ impl<'de> Visitor<'de> for ElementVisitor {
         let mut ids = Vec::new();
         while let Some(id) = list.next_element::<u64>()? {
             let id = u8::try_from(id).map_err(|_| {
-                A::Error::custom(format!("token id {id}: ids are the values of bytes, 0 to 255"))
+                A::Error::custom(format!(
+                    "token id {id}: ids are the values of bytes, 0 to 255"
+                ))
             })?;
             ids.push(id);
         }

@@ -210,7 +210,13 @@ impl Desk {
             texts += job.requests.len();
             texts <= BESIDE
         };
-        let count = self.scorer.writes.iter().map(fit).take_while(|it| *it).count();
+        let count = self
+            .scorer
+            .writes
+            .iter()
+            .map(fit)
+            .take_while(|it| *it)
+            .count();
         let jobs: Vec<WriteJob> = self.scorer.writes.drain(..count.max(1)).collect();
         // Whose text each one of the session is.
         let owners: Vec<(usize, usize)> = jobs
