@@ -29,7 +29,7 @@ pub fn open(config: &DeviceConfig) -> Result<Device> {
 }
 
 /// The device and what kind it is, `auto` resolved.
-fn open_any(config: &DeviceConfig) -> Result<(Device, DeviceKind)> {
+pub(crate) fn open_any(config: &DeviceConfig) -> Result<(Device, DeviceKind)> {
     match config.kind {
         DeviceKind::Auto => auto(config.index),
         kind => Ok((open_kind(kind, config.index)?, kind)),

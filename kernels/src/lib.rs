@@ -13,6 +13,7 @@
 //! | [`mamba_layer`] | a residual Mamba layer, norm to addition, in one operation |
 //! | [`adamw`] | one AdamW update of one parameter, its moments in f32 or in 8 bits |
 //! | [`sum_squares`] | sum of the squares of many tensors, for the norm of a gradient |
+//! | [`decode`] | a whole language model, one byte at a time |
 //! | [`sampling`] | the choice of a byte from its logits |
 //! | [`pscan`] | first-order linear recurrence by a parallel (Blelloch) scan, in tensor operations |
 //!
@@ -44,6 +45,7 @@ pub mod causal_conv1d;
 pub mod cross_entropy;
 #[cfg(feature = "cube")]
 mod cube;
+pub mod decode;
 pub mod embedding;
 #[cfg(feature = "flex")]
 mod flex;

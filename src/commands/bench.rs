@@ -3,6 +3,8 @@
 //! Times are medians of repetitions that each end with a wait for the device; the first calls,
 //! which compile kernels, are not counted.
 
+mod decode;
+
 use std::time::Instant;
 
 use burn::tensor::{DType, Device, Distribution, Tensor};
@@ -28,6 +30,10 @@ pub enum BenchCommand {
     Gemm(GemmArgs),
     /// Optimizer steps of a config, on random bytes
     Step(StepArgs),
+    /// Writing bytes: a prompt, then one byte after the other
+    Decode(decode::DecodeArgs),
+    /// Reading a prompt
+    Prefill(decode::DecodeArgs),
 }
 
 /// How often to measure, and in which form to report.
@@ -144,6 +150,8 @@ pub fn run(command: &BenchCommand) -> Result<()> {
         BenchCommand::Scan(args) => (scan(args)?, args.common.json),
         BenchCommand::Gemm(args) => (gemm(args)?, args.common.json),
         BenchCommand::Step(args) => (step(args)?, args.common.json),
+        BenchCommand::Decode(args) => return decode::run(args, true),
+        BenchCommand::Prefill(args) => return decode::run(args, false),
     };
     if json {
         return print_json(&lines);

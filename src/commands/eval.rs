@@ -6,13 +6,14 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use burn::tensor::Device;
 use clap::{Args, ValueEnum};
 use mambabyte_datasets::progress::{Bar, Silent};
 use mambabyte_datasets::{Document, Progress, Shards, Split};
 use serde::Serialize;
 
 use super::{grouped, print, print_json};
-use crate::config::DeviceConfig;
+use crate::config::{DeviceConfig, DeviceKind, Precision};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::eval::npy::{Array, Number};
@@ -22,6 +23,7 @@ use crate::eval::{
     Context, Corpus, EvalOptions, Lanes, Measurement, PositionScore, Report, Texts, evaluate,
     evaluate_each,
 };
+use crate::model::MambaLm;
 use crate::train::Checkpoint;
 use crate::train::run_dir::resolve_checkpoint;
 
@@ -52,15 +54,67 @@ pub enum Words {
     Pg19,
 }
 
-/// Where a model is, and where to compute with it.
+/// A checkpoint, and how to compute with it.
 #[derive(Clone, Debug, Args)]
-pub struct ModelArgs {
+pub struct CheckpointArgs {
     /// Folder of the checkpoint, or of a run, whose newest is taken
     #[arg(long, value_name = "DIR")]
     pub checkpoint: PathBuf,
     /// Where to compute: auto, cpu, cuda, wgpu, with an index as in cuda:1
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = super::device)]
     pub device: DeviceConfig,
+    /// Number format: fp32, or on CUDA devices tf32 and bf16; there that of the training if left out
+    #[arg(long, value_name = "FORMAT")]
+    pub precision: Option<Precision>,
+}
+
+/// A checkpoint that has been found and checked.
+pub(crate) struct Found {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// The checkpoint.
+    pub checkpoint: Checkpoint,
+    device: DeviceConfig,
+    precision: Option<Precision>,
+}
+
+impl CheckpointArgs {
+    /// Opens the checkpoint; nothing is loaded yet.
+    pub(crate) fn find(&self) -> Result<Found> {
+        let folder = resolve_checkpoint(&self.checkpoint)?;
+        Ok(Found {
+            checkpoint: Checkpoint::open(&folder)?,
+            folder,
+            device: self.device.clone(),
+            precision: self.precision,
+        })
+    }
+}
+
+impl Found {
+    /// Bytes of a sequence in training.
+    pub fn trained_length(&self) -> usize {
+        self.checkpoint.config().train.length
+    }
+
+    /// The model on its device, and the format it computes in.
+    pub fn load(&self) -> Result<(MambaLm, Device, Precision)> {
+        let (device, kind) = device::open_any(&self.device)?;
+        let cuda = kind == DeviceKind::Cuda;
+        let precision = match self.precision {
+            Some(precision) if precision != Precision::Fp32 && !cuda => {
+                return Err(Error::Usage {
+                    message: format!("--precision {precision} on {}", kind.name()),
+                    hint: "tf32 and bf16 are for CUDA devices: leave --precision out".to_owned(),
+                });
+            }
+            Some(precision) => precision,
+            None if cuda => self.checkpoint.config().train.precision,
+            None => Precision::Fp32,
+        };
+        let model = self.checkpoint.model(&device)?;
+        Ok((model.with_compute(precision.into()), device, precision))
+    }
 }
 
 /// Which text.
@@ -146,7 +200,7 @@ impl ContextArgs {
 #[derive(Clone, Debug, Args)]
 pub struct EvalArgs {
     #[command(flatten)]
-    model: ModelArgs,
+    model: CheckpointArgs,
     #[command(flatten)]
     text: TextArgs,
     #[command(flatten)]
@@ -183,12 +237,10 @@ struct Output {
 
 /// Runs the command.
 pub fn run(args: &EvalArgs) -> Result<()> {
-    let folder = resolve_checkpoint(&args.model.checkpoint)?;
-    let checkpoint = Checkpoint::open(&folder)?;
+    let found = args.model.find()?;
     let corpus = args.text.open()?;
-    let context = args.context.context(checkpoint.config().train.length)?;
-    let device = device::open(&args.model.device)?;
-    let model = checkpoint.model(&device)?;
+    let context = args.context.context(found.trained_length())?;
+    let (model, device, _) = found.load()?;
     let options = EvalOptions {
         context,
         lanes: lanes(context, args.context.piece),
@@ -227,7 +279,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let output = Output {
         bytes_per_second: report.bytes as f64 / seconds,
         report,
-        checkpoint: folder,
+        checkpoint: found.folder,
         seconds,
     };
     match args.json {

@@ -6,21 +6,18 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
-use super::eval::{ModelArgs, POSITIONS, TextArgs, bar, lanes};
+use super::eval::{CheckpointArgs, POSITIONS, TextArgs, bar, lanes};
 use super::{grouped, print, print_json};
-use crate::device;
 use crate::error::Result;
 use crate::eval::lengths::{LongDocuments, doubling};
 use crate::eval::plot::{self, Series};
 use crate::eval::{Context, Corpus as _, EvalOptions, evaluate};
-use crate::train::Checkpoint;
-use crate::train::run_dir::resolve_checkpoint;
 
 /// Arguments of `eval-lengths`.
 #[derive(Clone, Debug, Args)]
 pub struct EvalLengthsArgs {
     #[command(flatten)]
-    model: ModelArgs,
+    model: CheckpointArgs,
     #[command(flatten)]
     text: TextArgs,
     /// Shortest context in bytes
@@ -73,11 +70,10 @@ struct Row {
 /// Runs the command.
 pub fn run(args: &EvalLengthsArgs) -> Result<()> {
     let lengths = doubling(args.from, args.to)?;
-    let checkpoint = Checkpoint::open(&resolve_checkpoint(&args.model.checkpoint)?)?;
+    let found = args.model.find()?;
     let corpus = args.text.open()?;
     let long = LongDocuments::new(corpus.as_ref(), args.to as u64, args.max_bytes)?;
-    let device = device::open(&args.model.device)?;
-    let model = checkpoint.model(&device)?;
+    let (model, device, _) = found.load()?;
     let progress = bar();
     let measure = |context: Context, length| {
         let options = EvalOptions {
@@ -103,7 +99,7 @@ pub fn run(args: &EvalLengthsArgs) -> Result<()> {
         measure(context, Some(length))
     });
     let output = Output {
-        trained: checkpoint.config().train.length,
+        trained: found.trained_length(),
         documents: long.documents().len(),
         bytes: long.documents().iter().map(|it| it.bytes).sum(),
         sliding: args.sliding,

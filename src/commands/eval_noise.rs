@@ -5,20 +5,17 @@ use std::fmt::Write as _;
 use clap::Args;
 use serde::Serialize;
 
-use super::eval::{ContextArgs, ModelArgs, TextArgs, bar, lanes};
+use super::eval::{CheckpointArgs, ContextArgs, TextArgs, bar, lanes};
 use super::{print, print_json};
-use crate::device;
 use crate::error::Result;
 use crate::eval::noise::Noise;
 use crate::eval::{EvalOptions, Score, Texts, evaluate};
-use crate::train::Checkpoint;
-use crate::train::run_dir::resolve_checkpoint;
 
 /// Arguments of `eval-noise`.
 #[derive(Clone, Debug, Args)]
 pub struct EvalNoiseArgs {
     #[command(flatten)]
-    model: ModelArgs,
+    model: CheckpointArgs,
     #[command(flatten)]
     text: TextArgs,
     #[command(flatten)]
@@ -63,11 +60,10 @@ impl Row {
 
 /// Runs the command.
 pub fn run(args: &EvalNoiseArgs) -> Result<()> {
-    let checkpoint = Checkpoint::open(&resolve_checkpoint(&args.model.checkpoint)?)?;
-    let context = args.context.context(checkpoint.config().train.length)?;
+    let found = args.model.find()?;
+    let context = args.context.context(found.trained_length())?;
     let texts = Texts::of(args.text.open()?.as_ref(), args.max_bytes)?;
-    let device = device::open(&args.model.device)?;
-    let model = checkpoint.model(&device)?;
+    let (model, device, _) = found.load()?;
     let options = EvalOptions {
         context,
         lanes: lanes(context, args.context.piece),

@@ -6,14 +6,11 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
-use super::eval::{ModelArgs, bar};
+use super::eval::{CheckpointArgs, bar};
 use super::{print, print_json};
-use crate::device;
 use crate::error::{Error, Result};
 use crate::eval::Lanes;
 use crate::eval::tasks::{Share, Task, TaskScore, score_task};
-use crate::train::Checkpoint;
-use crate::train::run_dir::resolve_checkpoint;
 
 /// What is computed at once. Texts of tasks are short: many beside each other.
 pub(crate) const LANES: Lanes = Lanes {
@@ -25,7 +22,7 @@ pub(crate) const LANES: Lanes = Lanes {
 #[derive(Clone, Debug, Args)]
 pub struct EvalTasksArgs {
     #[command(flatten)]
-    model: ModelArgs,
+    model: CheckpointArgs,
     /// Files of JSON lines, one task each
     #[arg(long, value_name = "FILE.jsonl", num_args = 1.., required = true)]
     pub tasks: Vec<PathBuf>,
@@ -52,9 +49,8 @@ struct Sample<'a> {
 pub fn run(args: &EvalTasksArgs) -> Result<()> {
     let tasks = args.tasks.iter().map(|path| Task::read(path));
     let tasks: Vec<Task> = tasks.collect::<Result<_>>()?;
-    let checkpoint = Checkpoint::open(&resolve_checkpoint(&args.model.checkpoint)?)?;
-    let device = device::open(&args.model.device)?;
-    let model = checkpoint.model(&device)?.frozen();
+    let (model, device, _) = args.model.find()?.load()?;
+    let model = model.frozen();
     let progress = bar();
     let mut scores = Vec::with_capacity(tasks.len());
     for task in &tasks {

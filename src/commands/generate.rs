@@ -1,40 +1,311 @@
 //! The command `generate`.
 
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
+use std::time::Duration;
 
-use super::GenerateArgs;
-use crate::device;
+use clap::Args;
+use serde::Serialize;
+
+use super::model_args::ModelArgs;
+use super::{positive, print, print_json};
 use crate::error::{Error, Result};
-use crate::generate::{Generator, GeneratorOptions, Request, SamplingConfig};
-use crate::train::Checkpoint;
-use crate::train::run_dir::resolve_checkpoint;
+use crate::generate::{Completion, Finish, Request, SamplingConfig, Session, Timing, Utf8Stream};
+
+/// How often new text should reach the reader.
+const BETWEEN_PIECES: Duration = Duration::from_millis(40);
+/// Most bytes between two writes.
+const MOST: usize = 64;
+
+/// How bytes are chosen.
+#[derive(Clone, Debug, Args)]
+pub struct SamplingArgs {
+    /// Divides the logits; 0 always takes the likeliest byte
+    #[arg(long, value_name = "T", default_value_t = 1.0, value_parser = super::temperature)]
+    pub temperature: f64,
+    /// Choose among so many likeliest bytes; 0 is no limit, 1 takes the likeliest
+    #[arg(long, value_name = "K", default_value_t = 256, aliases = ["top_k", "topk"],
+          value_parser = clap::value_parser!(u16).range(0..=256))]
+    pub top_k: u16,
+    /// Choose among the likeliest bytes that have this probability together
+    #[arg(long, value_name = "P", default_value_t = 0.98, aliases = ["top_p", "topp"],
+          value_parser = super::fraction)]
+    pub top_p: f64,
+    /// Choose among bytes at least this fraction as likely as the likeliest
+    #[arg(long, value_name = "P", default_value_t = 0.0, aliases = ["min_p", "minp"],
+          value_parser = super::fraction)]
+    pub min_p: f64,
+    /// Make bytes that the text has already less likely: 1 does nothing, 1.2 is usual
+    #[arg(long, value_name = "X", default_value_t = 1.0, alias = "repetition_penalty",
+          value_parser = penalty)]
+    pub repetition_penalty: f64,
+}
+
+impl SamplingArgs {
+    /// The settings.
+    pub fn config(&self) -> SamplingConfig {
+        SamplingConfig {
+            temperature: self.temperature,
+            top_k: self.top_k.into(),
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+        }
+    }
+}
+
+fn penalty(text: &str) -> Result<f64, String> {
+    super::number_where(
+        text,
+        |it| (0.01..=100.0).contains(&it),
+        "expected a number from 0.01 to 100",
+    )
+}
+
+/// Arguments of `generate`.
+#[derive(Clone, Debug, Args)]
+pub struct GenerateArgs {
+    /// The model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Text to go on from
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub prompt: String,
+    /// File whose bytes to go on from
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub prompt_file: Option<std::path::PathBuf>,
+    /// Bytes to write at most
+    #[arg(long, value_name = "N", default_value_t = 256, aliases = ["max_new_tokens", "max-new-tokens"],
+          value_parser = positive)]
+    pub max_new_bytes: usize,
+    /// Number of texts, each with draws of its own
+    #[arg(long, value_name = "N", default_value_t = 1, alias = "num_samples", value_parser = positive)]
+    pub num_samples: usize,
+    /// How bytes are chosen.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Seed of the choices
+    #[arg(long, value_name = "SEED", default_value_t = 4740)]
+    pub seed: u64,
+    /// End before this text comes; may be given several times
+    #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub stop: Vec<String>,
+    /// Write the prompt, too
+    #[arg(long)]
+    pub echo: bool,
+    /// Write bytes as they are even to a terminal; elsewhere they always are
+    #[arg(long)]
+    pub raw: bool,
+    /// Say on standard error how long prompt and bytes took
+    #[arg(long)]
+    pub timing: bool,
+    /// Print JSON: the texts with their bytes, probabilities and ends
+    #[arg(long, conflicts_with = "raw")]
+    pub json: bool,
+}
+
+impl GenerateArgs {
+    fn request(&self) -> Result<Request> {
+        let prompt = match &self.prompt_file {
+            Some(path) => std::fs::read(path).map_err(Error::io("read", path))?,
+            None => self.prompt.as_bytes().to_vec(),
+        };
+        Ok(Request {
+            max_new_bytes: self.max_new_bytes,
+            sampling: self.sampling.config(),
+            seed: self.seed,
+            stop: self.stop.iter().map(|it| it.as_bytes().to_vec()).collect(),
+            ..Request::new(prompt)
+        })
+    }
+}
 
 /// Runs the command: new bytes go to standard output as they are chosen.
 pub fn run(args: &GenerateArgs) -> Result<()> {
-    let checkpoint = Checkpoint::open(&resolve_checkpoint(&args.checkpoint)?)?;
-    let device = device::open(&args.device)?;
-    let model = checkpoint.model(&device)?;
-    let request = Request {
-        max_new_bytes: args.max_new_bytes,
-        sampling: SamplingConfig {
-            temperature: args.temperature,
-            top_k: args.top_k.into(),
-            top_p: args.top_p,
-            ..SamplingConfig::default()
-        },
-        seed: args.seed,
-        ..Request::new(args.prompt.as_bytes())
-    };
-    let mut generator = Generator::new(model, &device, GeneratorOptions::default());
-    let mut session = generator.start(&[request])?;
-    let mut stdout = std::io::stdout().lock();
+    let request = args.request()?;
+    let mut opened = args.model.open()?;
+    let how = opened.generator.describe();
+    let mut session = opened.generator.start(&request.samples(args.num_samples))?;
+    let mut output = Output::new(args, &request.prompt);
+    let mut texts: Vec<Text> = (0..args.num_samples).map(Text::new).collect();
+    if args.num_samples == 1 && !args.json {
+        output.begin()?;
+    }
     while !session.is_finished() {
-        for piece in session.advance(1)? {
-            stdout
-                .write_all(&piece.bytes)
-                .and_then(|()| stdout.flush())
-                .map_err(Error::Stdout)?;
+        for piece in session.advance(steps(&session))? {
+            if args.num_samples == 1 && !args.json {
+                output.write(&piece.bytes)?;
+            } else {
+                texts[piece.index].take(piece);
+            }
         }
     }
+    let timing = session.timing();
+    if args.json {
+        let texts = texts.iter_mut().map(Text::finish).collect::<Vec<_>>();
+        print_json(&Report {
+            prompt: &String::from_utf8_lossy(&request.prompt),
+            texts,
+            timing: args.timing.then(|| seconds(timing)),
+        })?;
+    } else if args.num_samples > 1 {
+        for text in &texts {
+            output.heading(text.index)?;
+            output.begin()?;
+            output.write(&text.completion.bytes)?;
+            output.finish()?;
+        }
+    } else {
+        output.finish()?;
+    }
+    if args.timing && !args.json {
+        eprintln!("{}", describe(timing, how));
+    }
     Ok(())
+}
+
+/// Steps until the reader should see something again.
+fn steps(session: &Session<'_>) -> usize {
+    match session.step_time() {
+        Some(step) => {
+            let steps = BETWEEN_PIECES.as_secs_f64() / step.as_secs_f64().max(1e-9);
+            (steps as usize).clamp(1, MOST)
+        }
+        None => 1,
+    }
+}
+
+/// A line on how long it took.
+fn describe(timing: Timing, how: &str) -> String {
+    let rate = |bytes: usize, time: Duration| bytes as f64 / time.as_secs_f64().max(1e-9);
+    format!(
+        "prompt: {} bytes in {:.1} ms; written: {} bytes in {:.1} ms, {:.0} bytes/s ({how})",
+        timing.prompt_bytes,
+        timing.prefill.as_secs_f64() * 1e3,
+        timing.new_bytes,
+        timing.decode.as_secs_f64() * 1e3,
+        rate(timing.new_bytes, timing.decode),
+    )
+}
+
+/// Standard output: text for a terminal, bytes for everything else.
+struct Output<'a> {
+    echo: &'a [u8],
+    /// None where bytes go out as they are.
+    text: Option<Utf8Stream>,
+}
+
+impl<'a> Output<'a> {
+    fn new(args: &GenerateArgs, prompt: &'a [u8]) -> Self {
+        let as_text = !args.raw && std::io::stdout().is_terminal();
+        Self {
+            echo: if args.echo { prompt } else { &[] },
+            text: as_text.then(Utf8Stream::new),
+        }
+    }
+
+    fn heading(&self, index: usize) -> Result<()> {
+        print(&format!("--- sample {} ---\n", index + 1))
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        let echo = self.echo;
+        self.write(echo)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        match &mut self.text {
+            Some(text) => print(&text.push(bytes)),
+            None => {
+                let mut stdout = std::io::stdout().lock();
+                stdout
+                    .write_all(bytes)
+                    .and_then(|()| stdout.flush())
+                    .map_err(Error::Stdout)
+            }
+        }
+    }
+
+    /// The end of a text.
+    fn finish(&mut self) -> Result<()> {
+        match self.text.replace(Utf8Stream::new()) {
+            Some(mut text) => print(&(text.finish() + "\n")),
+            None => {
+                self.text = None;
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A text that is shown when it is whole.
+struct Text {
+    index: usize,
+    completion: Completion,
+}
+
+impl Text {
+    fn new(index: usize) -> Self {
+        let completion = Completion {
+            bytes: Vec::new(),
+            choices: Vec::new(),
+            finish: Finish::Cancelled,
+        };
+        Self { index, completion }
+    }
+
+    fn take(&mut self, piece: crate::generate::Piece) {
+        self.completion.bytes.extend(piece.bytes);
+        self.completion.choices.extend(piece.choices);
+        if let Some(finish) = piece.finish {
+            self.completion.finish = finish;
+        }
+    }
+
+    fn finish(&mut self) -> TextReport {
+        let it = &self.completion;
+        TextReport {
+            text: String::from_utf8_lossy(&it.bytes).into_owned(),
+            logprobs: it.choices.iter().map(|choice| choice.logprob).collect(),
+            finish: match it.finish {
+                Finish::Length => "length",
+                Finish::Stop(_) => "stop",
+                Finish::Cancelled => "cancelled",
+            },
+            bytes: it.bytes.clone(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    prompt: &'a str,
+    texts: Vec<TextReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timing: Option<Seconds>,
+}
+
+#[derive(Serialize)]
+struct TextReport {
+    text: String,
+    bytes: Vec<u8>,
+    logprobs: Vec<f32>,
+    finish: &'static str,
+}
+
+/// [`Timing`] in seconds.
+#[derive(Serialize)]
+struct Seconds {
+    prompt_bytes: usize,
+    prefill_seconds: f64,
+    new_bytes: usize,
+    decode_seconds: f64,
+}
+
+fn seconds(timing: Timing) -> Seconds {
+    Seconds {
+        prompt_bytes: timing.prompt_bytes,
+        prefill_seconds: timing.prefill.as_secs_f64(),
+        new_bytes: timing.new_bytes,
+        decode_seconds: timing.decode.as_secs_f64(),
+    }
 }

@@ -14,6 +14,7 @@ pub mod export;
 pub mod generate;
 pub mod import;
 pub mod logits;
+pub mod model_args;
 pub mod params;
 pub mod perplexity;
 pub mod resume;
@@ -58,7 +59,7 @@ pub enum Command {
     /// Go on with a training run where its last checkpoint is
     Resume(ResumeArgs),
     /// Write text that goes on from a prompt
-    Generate(GenerateArgs),
+    Generate(generate::GenerateArgs),
     /// Measure bits per byte of a checkpoint on held-out data
     Eval(eval::EvalArgs),
     /// Measure what longer contexts are worth: length extrapolation
@@ -139,35 +140,6 @@ pub struct ResumeArgs {
     /// Stop with a checkpoint after so many more optimizer steps
     #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(1..))]
     pub stop_after: Option<u64>,
-}
-
-/// Arguments of `generate`.
-#[derive(Clone, Debug, Args)]
-pub struct GenerateArgs {
-    /// Folder of the checkpoint, or of a run, whose newest is taken
-    #[arg(long, value_name = "DIR")]
-    pub checkpoint: PathBuf,
-    /// Text to go on from
-    #[arg(long, value_name = "TEXT", default_value = "")]
-    pub prompt: String,
-    /// Bytes to write at most
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = positive)]
-    pub max_new_bytes: usize,
-    /// Divides the logits; 0 always takes the likeliest byte
-    #[arg(long, value_name = "T", default_value_t = 1.0, value_parser = temperature)]
-    pub temperature: f64,
-    /// Choose among so many likeliest bytes; 0 is no limit
-    #[arg(long, value_name = "K", default_value_t = 256, value_parser = clap::value_parser!(u16).range(0..=256))]
-    pub top_k: u16,
-    /// Choose among the likeliest bytes that have this probability together
-    #[arg(long, value_name = "P", default_value_t = 0.98, value_parser = probability)]
-    pub top_p: f64,
-    /// Seed of the choices
-    #[arg(long, value_name = "SEED", default_value_t = 4740)]
-    pub seed: u64,
-    /// Where to compute: auto, cpu, cuda, wgpu, with an index as in cuda:1
-    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
-    pub device: DeviceConfig,
 }
 
 /// Arguments of `logits`.
@@ -382,16 +354,16 @@ pub(crate) fn positive(text: &str) -> Result<usize, String> {
 fn temperature(text: &str) -> Result<f64, String> {
     number_where(
         text,
-        |it| (0.0..=1e6).contains(&it),
-        "expected a number from 0",
+        |it| it == 0.0 || (1e-4..=1e4).contains(&it),
+        "expected 0, or a number from 0.0001 to 10,000",
     )
 }
 
-fn probability(text: &str) -> Result<f64, String> {
+fn fraction(text: &str) -> Result<f64, String> {
     number_where(
         text,
-        |it| it > 0.0 && it <= 1.0,
-        "expected a number above 0 and up to 1",
+        |it| (0.0..=1.0).contains(&it),
+        "expected a number from 0 to 1",
     )
 }
 
@@ -425,9 +397,10 @@ mod tests {
             panic!("{cli:?}")
         };
         assert_eq!(args.max_new_bytes, 9);
-        assert_eq!((args.temperature, args.top_k, args.top_p), (1.0, 256, 0.98));
-        assert_eq!(args.seed, 4740);
-        assert_eq!(args.device.kind, DeviceKind::Auto);
+        let sampling = args.sampling.config();
+        assert_eq!(sampling, crate::generate::SamplingConfig::default());
+        assert_eq!((args.seed, args.num_samples), (4740, 1));
+        assert_eq!(args.model.device.kind, DeviceKind::Auto);
     }
 
     #[test]

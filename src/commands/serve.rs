@@ -6,19 +6,16 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::eval::ModelArgs;
+use super::eval::CheckpointArgs;
 use super::print;
-use crate::device;
 use crate::error::{Error, Result, print_warning};
-use crate::server::{Limits, ServerOptions, serve};
-use crate::train::Checkpoint;
-use crate::train::run_dir::resolve_checkpoint;
+use crate::server::{Limits, Loaded, ServerOptions, serve};
 
 /// Arguments of `serve`.
 #[derive(Clone, Debug, Args)]
 pub struct ServeArgs {
     #[command(flatten)]
-    model: ModelArgs,
+    model: CheckpointArgs,
     /// Address to listen on; another than of this machine itself needs --key-file
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
     pub host: IpAddr,
@@ -65,11 +62,14 @@ pub fn run(args: &ServeArgs) -> Result<()> {
             args.host
         ));
     }
-    let checkpoint = Checkpoint::open(&resolve_checkpoint(&args.model.checkpoint)?)?;
-    let wanted = args.model.device.clone();
+    let found = args.model.find()?;
     let load = move || {
-        let device = device::open(&wanted)?;
-        Ok((checkpoint.model(&device)?, device))
+        let (model, device, precision) = found.load()?;
+        Ok(Loaded {
+            model,
+            device,
+            precision,
+        })
     };
     serve(options, load, |address| {
         print(&format!("http://{address}/v1\n"))

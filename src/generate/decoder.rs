@@ -1,66 +1,93 @@
 //! The loop over bytes: choose, read, choose.
 
-use burn::tensor::{Int, Tensor};
-use mambabyte_kernels::sampling::{BYTES, Choice, Sampling, choose};
+use burn::tensor::{DType, Int, Tensor};
+use mambabyte_kernels::decode::{self, Start};
+use mambabyte_kernels::sampling::{Choice, Draw, Lane};
 
 use super::GeneratorOptions;
+use crate::config::Precision;
 use crate::model::{MambaLm, State};
-
-/// How a sequence's bytes are chosen.
-#[derive(Clone, Debug)]
-pub(super) struct Lane {
-    pub sampling: Sampling,
-    /// For each byte whether the sequence has it.
-    pub seen: [bool; BYTES],
-}
-
-/// What one step of one sequence is made with.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Draw {
-    /// A number in [0, 1).
-    pub number: f32,
-    /// The byte to take in place of one chosen.
-    pub forced: Option<u8>,
-}
 
 /// Runs sequences side by side.
 #[derive(Debug)]
-pub(super) struct Decoder {
-    plain: Plain,
+pub(super) enum Decoder {
+    /// Kernels made for single bytes.
+    Kernels(decode::Decoder),
+    /// Steps of the model itself.
+    Plain(Box<Plain>),
 }
 
 impl Decoder {
-    pub fn new(model: &MambaLm, _options: GeneratorOptions) -> Self {
-        Self {
-            plain: Plain {
+    pub fn new(model: &MambaLm, options: GeneratorOptions) -> Self {
+        let dtype = match options.precision {
+            Precision::Bf16 => DType::BF16,
+            Precision::Fp32 | Precision::Tf32 => DType::F32,
+        };
+        let kernels = match options.plain {
+            true => None,
+            false => model
+                .decode_model()
+                .and_then(|model| decode::Decoder::new(&model, dtype)),
+        };
+        match kernels {
+            Some(kernels) => Self::Kernels(kernels),
+            None => Self::Plain(Box::new(Plain {
                 model: model.clone(),
                 state: None,
                 logits: Vec::new(),
                 lanes: Vec::new(),
-            },
+            })),
         }
     }
 
     /// Begins with sequences that have been read up to `state` and have the logits `[B, V]` there.
     pub fn begin(&mut self, logits: Tensor<2>, state: State, lanes: Vec<Lane>) {
-        self.plain.begin(logits, state, lanes);
+        match self {
+            Self::Kernels(kernels) => {
+                let layers = state.layers.into_iter();
+                kernels.begin(Start {
+                    logits,
+                    memory: layers.map(|layer| (layer.h, layer.window)).collect(),
+                    lanes,
+                });
+            }
+            Self::Plain(plain) => {
+                plain.logits = values(logits);
+                plain.state = Some(state);
+                plain.lanes = lanes;
+            }
+        }
     }
 
     /// Chooses and reads `draws.len() / B` bytes of every sequence. Draws and choices are in the
     /// order `[steps, B]`.
     pub fn run(&mut self, draws: &[Draw]) -> Vec<Choice> {
-        self.plain.run(draws)
+        match self {
+            Self::Kernels(kernels) => kernels.run(draws),
+            Self::Plain(plain) => plain.run(draws),
+        }
     }
 
     /// What the next bytes are chosen from, `[B, V]`.
     pub fn logits(&self) -> Vec<f32> {
-        self.plain.logits.clone()
+        match self {
+            Self::Kernels(kernels) => kernels.logits(),
+            Self::Plain(plain) => plain.logits.clone(),
+        }
+    }
+
+    /// A few words on how bytes are decoded.
+    pub fn describe(&self) -> &'static str {
+        match self {
+            Self::Kernels(kernels) => kernels.describe(),
+            Self::Plain(_) => "the model's own step",
+        }
     }
 }
 
 /// Steps of the model itself.
 #[derive(Debug)]
-struct Plain {
+pub(super) struct Plain {
     model: MambaLm,
     /// Taken while a byte is read.
     state: Option<State>,
@@ -70,28 +97,14 @@ struct Plain {
 }
 
 impl Plain {
-    fn begin(&mut self, logits: Tensor<2>, state: State, lanes: Vec<Lane>) {
-        self.logits = values(logits);
-        self.state = Some(state);
-        self.lanes = lanes;
-    }
-
     fn run(&mut self, draws: &[Draw]) -> Vec<Choice> {
         let mut all = Vec::with_capacity(draws.len());
         for draws in draws.chunks(self.lanes.len()) {
             let vocabulary = self.logits.len() / self.lanes.len();
             let rows = self.logits.chunks(vocabulary);
-            let choices = self.lanes.iter_mut().zip(rows).zip(draws);
-            let choices: Vec<Choice> = choices
-                .map(|((lane, logits), draw)| {
-                    choose(
-                        logits,
-                        &mut lane.seen,
-                        &lane.sampling,
-                        draw.number,
-                        draw.forced,
-                    )
-                })
+            let lanes = self.lanes.iter_mut().zip(rows).zip(draws);
+            let choices: Vec<Choice> = lanes
+                .map(|((lane, logits), draw)| lane.choose(logits, *draw))
                 .collect();
             self.read(&choices);
             all.extend(choices);

@@ -17,11 +17,11 @@ mod stop;
 use std::ops::ControlFlow;
 
 use burn::module::Module;
-use burn::tensor::Device;
+use burn::tensor::{DType, Device};
 pub use mambabyte_datasets::text::Utf8Stream;
 
 use crate::config::Precision;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{Compute, MambaLm};
 use decoder::Decoder;
 pub use request::{Choice, Completion, Finish, Piece, Request, Timing};
@@ -67,11 +67,31 @@ impl Generator {
         let model = model
             .frozen()
             .with_compute(Compute::from(options.precision));
+        let decoder = Decoder::new(&model, options);
+        // Training goes on with the model's own weights; only what writes may round them.
+        let rounds = options.precision == Precision::Bf16 && !options.plain;
         Self {
-            decoder: Decoder::new(&model, options),
+            model: match rounds {
+                true => model.with_rounded_weights(DType::BF16),
+                false => model,
+            },
+            decoder,
             device: device.clone(),
-            model,
         }
+    }
+
+    /// A few words on how bytes are decoded.
+    pub fn describe(&self) -> &'static str {
+        self.decoder.describe()
+    }
+
+    /// Waits for the device.
+    fn sync(&self) -> Result<()> {
+        self.device.sync().map_err(|error| Error::Device {
+            device: format!("{:?}", self.device),
+            reason: error.to_string(),
+            hint: "`mambabyte doctor` says what this machine has".to_owned(),
+        })
     }
 
     /// Reads the prompts: afterwards every request is a sequence of its own, side by side.

@@ -1,10 +1,9 @@
 //! Sequences that are being written side by side.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use mambabyte_kernels::sampling::{BYTES, Choice};
+use mambabyte_kernels::sampling::{BYTES, Choice, Draw, Lane};
 
-use super::decoder::{Draw, Lane};
 use super::request::{Finish, Piece, Request, Timing};
 use super::sampling::Draws;
 use super::stop::StopFilter;
@@ -84,6 +83,8 @@ impl<'g> Session<'g> {
             let (logits, state) = prefill::read(&generator.model, &generator.device, &prompts);
             let lanes = requests.iter().map(lane).collect();
             generator.decoder.begin(logits, state, lanes);
+            // Reading the prompts is over when the device has done it.
+            generator.sync()?;
         }
         Ok(Self {
             generator,
@@ -149,6 +150,13 @@ impl<'g> Session<'g> {
     /// How long it took so far.
     pub fn timing(&self) -> Timing {
         self.timing
+    }
+
+    /// How long a step took so far; none before the first.
+    pub fn step_time(&self) -> Option<Duration> {
+        let steps = self.timing.new_bytes / self.texts.len().max(1);
+        let steps = u32::try_from(steps).unwrap_or(u32::MAX);
+        self.timing.decode.checked_div(steps)
     }
 
     /// Scores of what comes next, `[B][V]`: the logits that the next byte of each sequence is chosen

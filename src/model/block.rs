@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
+use mambabyte_kernels::decode::DecodeLayer;
 use mambabyte_kernels::mamba_layer::{LayerSettings, MambaLayer, mamba_layer};
 
 use super::compute::Compute;
@@ -102,6 +103,27 @@ impl ResidualBlock {
             },
         });
         (stream, LayerState { h, window })
+    }
+
+    /// The parameters for decoding, if the block is one operation.
+    pub(super) fn decode_layer(&self) -> Option<DecodeLayer> {
+        let bias = |bias: &Option<Param<Tensor<1>>>| bias.as_ref().map(Param::val);
+        let mixer = &self.mixer;
+        self.fused.then(|| DecodeLayer {
+            norm: self.norm.weight.val(),
+            norm_bias: bias(&self.norm.bias),
+            in_proj: mixer.in_proj.weight.val(),
+            in_bias: bias(&mixer.in_proj.bias),
+            conv: mixer.conv1d.weight.val(),
+            conv_bias: bias(&mixer.conv1d.bias),
+            x_proj: mixer.x_proj.weight.val(),
+            dt_proj: mixer.dt_proj.weight.val(),
+            dt_bias: bias(&mixer.dt_proj.bias),
+            rates: mixer.rates(),
+            d: mixer.d.val(),
+            out_proj: mixer.out_proj.weight.val(),
+            out_bias: bias(&mixer.out_proj.bias),
+        })
     }
 
     /// One position of [`forward`](Self::forward).

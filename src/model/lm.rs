@@ -1,10 +1,11 @@
 //! The language model over bytes.
 
-use burn::module::Module;
-use burn::tensor::{Device, Int, Tensor};
+use burn::module::{Module, Param};
+use burn::tensor::{DType, Device, Int, Tensor};
 use mambabyte_kernels::cross_entropy::cross_entropy;
+use mambabyte_kernels::decode::DecodeModel;
 
-use super::block::Mamba;
+use super::block::{Mamba, ResidualBlock};
 use super::compute::Compute;
 use super::init::Init;
 use super::linear::{Embedding, Linear};
@@ -120,6 +121,55 @@ impl MambaLm {
             head.compute = compute;
         }
         self.backbone = self.backbone.with_compute(compute);
+        self
+    }
+
+    /// The parameters for decoding byte by byte; `None` where the blocks are not those of the
+    /// kernels, but the oracles of tests.
+    pub fn decode_model(&self) -> Option<DecodeModel> {
+        let bias = |bias: &Option<Param<Tensor<1>>>| bias.as_ref().map(Param::val);
+        let norm = match &self.backbone.norm_f {
+            Some(norm) => norm,
+            None => &self.backbone.layers.first()?.norm,
+        };
+        Some(DecodeModel {
+            embedding: self.embedding.weight.val(),
+            layers: self
+                .backbone
+                .layers
+                .iter()
+                .map(ResidualBlock::decode_layer)
+                .collect::<Option<Vec<_>>>()?,
+            norm_f: self
+                .backbone
+                .norm_f
+                .as_ref()
+                .map(|norm| (norm.weight.val(), bias(&norm.bias))),
+            head: self.lm_head.as_ref().map(|head| head.weight.val()),
+            vocabulary: self.vocabulary,
+            norm: norm.kind,
+            eps: norm.eps,
+        })
+    }
+
+    /// The model with the weights of its blocks' products and of a head of its own in `dtype`: what
+    /// products would round anyway is then rounded once. No longer for training.
+    pub fn with_rounded_weights(mut self, dtype: DType) -> Self {
+        let round = |linear: &mut Linear| {
+            let weight = linear.weight.val().cast(dtype);
+            linear.weight = Param::from_tensor(weight);
+        };
+        for layer in &mut self.backbone.layers {
+            let mixer = &mut layer.mixer;
+            let products = [
+                &mut mixer.in_proj,
+                &mut mixer.x_proj,
+                &mut mixer.dt_proj,
+                &mut mixer.out_proj,
+            ];
+            products.into_iter().for_each(round);
+        }
+        self.lm_head.iter_mut().for_each(round);
         self
     }
 

@@ -162,7 +162,7 @@ impl MambaBlock {
     }
 
     /// Decay rates of the recurrence, `[E, N]`.
-    fn rates(&self) -> Tensor<2> {
+    pub(super) fn rates(&self) -> Tensor<2> {
         self.rates
             .clone()
             .unwrap_or_else(|| self.a_log.val().exp().neg())

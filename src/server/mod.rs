@@ -31,6 +31,7 @@ use axum::routing::{get, post};
 use burn::tensor::Device;
 use tokio::net::TcpListener;
 
+use crate::config::Precision;
 use crate::error::{Error, Result};
 use crate::model::MambaLm;
 use worker::Worker;
@@ -51,6 +52,17 @@ pub struct ServerOptions {
     pub key: Option<String>,
     /// Bounds of what is asked.
     pub limits: Limits,
+}
+
+/// A model that is ready to be served.
+#[derive(Debug)]
+pub struct Loaded {
+    /// Without gradients, on `device`.
+    pub model: MambaLm,
+    /// Where it computes.
+    pub device: Device,
+    /// The number format of its products.
+    pub precision: Precision,
 }
 
 /// Bounds of requests.
@@ -100,7 +112,7 @@ type App = Arc<Shared>;
 
 /// Serves a model until the process is told to end (SIGINT, SIGTERM).
 ///
-/// `load` makes the model and its device; it runs on the thread that then computes. `ready` is told
+/// `load` makes the model; it runs on the thread that then computes. `ready` is told
 /// the address.
 ///
 /// # Errors
@@ -109,7 +121,7 @@ type App = Arc<Shared>;
 /// reach without a key.
 pub fn serve(
     options: ServerOptions,
-    load: impl FnOnce() -> Result<(MambaLm, Device)> + Send + 'static,
+    load: impl FnOnce() -> Result<Loaded> + Send + 'static,
     ready: impl FnOnce(SocketAddr) -> Result<()>,
 ) -> Result<()> {
     check(&options)?;

@@ -12,6 +12,7 @@ use burn::tensor::Device;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
+use super::Loaded;
 use crate::error::{Error, Result};
 use crate::eval::{Lanes, SequenceScore, score_sequences};
 use crate::generate::{Generator, GeneratorOptions, Piece, Request, Session};
@@ -79,7 +80,7 @@ pub(super) struct Worker {
 impl Worker {
     /// Starts the thread, which loads the model first.
     pub async fn spawn(
-        load: impl FnOnce() -> Result<(MambaLm, Device)> + Send + 'static,
+        load: impl FnOnce() -> Result<Loaded> + Send + 'static,
         queue: usize,
     ) -> Result<Self> {
         let (jobs, inbox) = unbounded_channel();
@@ -87,8 +88,8 @@ impl Worker {
         thread::Builder::new()
             .name("model".to_owned())
             .spawn(move || match load() {
-                Ok((model, device)) => {
-                    let desk = Desk::new(model, device, inbox);
+                Ok(model) => {
+                    let desk = Desk::new(model, inbox);
                     // Nobody waits any more where the server has been ended meanwhile.
                     let _ = loaded.send(Ok(()));
                     desk.run();
@@ -179,9 +180,18 @@ struct Scorer {
 }
 
 impl Desk {
-    fn new(model: MambaLm, device: Device, inbox: UnboundedReceiver<Job>) -> Self {
+    fn new(loaded: Loaded, inbox: UnboundedReceiver<Job>) -> Self {
+        let Loaded {
+            model,
+            device,
+            precision,
+        } = loaded;
+        let options = GeneratorOptions {
+            precision,
+            plain: false,
+        };
         Self {
-            generator: Generator::new(model.clone(), &device, GeneratorOptions::default()),
+            generator: Generator::new(model.clone(), &device, options),
             scorer: Scorer {
                 model: model.frozen(),
                 device,

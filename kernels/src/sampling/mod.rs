@@ -13,6 +13,8 @@
 //!
 //! Of equal logits the smaller byte counts as the likelier. The likeliest byte always stays.
 
+#[cfg(feature = "cube")]
+pub(crate) mod cube;
 mod reference;
 #[cfg(test)]
 mod tests;
@@ -51,4 +53,45 @@ pub struct Choice {
     pub top: u8,
     /// Its log-probability.
     pub top_logprob: f32,
+}
+
+/// What the choices of one sequence are made with.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lane {
+    /// How its bytes are chosen.
+    pub sampling: Sampling,
+    /// For each byte whether the sequence has it.
+    pub seen: [bool; BYTES],
+}
+
+/// What one choice is made with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    /// A number in [0, 1), equally likely anywhere there.
+    pub number: f32,
+    /// The byte to take whatever its logit.
+    pub forced: Option<u8>,
+}
+
+impl Draw {
+    /// A draw that forces nothing.
+    pub fn free(number: f32) -> Self {
+        Self {
+            number,
+            forced: None,
+        }
+    }
+}
+
+impl Lane {
+    /// [`choose`] for this sequence.
+    pub fn choose(&mut self, logits: &[f32], draw: Draw) -> Choice {
+        choose(
+            logits,
+            &mut self.seen,
+            &self.sampling,
+            draw.number,
+            draw.forced,
+        )
+    }
 }

@@ -1,0 +1,470 @@
+//! Decoding on a GPU: a few kernels a layer, recorded once as a graph and replayed for every byte.
+//!
+//! The choice of a byte is part of the graph, so bytes reach the host in pieces, not one by one.
+
+mod persistent;
+mod phases;
+mod plan;
+mod steps;
+
+use burn::backend::DispatchTensorKind;
+use burn::tensor::{DType, Tensor};
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::client::Graph;
+use cubecl::server::Handle;
+
+use self::plan::{Sizes, StepConfig};
+use super::{DecodeModel, Start};
+use crate::add_norm::NormKind;
+use crate::cube::math::LOG2E;
+use crate::cube::{DeviceTraits, contiguous};
+use crate::sampling::cube::CHOICE;
+use crate::sampling::{BYTES, Choice, Draw, Lane};
+
+/// Steps whose draws and choices are on the device at once.
+const AHEAD: usize = 64;
+
+/// The weights of all layers, each kind in one buffer.
+#[derive(Clone, Debug)]
+pub(super) struct Weights {
+    /// `[rows, D]`, f32.
+    pub embedding: CubeTensor,
+    /// `[layers, 2E, D]`.
+    pub in_proj: CubeTensor,
+    /// `[layers, E, R + 2N]`.
+    pub x_proj: CubeTensor,
+    /// `[layers, E, R]`.
+    pub dt_proj: CubeTensor,
+    /// `[layers, D, E]`.
+    pub out_proj: CubeTensor,
+    /// `[V, D]`.
+    pub head: CubeTensor,
+    /// `[2, D]`, f32: weight and bias of the last norm.
+    pub norm_f: CubeTensor,
+    /// `[layers, 3, D]`, f32: weight and bias of the norm, bias of `out_proj`.
+    pub widths: CubeTensor,
+    /// `[layers, E, K + 5]`, f32: taps and bias of the convolution, biases of x and z, of Δ, d.
+    pub channels: CubeTensor,
+    /// `[layers, E, N]`, f32: decay rates times log₂ e.
+    pub rates: CubeTensor,
+    pub layers: usize,
+    pub eps: f32,
+}
+
+/// What is written while decoding, for one number of sequences.
+#[derive(Clone, Debug)]
+pub(super) struct Buffers {
+    pub batch: usize,
+    /// `[layers, B, E, N]`.
+    pub h: Handle,
+    /// `[layers, B, E, K-1]`.
+    pub window: Handle,
+    /// `[B, D]`.
+    pub stream: Handle,
+    /// `[B, E]`.
+    pub u: Handle,
+    /// `[B, E]`.
+    pub z: Handle,
+    /// `[B, E]`.
+    pub y: Handle,
+    /// `[B, parts, R + 2N]`.
+    pub parts: Handle,
+    /// `[B, V]`.
+    pub logits: Handle,
+    /// `[B, 256]`.
+    pub seen: Handle,
+    /// `[B, 5]`.
+    pub settings: Handle,
+    /// `[AHEAD, B]`.
+    pub draws: Handle,
+    /// `[AHEAD, B, 4]`.
+    pub choices: Handle,
+    /// Steps since `draws` was written.
+    pub position: Handle,
+    /// How often cubes have come to a meeting.
+    pub arrivals: Handle,
+}
+
+/// See [`super::Decoder`].
+#[derive(Debug)]
+pub struct Decoder {
+    weights: Weights,
+    sizes: Sizes,
+    traits: DeviceTraits,
+    mode: Mode,
+    session: Option<Session>,
+}
+
+/// Which of the ways to run steps; all give the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// The fastest that the device has.
+    Best,
+    /// One graph a step.
+    Graph,
+    /// Kernel by kernel.
+    Kernels,
+    /// Many steps in one kernel of so many cubes.
+    #[cfg(test)]
+    Persistent(usize),
+}
+
+impl Mode {
+    /// The way that the variable MAMBABYTE_DECODE names, for comparisons: `graph` or `kernels`.
+    fn from_environment() -> Self {
+        match std::env::var("MAMBABYTE_DECODE").as_deref() {
+            Ok("graph") => Self::Graph,
+            Ok("kernels") => Self::Kernels,
+            _ => Self::Best,
+        }
+    }
+}
+
+/// How many cubes run a whole step in one kernel; none where there is too much work, or where cubes
+/// that wait for each other are not sure to run at the same time.
+fn persistent_cubes(config: &StepConfig, batch: usize, traits: &DeviceTraits) -> Option<usize> {
+    let cubes = traits.busy_units / 1024;
+    (traits.ptx && config.fits_at_once(cubes, batch)).then_some(cubes)
+}
+
+/// A number of sequences with all that belongs to it.
+#[derive(Debug)]
+struct Session {
+    config: StepConfig,
+    buffers: Buffers,
+    graph: Recording,
+}
+
+/// How steps are run.
+#[derive(Debug)]
+enum Recording {
+    /// Many of them in one kernel, of so many cubes.
+    Persistent(usize),
+    /// One by one, as a graph that is not there yet: nothing ran.
+    None,
+    Graph(Graph),
+    /// This device records none.
+    Impossible,
+}
+
+/// The raw tensor of a tensor on a GPU, without gaps.
+fn raw<const D: usize>(tensor: Tensor<D>) -> CubeTensor {
+    match tensor.into_dispatch().kind {
+        DispatchTensorKind::Cube(tensor) => contiguous(tensor.float()),
+        other => panic!("decode: a tensor of another backend: {other:?}"),
+    }
+}
+
+impl Weights {
+    fn new(model: &DecodeModel, dtype: DType) -> Self {
+        let layers = &model.layers;
+        let device = model.embedding.device();
+        let [_, width] = model.embedding.dims();
+        let [inner, _] = layers[0].rates.dims();
+        let zeros = |size: usize| Tensor::<1>::zeros([size], &device);
+        let or_zero =
+            |bias: &Option<Tensor<1>>, size: usize| bias.clone().unwrap_or_else(|| zeros(size));
+        // Layer by layer, so that no more than one of them is there twice.
+        let all = |part: &dyn Fn(&super::DecodeLayer) -> Tensor<2>| {
+            raw(Tensor::stack::<3>(layers.iter().map(part).collect(), 0))
+        };
+        let widths = |layer: &super::DecodeLayer| {
+            let rows = vec![
+                layer.norm.clone(),
+                or_zero(&layer.norm_bias, width),
+                or_zero(&layer.out_bias, width),
+            ];
+            Tensor::stack::<2>(rows, 0)
+        };
+        let channels = |layer: &super::DecodeLayer| {
+            let in_bias = or_zero(&layer.in_bias, 2 * inner);
+            let columns = vec![
+                or_zero(&layer.conv_bias, inner),
+                in_bias.clone().slice([0..inner]),
+                in_bias.slice([inner..2 * inner]),
+                or_zero(&layer.dt_bias, inner),
+                layer.d.clone(),
+            ];
+            Tensor::cat(vec![layer.conv.clone(), Tensor::stack::<2>(columns, 1)], 1)
+        };
+        let head = match &model.head {
+            Some(head) => head.clone().transpose(),
+            None => model.embedding.clone(),
+        };
+        let norm_f = match &model.norm_f {
+            Some((weight, bias)) => vec![weight.clone(), or_zero(bias, width)],
+            None => vec![zeros(width), zeros(width)],
+        };
+        Self {
+            embedding: raw(model.embedding.clone()),
+            in_proj: all(&|layer| layer.in_proj.clone().cast(dtype).transpose()),
+            x_proj: all(&|layer| layer.x_proj.clone().cast(dtype)),
+            dt_proj: all(&|layer| layer.dt_proj.clone().cast(dtype).transpose()),
+            out_proj: all(&|layer| layer.out_proj.clone().cast(dtype).transpose()),
+            head: raw(head.slice([0..model.vocabulary, 0..width]).cast(dtype)),
+            norm_f: raw(Tensor::stack::<2>(norm_f, 0)),
+            widths: all(&widths),
+            channels: all(&channels),
+            rates: all(&|layer| layer.rates.clone() * LOG2E),
+            layers: layers.len(),
+            eps: model.eps,
+        }
+    }
+
+    /// Bytes of the largest buffer.
+    fn largest(&self) -> usize {
+        let tensors = [&self.in_proj, &self.out_proj, &self.rates, &self.embedding];
+        let bytes = |tensor: &&CubeTensor| tensor.meta.num_elements() * tensor.dtype.size();
+        tensors.iter().map(bytes).max().unwrap_or(0)
+    }
+}
+
+impl Decoder {
+    /// See [`super::Decoder::new`].
+    pub(super) fn new(model: &DecodeModel, dtype: DType) -> Option<Self> {
+        let layer = model.layers.first()?;
+        let [inner, states] = layer.rates.dims();
+        let sizes = Sizes {
+            width: model.embedding.dims()[1],
+            inner,
+            states,
+            rank: layer.dt_proj.dims()[0],
+            taps: layer.conv.dims()[1],
+            rows: model.vocabulary,
+            centred: model.norm == NormKind::Layer,
+            norm_f: model.norm_f.is_some(),
+            weight_bytes: dtype.size(),
+        };
+        let traits = DeviceTraits::of(&raw(layer.d.clone()));
+        StepConfig::new(sizes, 1, &traits)?;
+        let weights = Weights::new(model, dtype);
+        let most = weights.embedding.client.properties().memory.max_page_size;
+        (weights.largest() as u64 <= most).then_some(Self {
+            weights,
+            sizes,
+            traits,
+            mode: Mode::from_environment(),
+            session: None,
+        })
+    }
+
+    /// Runs steps another way, dividing the work for so many processors.
+    #[cfg(test)]
+    pub(super) fn set_mode(&mut self, mode: Mode, processors: Option<usize>) {
+        self.mode = mode;
+        self.session = None;
+        if let Some(processors) = processors {
+            self.traits.busy_units = 1024 * processors;
+        }
+    }
+
+    /// See [`super::Decoder::begin`].
+    pub(super) fn begin(&mut self, start: Start) {
+        let batch = start.lanes.len();
+        if self
+            .session
+            .as_ref()
+            .is_none_or(|it| it.buffers.batch != batch)
+        {
+            // The old one's memory is free before the new one's is taken.
+            self.session = None;
+            self.session = Some(Session::new(
+                &self.weights,
+                self.sizes,
+                batch,
+                &self.traits,
+                self.mode,
+            ));
+        }
+        if let Some(session) = &self.session {
+            session.load(&self.weights, start);
+        }
+    }
+
+    /// See [`super::Decoder::run`].
+    pub(super) fn run(&mut self, draws: &[Draw]) -> Vec<Choice> {
+        let Some(session) = &mut self.session else {
+            panic!("decode: begin() comes first");
+        };
+        let batch = session.buffers.batch;
+        let pieces = draws.chunks(AHEAD * batch);
+        pieces
+            .flat_map(|draws| session.run(&self.weights, draws))
+            .collect()
+    }
+
+    /// See [`super::Decoder::logits`].
+    pub(super) fn logits(&self) -> Vec<f32> {
+        match &self.session {
+            Some(session) => session.read(&self.weights, &session.buffers.logits),
+            None => Vec::new(),
+        }
+    }
+
+    pub(super) fn describe(&self) -> &'static str {
+        match self.session.as_ref().map(|session| &session.graph) {
+            Some(Recording::Graph(_)) => "GPU kernels, one graph a byte",
+            Some(Recording::Persistent(_)) => "one GPU kernel for many bytes",
+            _ => "GPU kernels",
+        }
+    }
+}
+
+impl Session {
+    fn new(
+        weights: &Weights,
+        sizes: Sizes,
+        batch: usize,
+        traits: &DeviceTraits,
+        mode: Mode,
+    ) -> Self {
+        let config = StepConfig::new(sizes, batch, traits)
+            .unwrap_or_else(|| panic!("decode: {batch} sequences do not fit the device"));
+        let client = &weights.embedding.client;
+        let floats = |count: usize| client.empty(4 * count.max(1));
+        let channels = batch * sizes.inner;
+        Self {
+            buffers: Buffers {
+                batch,
+                h: floats(weights.layers * channels * sizes.states),
+                window: floats(weights.layers * channels * (sizes.taps - 1)),
+                stream: floats(batch * sizes.width),
+                u: floats(channels),
+                z: floats(channels),
+                y: floats(channels),
+                parts: floats(batch * config.parts() * config.low()),
+                logits: floats(batch * sizes.rows),
+                seen: floats(batch * BYTES),
+                settings: floats(batch * crate::sampling::cube::SETTINGS),
+                draws: floats(AHEAD * batch),
+                choices: floats(AHEAD * batch * CHOICE),
+                position: floats(1),
+                arrivals: floats(1),
+            },
+            graph: match mode {
+                Mode::Kernels => Recording::Impossible,
+                Mode::Graph => Recording::None,
+                Mode::Best => match persistent_cubes(&config, batch, traits) {
+                    Some(cubes) => Recording::Persistent(cubes),
+                    None => Recording::None,
+                },
+                #[cfg(test)]
+                Mode::Persistent(cubes) => Recording::Persistent(cubes),
+            },
+            config,
+        }
+    }
+
+    /// Copies where the sequences stand into the buffers, which stay where they are: a graph that
+    /// was recorded goes on with them.
+    fn load(&self, weights: &Weights, start: Start) {
+        let client = &weights.embedding.client;
+        let (h, window): (Vec<_>, Vec<_>) = start.memory.into_iter().unzip();
+        steps::copy(&raw(Tensor::stack::<4>(h, 0)), &self.buffers.h);
+        if self.config.taps > 1 {
+            steps::copy(&raw(Tensor::stack::<4>(window, 0)), &self.buffers.window);
+        }
+        steps::copy(&raw(start.logits), &self.buffers.logits);
+        let write = |handle: &Handle, values: Vec<f32>| {
+            let bytes = cubecl::bytes::Bytes::from_elems(values);
+            client.write(handle, bytes);
+        };
+        let settings = |lane: &Lane| {
+            let it = lane.sampling;
+            [
+                it.temperature,
+                it.top_k as f32,
+                it.top_p,
+                it.min_p,
+                it.repetition_penalty,
+            ]
+        };
+        let seen = |lane: &Lane| lane.seen.map(|seen| if seen { 1.0 } else { 0.0 });
+        write(
+            &self.buffers.settings,
+            start.lanes.iter().flat_map(settings).collect(),
+        );
+        write(
+            &self.buffers.seen,
+            start.lanes.iter().flat_map(seen).collect(),
+        );
+    }
+
+    /// At most [`AHEAD`] steps.
+    fn run(&mut self, weights: &Weights, draws: &[Draw]) -> Vec<Choice> {
+        let batch = self.buffers.batch;
+        let steps = draws.len() / batch;
+        let client = &weights.embedding.client;
+        let number = |draw: &Draw| match draw.forced {
+            Some(byte) => -1.0 - f32::from(byte),
+            None => draw.number,
+        };
+        let mut numbers: Vec<f32> = draws.iter().map(number).collect();
+        numbers.resize(AHEAD * batch, 0.0);
+        client.write(
+            &self.buffers.draws,
+            cubecl::bytes::Bytes::from_elems(numbers),
+        );
+        client.write(
+            &self.buffers.position,
+            cubecl::bytes::Bytes::from_elems(vec![0u32]),
+        );
+        match self.graph {
+            Recording::Persistent(cubes) => {
+                let zero = cubecl::bytes::Bytes::from_elems(vec![0u32]);
+                client.write(&self.buffers.arrivals, zero);
+                persistent::launch(weights, &self.buffers, &self.config, steps, cubes);
+            }
+            _ => (0..steps).for_each(|_| self.step(weights)),
+        }
+        let values = self.read(weights, &self.buffers.choices);
+        let choice = |it: &[f32]| Choice {
+            byte: it[0] as u8,
+            logprob: it[1],
+            top: it[2] as u8,
+            top_logprob: it[3],
+        };
+        values
+            .chunks_exact(CHOICE)
+            .take(draws.len())
+            .map(choice)
+            .collect()
+    }
+
+    /// One step of all sequences. The first one is launched kernel by kernel and then recorded.
+    fn step(&mut self, weights: &Weights) {
+        let client = &weights.embedding.client;
+        match &self.graph {
+            // SAFETY: the graph reads and writes the weights and buffers that this decoder holds and
+            // no other thread has; the replay is on the stream it was recorded on, as are all writes
+            // and reads of the buffers (the decoder stays on its thread).
+            Recording::Graph(graph) => {
+                if let Err(error) = unsafe { graph.replay() } {
+                    panic!("decode: the graph of a step: {error:?}");
+                }
+            }
+            Recording::Impossible | Recording::Persistent(_) => {
+                steps::launch(weights, &self.buffers, &self.config)
+            }
+            Recording::None => {
+                let prepared = client.graph_prepare().is_ok();
+                steps::launch(weights, &self.buffers, &self.config);
+                self.graph = Recording::Impossible;
+                if prepared && client.start_capture().is_ok() {
+                    steps::launch(weights, &self.buffers, &self.config);
+                    // Without a graph bytes come all the same, more slowly.
+                    if let Ok(graph) = client.stop_capture() {
+                        self.graph = Recording::Graph(graph);
+                    }
+                }
+            }
+        }
+    }
+
+    fn read(&self, weights: &Weights, handle: &Handle) -> Vec<f32> {
+        match weights.embedding.client.read_one(handle.clone()) {
+            Ok(bytes) => bytemuck::cast_slice(&bytes).to_vec(),
+            Err(error) => panic!("decode: {error:?}"),
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! How the work of a step is divided.
+
+use crate::cube::{DeviceTraits, power_of_two_below};
+
+/// Units of a cube at most.
+const UNITS: usize = 512;
+/// Vectors of a row of weights that a lane has in flight.
+const AHEAD: usize = 8;
+/// Most sequences whose sums a plane holds at once.
+const GROUP: usize = 8;
+/// Most channels of a cube: their rows of `x_proj` are held in registers.
+const CHANNELS: usize = 32;
+/// Lanes that share the states of a channel.
+const LANES: usize = 4;
+
+/// Compile-time sizes of all kernels of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct StepConfig {
+    pub ptx: bool,
+    pub plane: usize,
+    pub units: usize,
+    /// D.
+    pub width: usize,
+    /// E.
+    pub inner: usize,
+    /// N.
+    pub states: usize,
+    /// R.
+    pub rank: usize,
+    /// K.
+    pub taps: usize,
+    /// Rows of the head that are looked at.
+    pub rows: usize,
+    /// Whether norms subtract the mean.
+    pub centred: bool,
+    /// Whether a norm follows the last layer.
+    pub norm_f: bool,
+    /// Sequences together, where their normalised inputs are in shared memory.
+    pub group: usize,
+    /// Channels of a cube of the first phase.
+    pub channels: usize,
+    /// Channels of a cube of the second.
+    pub block: usize,
+    /// Rows of `out_proj` of a cube of the third, and planes that share a row.
+    pub out_rows: usize,
+    pub split: usize,
+    /// Rows of the head of a cube.
+    pub head_rows: usize,
+    /// Elements of a vector: of weights along D and E, of `dt_proj` along R, of states, of the
+    /// small products' sums.
+    pub vector: usize,
+    pub rank_vector: usize,
+    pub state_vector: usize,
+    pub low_vector: usize,
+}
+
+/// Sizes of a model as [`StepConfig`] has them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sizes {
+    pub width: usize,
+    pub inner: usize,
+    pub states: usize,
+    pub rank: usize,
+    pub taps: usize,
+    pub rows: usize,
+    pub centred: bool,
+    pub norm_f: bool,
+    /// Bytes of a weight.
+    pub weight_bytes: usize,
+}
+
+impl StepConfig {
+    /// The division for `batch` sequences; `None` where the kernels do not fit the device.
+    pub fn new(sizes: Sizes, batch: usize, device: &DeviceTraits) -> Option<Self> {
+        let processors = device.busy_units / 1024;
+        let plane = device.plane;
+        let units = UNITS.min(device.max_units) / plane * plane;
+        let planes = units / plane;
+        let widest = |most: usize, sizes: &[usize]| {
+            let fits = |vector: &usize| sizes.iter().all(|size| size.is_multiple_of(*vector));
+            std::iter::successors(Some(most), |vector| (*vector > 1).then_some(vector / 2))
+                .find(fits)
+                .unwrap_or(1)
+        };
+        let vector = widest(16 / sizes.weight_bytes, &[sizes.width, sizes.inner]);
+        let low = sizes.rank + 2 * sizes.states;
+        // Half of the shared memory for the inputs of a product.
+        let fitting = device.shared_bytes / 2 / (4 * sizes.width.next_multiple_of(vector * plane));
+        let group = power_of_two_below(fitting.min(GROUP).min(plane).min(planes));
+        // One cube for each processor, in as few rounds as there have to be.
+        let share = |count: usize, most: usize| {
+            let rounds = count.div_ceil(processors).div_ceil(most);
+            count.div_ceil(processors * rounds)
+        };
+        let lanes = LANES.min(plane);
+        let most = units / lanes;
+        let block = share(sizes.inner * batch, most);
+        let out_rows = share(sizes.width, planes);
+        let config = Self {
+            ptx: device.ptx,
+            plane,
+            units,
+            width: sizes.width,
+            inner: sizes.inner,
+            states: sizes.states,
+            rank: sizes.rank,
+            taps: sizes.taps,
+            rows: sizes.rows,
+            centred: sizes.centred,
+            norm_f: sizes.norm_f,
+            group: group.min(batch.next_power_of_two()),
+            channels: share(sizes.inner, CHANNELS),
+            // A cube has channels of one sequence only.
+            block: sizes.inner.div_ceil(sizes.inner.div_ceil(block)),
+            out_rows,
+            split: power_of_two_below(planes / out_rows),
+            head_rows: share(sizes.rows, planes),
+            vector,
+            rank_vector: widest(vector, &[sizes.rank]),
+            state_vector: widest(4, &[sizes.states]),
+            low_vector: widest(4, &[low]),
+        };
+        let fits = fitting > 0
+            && units >= 256
+            && low <= units
+            && config.taps <= 8
+            && sizes.states <= 256
+            && config.shared_bytes() <= device.shared_bytes;
+        fits.then_some(config)
+    }
+
+    /// Bytes of the shared memory that the largest phase takes.
+    fn shared_bytes(&self) -> usize {
+        let enter = self.group * (self.padded_width() * self.vector + self.channels);
+        let advance = self.low() * (self.slices() + 1);
+        // The choice of a byte has four numbers for each of 256 bytes.
+        let choice = 4 * 256 + 64;
+        4 * enter
+            .max(advance)
+            .max(choice)
+            .max(self.planes() * self.group)
+    }
+
+    /// R + 2N.
+    pub const fn low(&self) -> usize {
+        self.rank + 2 * self.states
+    }
+
+    pub const fn planes(&self) -> usize {
+        self.units / self.plane
+    }
+
+    /// Vectors of D, rounded up to whole planes.
+    pub const fn padded_width(&self) -> usize {
+        (self.width / self.vector).next_multiple_of(self.plane)
+    }
+
+    /// Lanes that share the states of a channel.
+    pub const fn lanes(&self) -> usize {
+        let vectors = self.states / self.state_vector;
+        let mut lanes = if LANES < self.plane {
+            LANES
+        } else {
+            self.plane
+        };
+        while lanes > vectors {
+            lanes /= 2;
+        }
+        lanes
+    }
+
+    /// Vectors of a row of `dt_proj` of a lane.
+    pub const fn ranks(&self) -> usize {
+        (self.rank / self.rank_vector).div_ceil(self.lanes())
+    }
+
+    /// Vectors of a plane's part of a row of `out_proj`.
+    pub const fn out_vectors(&self) -> usize {
+        (self.inner / self.vector).div_ceil(self.split)
+    }
+
+    /// Whether every phase has at most one piece of work for each of `cubes` cubes.
+    pub fn fits_at_once(&self, cubes: usize, batch: usize) -> bool {
+        let phases = [
+            self.parts(),
+            self.blocks() * batch,
+            self.out_cubes(),
+            self.head_cubes(),
+            batch,
+        ];
+        phases.iter().all(|pieces| *pieces <= cubes)
+    }
+
+    /// Vectors of states of a lane.
+    pub const fn held(&self) -> usize {
+        (self.states / self.state_vector).div_ceil(self.lanes())
+    }
+
+    /// Cubes of the first phase: so many partial sums the second adds up.
+    pub const fn parts(&self) -> usize {
+        self.inner.div_ceil(self.channels)
+    }
+
+    /// Parts of the partial sums that are added up at the same time.
+    pub const fn slices(&self) -> usize {
+        let columns = self.low() / self.low_vector;
+        let slices = self.units / columns;
+        if slices < self.parts() {
+            slices
+        } else {
+            self.parts()
+        }
+    }
+
+    /// Cubes of the second phase for one sequence.
+    pub const fn blocks(&self) -> usize {
+        self.inner.div_ceil(self.block)
+    }
+
+    /// Cubes of the third phase.
+    pub const fn out_cubes(&self) -> usize {
+        self.width.div_ceil(self.out_rows)
+    }
+
+    /// Cubes of the head.
+    pub const fn head_cubes(&self) -> usize {
+        self.rows.div_ceil(self.head_rows)
+    }
+
+    /// Vectors of a row of `count` vectors that a lane reads, and in how many rounds of loads.
+    pub const fn loads(&self, count: usize) -> [usize; 2] {
+        let all = count.div_ceil(self.plane);
+        let rounds = all.div_ceil(AHEAD);
+        [all.div_ceil(rounds), rounds]
+    }
+}

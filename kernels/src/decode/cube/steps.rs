@@ -1,0 +1,312 @@
+//! The kernels of a step and their launches.
+
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::ir::ElemType;
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+
+use super::phases::One;
+use super::plan::StepConfig;
+use super::{Buffers, Weights, phases};
+use crate::cube::{address_type, buffer, cube_dim, elem, grid};
+use crate::sampling::BYTES;
+use crate::sampling::cube::{CHOICE, SETTINGS, choose};
+
+/// Units of a cube of the copy.
+const UNITS: usize = 256;
+
+/// Copies a tensor of f32 to the beginning of a buffer.
+pub(super) fn copy(from: &CubeTensor, to: &Handle) {
+    let count = from.meta.num_elements();
+    // SAFETY: both have `count` numbers; units beyond the last do nothing.
+    unsafe {
+        copy_numbers::launch_unchecked(
+            &from.client,
+            grid(count.div_ceil(UNITS)),
+            cube_dim(UNITS),
+            address_type(&[from]),
+            buffer(from),
+            BufferArg::from_raw_parts(to.clone(), count),
+            count,
+        );
+    }
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn copy_numbers(from: &[f32], to: &mut [f32], count: usize) {
+    let at = CUBE_POS * CUBE_DIM as usize + UNIT_POS as usize;
+    if at < count {
+        to[at] = from[at];
+    }
+}
+
+/// Launches all kernels of one step.
+pub(super) fn launch(weights: &Weights, buffers: &Buffers, config: &StepConfig) {
+    let c = *config;
+    let client = &weights.embedding.client;
+    let batch = buffers.batch;
+    let dtype = elem(weights.in_proj.dtype);
+    let dim = cube_dim(c.units);
+    let address = address_type(&[&weights.in_proj, &weights.rates]);
+    // SAFETY: every buffer has the size its field documents, which is what the kernels index by
+    // `config` and `batch`; cubes beyond the last do nothing.
+    let all =
+        |handle: &Handle, count: usize| unsafe { BufferArg::from_raw_parts(handle.clone(), count) };
+    let channels = batch * c.inner;
+    let states = weights.layers * channels * c.states;
+    let past = weights.layers * channels * (c.taps - 1);
+    let draws = super::AHEAD * batch;
+    let parts = batch * c.parts() * c.low();
+    // SAFETY: as above.
+    unsafe {
+        choose_and_embed::launch_unchecked(
+            client,
+            grid(batch),
+            dim,
+            address,
+            all(&buffers.logits, batch * c.rows),
+            all(&buffers.seen, batch * BYTES),
+            all(&buffers.settings, batch * SETTINGS),
+            all(&buffers.draws, draws),
+            all(&buffers.choices, draws * CHOICE),
+            all(&buffers.position, 1),
+            buffer(&weights.embedding),
+            all(&buffers.stream, batch * c.width),
+            batch,
+            c,
+        );
+    }
+    for layer in 0..weights.layers {
+        // SAFETY: as above.
+        unsafe {
+            enter::launch_unchecked(
+                client,
+                grid(c.parts()),
+                dim,
+                address,
+                c.vector,
+                all(&buffers.stream, batch * c.width),
+                buffer(&weights.widths),
+                buffer(&weights.channels),
+                buffer(&weights.in_proj),
+                buffer(&weights.x_proj),
+                all(&buffers.window, past.max(1)),
+                all(&buffers.u, channels),
+                all(&buffers.z, channels),
+                all(&buffers.parts, parts),
+                layer,
+                batch,
+                weights.eps,
+                c,
+                dtype,
+            );
+            advance::launch_unchecked(
+                client,
+                grid(c.blocks() * batch),
+                dim,
+                address,
+                c.rank_vector,
+                c.state_vector,
+                all(&buffers.parts, parts),
+                all(&buffers.u, channels),
+                all(&buffers.z, channels),
+                buffer(&weights.channels),
+                buffer(&weights.dt_proj),
+                buffer(&weights.rates),
+                all(&buffers.h, states),
+                all(&buffers.y, channels),
+                layer,
+                batch,
+                c,
+                dtype,
+                c.low_vector,
+            );
+            leave::launch_unchecked(
+                client,
+                grid(c.out_cubes()),
+                dim,
+                address,
+                c.vector,
+                all(&buffers.y, channels),
+                buffer(&weights.out_proj),
+                buffer(&weights.widths),
+                all(&buffers.stream, batch * c.width),
+                layer,
+                batch,
+                c,
+                dtype,
+            );
+        }
+    }
+    // SAFETY: as above.
+    unsafe {
+        head::launch_unchecked(
+            client,
+            grid(c.head_cubes()),
+            dim,
+            address,
+            c.vector,
+            all(&buffers.stream, batch * c.width),
+            buffer(&weights.norm_f),
+            buffer(&weights.head),
+            all(&buffers.logits, batch * c.rows),
+            all(&buffers.position, 1),
+            batch,
+            weights.eps,
+            c,
+            dtype,
+        );
+    }
+}
+
+/// The choice of every sequence's byte, and its row of the embedding: `stream` `[B, D]`.
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn choose_and_embed(
+    logits: &mut [f32],
+    seen: &mut [f32],
+    limits: &[f32],
+    draws: &[f32],
+    choices: &mut [f32],
+    position: &[u32],
+    embedding: &[f32],
+    stream: &mut [One],
+    batch: usize,
+    #[comptime] c: StepConfig,
+) {
+    let sequence = CUBE_POS;
+    if sequence >= batch {
+        terminate!();
+    }
+    let step = usize::cast_from(position[0]);
+    next_byte(
+        logits, seen, limits, draws, choices, embedding, stream, step, sequence, batch, c,
+    );
+}
+
+/// Chooses the byte of a sequence and puts its row of the embedding into the stream.
+#[cube]
+pub(super) fn next_byte(
+    logits: &mut [f32],
+    seen: &mut [f32],
+    limits: &[f32],
+    draws: &[f32],
+    choices: &mut [f32],
+    embedding: &[f32],
+    stream: &mut [One],
+    step: usize,
+    sequence: usize,
+    batch: usize,
+    #[comptime] c: StepConfig,
+) {
+    let byte = choose(
+        logits, seen, limits, draws, choices, step, sequence, batch, c.rows, c.units, c.plane,
+    );
+    for i in 0..comptime!(c.width.div_ceil(c.units)) {
+        let column = i * comptime!(c.units) + UNIT_POS as usize;
+        if column < comptime!(c.width) {
+            let number = embedding[byte * comptime!(c.width) + column];
+            stream[sequence * comptime!(c.width) + column] = Vector::new(number);
+        }
+    }
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn enter<W: Float, V: Size>(
+    stream: &mut [One],
+    widths: &[Vector<f32, V>],
+    channels: &[f32],
+    in_proj: &[Vector<W, V>],
+    x_proj: &[W],
+    window: &mut [f32],
+    u: &mut [f32],
+    z: &mut [f32],
+    parts: &mut [One],
+    layer: usize,
+    batch: usize,
+    eps: f32,
+    #[comptime] c: StepConfig,
+    #[define(W)] _type: ElemType,
+) {
+    let cube = CUBE_POS;
+    if cube >= comptime!(c.parts()) {
+        terminate!();
+    }
+    let mut ahead = phases::no_enter::<W, V>(c);
+    phases::load_enter(&mut ahead, in_proj, x_proj, layer, cube, c);
+    phases::enter(
+        &mut ahead, stream, widths, channels, in_proj, window, u, z, parts, layer, batch, cube,
+        eps, c,
+    );
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn advance<W: Float, T: Size, S: Size, Q: Size>(
+    parts: &mut [One],
+    u: &mut [f32],
+    z: &mut [f32],
+    channels: &[f32],
+    dt_proj: &[Vector<W, T>],
+    rates: &[Vector<f32, S>],
+    h: &mut [Vector<f32, S>],
+    y: &mut [One],
+    layer: usize,
+    batch: usize,
+    #[comptime] c: StepConfig,
+    #[define(W)] _type: ElemType,
+    #[define(Q)] _size: usize,
+) {
+    let cube = CUBE_POS;
+    if cube >= comptime!(c.blocks()) * batch {
+        terminate!();
+    }
+    let mut ahead = phases::no_advance::<W, T, S>(c);
+    phases::load_advance(
+        &mut ahead, channels, dt_proj, rates, h, layer, batch, cube, c,
+    );
+    phases::advance::<W, T, S, Q>(&ahead, parts, u, z, h, y, layer, batch, cube, c);
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn leave<W: Float, V: Size>(
+    y: &mut [One],
+    out_proj: &[Vector<W, V>],
+    widths: &[Vector<f32, V>],
+    stream: &mut [One],
+    layer: usize,
+    batch: usize,
+    #[comptime] c: StepConfig,
+    #[define(W)] _type: ElemType,
+) {
+    let cube = CUBE_POS;
+    if cube >= comptime!(c.out_cubes()) {
+        terminate!();
+    }
+    let mut ahead = phases::no_leave::<W, V>(c);
+    phases::load_leave(&mut ahead, out_proj, layer, cube, c);
+    phases::leave(
+        &mut ahead, y, out_proj, widths, stream, layer, batch, cube, c,
+    );
+}
+
+/// The logits; the step is over.
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn head<W: Float, V: Size>(
+    stream: &mut [One],
+    norm: &[Vector<f32, V>],
+    weights: &[Vector<W, V>],
+    logits: &mut [f32],
+    position: &mut [u32],
+    batch: usize,
+    eps: f32,
+    #[comptime] c: StepConfig,
+    #[define(W)] _type: ElemType,
+) {
+    let cube = CUBE_POS;
+    if cube >= comptime!(c.head_cubes()) {
+        terminate!();
+    }
+    phases::head(stream, norm, weights, logits, batch, cube, eps, c);
+    if cube == 0 && UNIT_POS == 0 {
+        position[0] += 1;
+    }
+}
