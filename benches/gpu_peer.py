@@ -13,6 +13,8 @@ FOLDER holds the peer's packages, unless they are installed. Sections, all if no
     step972   the same for the 972M model
     longest   the longest single sequence that a training step of the 353M model takes
     start     from starting the program to the end of the first optimizer step
+    prefill   reading a prompt of 8,192 bytes, 353M, batch 1
+    decode    writing bytes: 353M at batch 1 and 128, and 8,192 bytes from the 972M model
 
 Every measurement is a process of its own, and only one at a time uses the GPU: ours, the peer's,
 ours, the peer's. Each takes medians; the tables show the median of these and, in brackets, the
@@ -41,7 +43,8 @@ LENGTH = 8192
 # What the CUDA context takes of a card beside the peer's allocator, which alone the cap limits.
 CONTEXT = 0.5
 # Seconds of each section, for a total of just under 8 minutes. What one leaves, the next ones may use.
-SECONDS = {"scan": 80, "gemm": 50, "step353": 90, "step972": 105, "longest": 90, "start": 55}
+SECONDS = {"scan": 80, "gemm": 50, "step353": 90, "step972": 105, "longest": 90, "start": 55,
+           "prefill": 30, "decode": 110}
 # Exit code of the program when the device's memory does not suffice.
 OUT_OF_MEMORY = 6
 
@@ -53,6 +56,8 @@ PEER_MODELS = {
 # (batch, layers checkpointed): the peer's fastest that fit 24 GiB, and the nearest rivals.
 PEER_STEPS = {"353M": [(2, 0)], "972M": [(1, 16), (2, 40)]}
 CONFIGS = {"353M": "pg19_353m.toml", "972M": "pg19_972m.toml"}
+# (model, batch, new bytes) of generation from prompts of 64 bytes.
+WRITING = [("353M", 1, 1024), ("353M", 128, 256), ("972M", 1, 8192)]
 # (name, inputs, outputs) of the products of a layer with D = 1024.
 PRODUCTS = [("in_proj", 1024, 4096), ("out_proj", 2048, 1024), ("x_proj", 2048, 96), ("dt_proj", 64, 2048)]
 
@@ -525,7 +530,56 @@ def worker(task):
         torch.cuda.synchronize()
         emit(wall=time.time() - task["launched"], step=time.time() - begin)
 
-    tasks = {"scan": scan, "gemm": gemm, "step": step, "longest": longest, "start": start}
+    def generator(model, dtype):
+        from mamba_ssm.models.config_mamba import MambaConfig
+        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+
+        torch.manual_seed(0)
+        config = MambaConfig(
+            vocab_size=256, ssm_cfg={"layer": "Mamba1", "d_state": 16, "d_conv": 4, "expand": 2},
+            rms_norm=True, residual_in_fp32=True, fused_add_norm=True,
+            pad_vocab_size_multiple=8, tie_embeddings=True, **PEER_MODELS[model],
+        )
+        return MambaLMHeadModel(config, device="cuda", dtype=dtype).eval()
+
+    def prefill():
+        from mamba_ssm.utils.generation import InferenceParams
+
+        model = generator("353M", bf16)
+        ids = torch.randint(0, 256, (1, LENGTH), device="cuda")
+        with torch.inference_mode():
+            work = lambda: model(
+                ids, num_last_tokens=1,
+                inference_params=InferenceParams(max_seqlen=LENGTH + 1, max_batch_size=1),
+            )
+            emit(ms=bench(work, 1))
+
+    def decode():
+        """`generate` with CUDA graphs, by the clock, without the first call, which captures. In the
+        format that is faster there: fp32 at batch 1 where the model is small, else bf16."""
+        for name, batch, new in task["writing"]:
+            dtype = torch.float32 if (name, batch) == ("353M", 1) else bf16
+            model = generator(name, dtype)
+            ids = torch.randint(0, 256, (batch, 64), device="cuda")
+            times = []
+            # A long text is written once: capturing is nothing beside it.
+            lengths = [new] * 3 if new < 4096 else [new]
+            warm = 64 + new if new < 4096 else 96
+            model.generate(input_ids=ids, max_length=warm, cg=True, top_k=1)
+            for length in lengths:
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                model.generate(input_ids=ids, max_length=64 + length, cg=True, top_k=1)
+                torch.cuda.synchronize()
+                times.append(time.perf_counter() - begin)
+            seconds = statistics.median(times)
+            emit(model=name, batch=batch, new=new, rate=batch * new / seconds,
+                 note="fp32" if dtype == torch.float32 else "bf16")
+            del model
+            clear()
+
+    tasks = {"scan": scan, "gemm": gemm, "step": step, "longest": longest, "start": start,
+             "prefill": prefill, "decode": decode}
     tasks[task["task"]]()
 
 
@@ -814,6 +868,45 @@ class Session:
             self.try_side("longest", "peer", peer)
             self.results.save()
         self.try_side("longest", "ours", ours)
+
+    def prefill(self):
+        name = "353M, prompt of 8,192 bytes"
+
+        def ours(_):
+            arguments = ["prefill", "--preset", "353M", "--device", "cuda", "--prompt-len", str(LENGTH),
+                         "--repeat", "7"]
+            records, _, said = self.ours.bench(arguments, self.left())
+            if records is None:
+                raise Failure("out of memory\n" + tail(said))
+            self.results.add("prefill", name, "ours", records[0]["prefill_ms"])
+
+        def peer(_):
+            self.results.add("prefill", name, "peer", self.peer.run(self.left(), task="prefill")[0]["ms"])
+
+        self.alternate("prefill", ours, peer)
+
+    def decode(self):
+        def add(side, model, batch, new, rate, note):
+            name = f"{model}, batch {batch}, {new:,} bytes each"
+            self.results.add("decode", name, side, rate, "B/s", "higher", note=note)
+
+        def ours(_):
+            for model, batch, new in WRITING:
+                arguments = ["decode", "--preset", model, "--device", "cuda", "--prompt-len", "64",
+                             "--gen-len", str(new), "--batch", str(batch), "--top-k", "1", "--repeat",
+                             "3" if new < 4096 else "1"]
+                records, _, said = self.ours.bench(arguments, self.left())
+                if records is None:
+                    raise Failure("out of memory\n" + tail(said))
+                # As the peer's: prompt and bytes together.
+                rate = batch * new / records[0]["total_ms"] * 1e3
+                add("ours", model, batch, new, rate, records[0]["precision"])
+
+        def peer(_):
+            for record in self.peer.run(self.left(), task="decode", writing=WRITING):
+                add("peer", record["model"], record["batch"], record["new"], record["rate"], record["note"])
+
+        self.alternate("decode", ours, peer)
 
     def start(self):
         """Cold: every cache of compiled kernels empty. Warm: a second process with what the first left."""

@@ -77,6 +77,96 @@ fn temperature_zero_and_top_k_one_are_greedy() {
     );
 }
 
+#[test]
+fn samples_have_draws_of_their_own() {
+    let workspace = trained();
+    let text = String::from_utf8_lossy(&generate(
+        &workspace,
+        "--prompt the --max-new-bytes 40 --num-samples 3 --json",
+    ))
+    .into_owned();
+    let report: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let bytes = |i: usize| report["texts"][i]["bytes"].clone();
+    assert!(bytes(0) != bytes(1) && bytes(1) != bytes(2));
+    assert_eq!(
+        report["texts"][2]["logprobs"].as_array().map(Vec::len),
+        Some(40)
+    );
+    // The first is what a single one would be.
+    let single = generate(&workspace, "--prompt the --max-new-bytes 40");
+    let first: Vec<u8> = serde_json::from_value(bytes(0)).expect("bytes");
+    assert_eq!(single, first);
+}
+
+#[test]
+fn a_stop_string_ends_the_text_before_it() {
+    let workspace = trained();
+    let whole = generate(
+        &workspace,
+        "--prompt the --max-new-bytes 80 --temperature 0",
+    );
+    let whole = String::from_utf8(whole).expect("the corpus is ASCII");
+    let stop = &whole[30..33];
+    let expected = &whole[..whole.find(stop).expect("it is there")];
+    let stop = stop.replace(' ', "_SPACE_");
+    if stop.contains("_SPACE_") || stop.trim().is_empty() {
+        // A command line of a test is cut at spaces: another place has none.
+        return;
+    }
+    let arguments = format!("--prompt the --max-new-bytes 80 --temperature 0 --stop {stop}");
+    assert_eq!(generate(&workspace, &arguments), expected.as_bytes());
+}
+
+#[test]
+fn settings_and_the_authors_names_for_them_are_known() {
+    let workspace = trained();
+    let ours = "--prompt the --max-new-bytes 30 --top-k 5 --top-p 0.9 --min-p 0.01 \
+                --repetition-penalty 1.3 --num-samples 2 --json";
+    let theirs = "--prompt the --max_new_tokens 30 --top_k 5 --top_p 0.9 --min_p 0.01 \
+                  --repetition_penalty 1.3 --num_samples 2 --json";
+    assert_eq!(generate(&workspace, ours), generate(&workspace, theirs));
+    let echoed = generate(&workspace, "--prompt the --max-new-bytes 5 --echo");
+    assert!(echoed.starts_with(b"the") && echoed.len() == 8);
+}
+
+/// The kernels for single bytes and the model's own step write the same.
+#[test]
+fn the_models_own_step_gives_the_same_bytes() {
+    let workspace = trained();
+    let arguments = "--prompt the --max-new-bytes 100 --temperature 0";
+    let plain = generate(&workspace, &format!("{arguments} --plain"));
+    assert_eq!(generate(&workspace, arguments), plain);
+}
+
+#[test]
+fn timing_goes_to_standard_error() {
+    let workspace = trained();
+    let line = "generate --checkpoint checkpoints/run --device cpu --max-new-bytes 7 --timing";
+    let output = workspace.command(line).output().expect("it runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        output.stdout.len() == 7 && said.contains("written: 7 bytes"),
+        "{said}"
+    );
+}
+
+#[test]
+fn the_benchmark_reports_what_was_asked_for() {
+    let workspace = trained();
+    let line = "bench decode --checkpoint checkpoints/run --device cpu --promptlen 20 --genlen 12 \
+                --batch 3 --repeat 1 --json";
+    let report: serde_json::Value = serde_json::from_slice(&workspace.ok(line)).expect("JSON");
+    let report = &report[0];
+    assert_eq!(report["batch"], 3);
+    assert_eq!(
+        (&report["prompt_length"], &report["generation_length"]),
+        (&20.into(), &12.into())
+    );
+    assert!(report["decode_bytes_per_second"].as_f64() > Some(0.0));
+    let text = workspace.ok("bench prefill --preset tiny --device cpu --prompt-len 50 --repeat 1");
+    assert!(String::from_utf8_lossy(&text).contains("prompt length: 50"));
+}
+
 /// A prompt longer than the pieces it is read in is as good as any.
 #[test]
 fn a_long_prompt_works() {

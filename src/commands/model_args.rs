@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use burn::tensor::Device;
 use clap::Args;
 
 use crate::config::{Config, DeviceConfig, DeviceKind, MambaConfig, Precision, Preset};
@@ -60,8 +59,8 @@ pub struct Opened {
     pub config: MambaConfig,
     /// Its format.
     pub precision: Precision,
-    /// Where it is.
-    pub device: Device,
+    /// What it runs on.
+    pub kind: DeviceKind,
 }
 
 impl ModelArgs {
@@ -90,7 +89,7 @@ impl ModelArgs {
             generator: Generator::new(model, &device, options),
             config,
             precision,
-            device,
+            kind,
         })
     }
 

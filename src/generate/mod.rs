@@ -13,6 +13,8 @@ mod request;
 mod sampling;
 mod session;
 mod stop;
+#[cfg(test)]
+mod tests;
 
 use std::ops::ControlFlow;
 

@@ -397,7 +397,7 @@ fn the_reference_carries_its_memory() {
     }
 }
 
-/// Bytes, probabilities and logits of 150 steps on a GPU, run one way, and what it is called.
+/// Bytes, probabilities and logits of 70 steps on a GPU, run one way, and what it is called.
 #[cfg(feature = "cube")]
 fn run_as(
     shape: &Shape,
@@ -411,7 +411,7 @@ fn run_as(
         ..GREEDY
     };
     let mut rng = Rng::new(9);
-    let draws = (0..150 * shape.batch).map(|_| Draw::free(rng.uniform()));
+    let draws = (0..70 * shape.batch).map(|_| Draw::free(rng.uniform()));
     let draws: Vec<Draw> = draws.collect();
     let mut decoder = cube::Decoder::new(&shape.model(device), DType::F32).expect("kernels");
     decoder.set_mode(mode, processors);
@@ -457,5 +457,47 @@ fn one_kernel_for_many_steps_gives_the_same_bits() {
         let (got, got_logits, how) = run_as(&shape, Mode::Persistent(1), Some(1), &device);
         assert_eq!(how, "one GPU kernel for many bytes");
         assert_eq!((got, got_logits), (expected, logits), "{device:?}");
+    }
+}
+
+/// The kernels for many sequences give the probabilities of the reference.
+#[cfg(feature = "cube")]
+#[test]
+fn kernels_for_many_sequences_equal_the_reference() {
+    for (batch, kind, biases) in [(20, NormKind::Rms, false), (150, NormKind::Layer, true)] {
+        let shape = Shape {
+            batch,
+            width: 48,
+            inner: 96,
+            rank: 16,
+            kind,
+            biases,
+            head: true,
+            ..SHAPE
+        };
+        let steps = 4;
+        let mut rng = Rng::new(5);
+        let draws: Vec<Draw> = (0..steps * batch)
+            .map(|_| Draw {
+                number: 0.5,
+                forced: Some((rng.uniform() * 256.0) as u8),
+            })
+            .collect();
+        let lanes = shape.lanes(GREEDY);
+        let mut reference =
+            Reference::new(&shape.model(&cpu()), shape.start(lanes.clone(), &cpu()));
+        let expected = reference.run(&draws);
+        let logprobs =
+            |choices: &[Choice]| -> Vec<f32> { choices.iter().map(|it| it.logprob).collect() };
+        for device in devices().into_iter().skip(1) {
+            let model = shape.model(&device);
+            let mut decoder = cube::Decoder::new(&model, DType::F32).expect("kernels");
+            decoder.set_mode(cube::Mode::Wide, None);
+            decoder.begin(shape.start(lanes.clone(), &device));
+            let got = decoder.run(&draws);
+            let what = format!("{shape:?} on {device:?}");
+            assert_close(&what, &logprobs(&got), &logprobs(&expected), 1e-3, 1e-3);
+            assert_close(&what, &decoder.logits(), &reference.logits(), 1e-3, 1e-3);
+        }
     }
 }

@@ -1,12 +1,16 @@
 //! How fast a model reads prompts and writes bytes; options and report of mamba_ssm's
 //! `benchmark_generation_mamba_simple.py`.
 
+use std::time::Instant;
+
 use clap::Args;
+use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::commands::generate::SamplingArgs;
-use crate::commands::model_args::ModelArgs;
+use crate::commands::model_args::{ModelArgs, Opened};
 use crate::commands::{grouped, positive, print, print_json};
+use crate::config::{DeviceKind, Precision};
 use crate::error::{Error, Result};
 use crate::generate::{Request, Timing};
 
@@ -56,6 +60,11 @@ struct Report {
     decode_ms: f64,
     decode_ms_per_byte: f64,
     decode_bytes_per_second: f64,
+    /// How fast a step reads the parameters that all of it needs, in their own format.
+    weights_gigabytes_per_second: f64,
+    /// How fast this machine's cores read memory that is not in a cache; CPU only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory_gigabytes_per_second: Option<f64>,
     /// Hash of all bytes written, to compare runs.
     bytes_crc32: u32,
 }
@@ -87,9 +96,12 @@ pub fn run(args: &DecodeArgs, decodes: bool) -> Result<()> {
             timings.push(timing);
         }
     }
-    let report = report(args, &opened, &timings, hash, decodes);
+    let mut report = report(args, &opened, &timings, hash, decodes);
+    if decodes && opened.kind == DeviceKind::Cpu {
+        report.memory_gigabytes_per_second = Some(memory_speed(args.repeat));
+    }
     if args.json {
-        return print_json(&report);
+        return print_json(&[report]);
     }
     let mut text = format!(
         "parameters: {}, {}, {}\nprompt length: {}, generation length: {}, batch: {}\n",
@@ -105,6 +117,13 @@ pub fn run(args: &DecodeArgs, decodes: bool) -> Result<()> {
         report.prefill_ms, report.prefill_bytes_per_second
     );
     if decodes {
+        if let Some(memory) = report.memory_gigabytes_per_second {
+            text += &format!(
+                "weights are read at {:.1} GB/s, memory at {memory:.1} GB/s: {:.0} %\n",
+                report.weights_gigabytes_per_second,
+                100.0 * report.weights_gigabytes_per_second / memory
+            );
+        }
         text += &format!(
             "decoding: {:.2} ms, {:.4} ms a byte, {:.0} bytes/s\n\
              prompt processing + decoding time: {:.2} ms\n",
@@ -115,6 +134,45 @@ pub fn run(args: &DecodeArgs, decodes: bool) -> Result<()> {
         );
     }
     print(&text)
+}
+
+/// Bytes of the parameters that a step reads whole: all but the embedding's rows of other bytes.
+fn weight_bytes(opened: &Opened) -> f64 {
+    let config = &opened.config;
+    let table = match config.tie_embeddings {
+        true => 0,
+        false => config.padded_vocab() * config.dim,
+    };
+    let size = match opened.precision {
+        Precision::Bf16 => 2.0,
+        Precision::Fp32 | Precision::Tf32 => 4.0,
+    };
+    size * (config.num_params() as f64 - table as f64)
+}
+
+/// Gigabytes a second at which all cores together read a buffer larger than every cache.
+fn memory_speed(repeat: usize) -> f64 {
+    let buffer = vec![1.0f32; 256 << 20];
+    let part = buffer.len().div_ceil(rayon::current_num_threads());
+    let mut best = f64::INFINITY;
+    for _ in 0..repeat + 1 {
+        let started = Instant::now();
+        let sum: f32 = buffer.par_chunks(part).map(sum).sum();
+        std::hint::black_box(sum);
+        best = best.min(started.elapsed().as_secs_f64());
+    }
+    4.0 * buffer.len() as f64 / best / 1e9
+}
+
+/// Sum of the numbers, in independent lanes, so that nothing but memory is waited for.
+fn sum(numbers: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; 64];
+    for chunk in numbers.chunks_exact(lanes.len()) {
+        for (lane, number) in lanes.iter_mut().zip(chunk) {
+            *lane += number;
+        }
+    }
+    lanes.iter().sum()
 }
 
 fn requests(args: &DecodeArgs, bytes: usize) -> Vec<Request> {
@@ -138,7 +196,7 @@ fn requests(args: &DecodeArgs, bytes: usize) -> Vec<Request> {
 
 fn report(
     args: &DecodeArgs,
-    opened: &crate::commands::model_args::Opened,
+    opened: &Opened,
     timings: &[Timing],
     hash: u32,
     decodes: bool,
@@ -166,6 +224,8 @@ fn report(
         decode_ms,
         decode_ms_per_byte: decode_ms / steps,
         decode_bytes_per_second: new_bytes as f64 / decode_ms.max(1e-9) * 1e3,
+        weights_gigabytes_per_second: weight_bytes(opened) / (decode_ms / steps).max(1e-9) / 1e6,
+        memory_gigabytes_per_second: None,
         bytes_crc32: hash,
     }
 }

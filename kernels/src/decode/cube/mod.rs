@@ -6,6 +6,7 @@ mod persistent;
 mod phases;
 mod plan;
 mod steps;
+mod wide;
 
 use burn::backend::DispatchTensorKind;
 use burn::tensor::{DType, Tensor};
@@ -14,6 +15,7 @@ use cubecl::client::Graph;
 use cubecl::server::Handle;
 
 use self::plan::{Sizes, StepConfig};
+use self::wide::{WideBuffers, WideConfig};
 use super::{DecodeModel, Start};
 use crate::add_norm::NormKind;
 use crate::cube::math::LOG2E;
@@ -23,6 +25,8 @@ use crate::sampling::{BYTES, Choice, Draw, Lane};
 
 /// Steps whose draws and choices are on the device at once.
 const AHEAD: usize = 64;
+/// Most sequences whose products are done row by row where there are tensor cores.
+const NARROW: usize = 8;
 
 /// The weights of all layers, each kind in one buffer.
 #[derive(Clone, Debug)]
@@ -107,6 +111,9 @@ pub(super) enum Mode {
     /// Many steps in one kernel of so many cubes.
     #[cfg(test)]
     Persistent(usize),
+    /// The kernels for many sequences.
+    #[cfg(test)]
+    Wide,
 }
 
 impl Mode {
@@ -124,7 +131,8 @@ impl Mode {
 /// that wait for each other are not sure to run at the same time.
 fn persistent_cubes(config: &StepConfig, batch: usize, traits: &DeviceTraits) -> Option<usize> {
     let cubes = traits.busy_units / 1024;
-    (traits.ptx && config.fits_at_once(cubes, batch)).then_some(cubes)
+    let fits = config.fits_at_once(cubes, batch) && config.fits_together(traits.shared_bytes);
+    (traits.ptx && fits).then_some(cubes)
 }
 
 /// A number of sequences with all that belongs to it.
@@ -132,6 +140,8 @@ fn persistent_cubes(config: &StepConfig, batch: usize, traits: &DeviceTraits) ->
 struct Session {
     config: StepConfig,
     buffers: Buffers,
+    /// For many sequences.
+    wide: Option<(WideConfig, WideBuffers)>,
     graph: Recording,
 }
 
@@ -323,6 +333,28 @@ impl Session {
         let client = &weights.embedding.client;
         let floats = |count: usize| client.empty(4 * count.max(1));
         let channels = batch * sizes.inner;
+        let dtype = weights.in_proj.dtype;
+        let tensor = wide::has_tensor_cores(&weights.embedding, dtype);
+        let wide = match mode {
+            #[cfg(test)]
+            Mode::Wide => WideConfig::new(config, batch, tensor),
+            #[cfg(test)]
+            Mode::Persistent(_) => None,
+            _ if batch > NARROW && tensor => WideConfig::new(config, batch, tensor),
+            _ => None,
+        };
+        let wide = wide.map(|config| {
+            let rows = |width: usize| client.empty(dtype.size() * config.rows() * width);
+            let buffers = WideBuffers {
+                hat: rows(sizes.width),
+                u: rows(sizes.inner),
+                y: rows(sizes.inner),
+            };
+            (config, buffers)
+        });
+        let parts = wide
+            .as_ref()
+            .map_or(config.parts, |(wide, _)| wide.step.parts);
         Self {
             buffers: Buffers {
                 batch,
@@ -332,7 +364,7 @@ impl Session {
                 u: floats(channels),
                 z: floats(channels),
                 y: floats(channels),
-                parts: floats(batch * config.parts() * config.low()),
+                parts: floats(batch * parts * config.low()),
                 logits: floats(batch * sizes.rows),
                 seen: floats(batch * BYTES),
                 settings: floats(batch * crate::sampling::cube::SETTINGS),
@@ -345,13 +377,16 @@ impl Session {
                 Mode::Kernels => Recording::Impossible,
                 Mode::Graph => Recording::None,
                 Mode::Best => match persistent_cubes(&config, batch, traits) {
-                    Some(cubes) => Recording::Persistent(cubes),
-                    None => Recording::None,
+                    Some(cubes) if wide.is_none() => Recording::Persistent(cubes),
+                    _ => Recording::None,
                 },
+                #[cfg(test)]
+                Mode::Wide => Recording::None,
                 #[cfg(test)]
                 Mode::Persistent(cubes) => Recording::Persistent(cubes),
             },
             config,
+            wide,
         }
     }
 
@@ -359,12 +394,13 @@ impl Session {
     /// was recorded goes on with them.
     fn load(&self, weights: &Weights, start: Start) {
         let client = &weights.embedding.client;
-        let (h, window): (Vec<_>, Vec<_>) = start.memory.into_iter().unzip();
-        steps::copy(&raw(Tensor::stack::<4>(h, 0)), &self.buffers.h);
-        if self.config.taps > 1 {
-            steps::copy(&raw(Tensor::stack::<4>(window, 0)), &self.buffers.window);
+        for (layer, (h, window)) in start.memory.into_iter().enumerate() {
+            steps::copy(&raw(h), &self.buffers.h, layer, weights.layers);
+            if self.config.taps > 1 {
+                steps::copy(&raw(window), &self.buffers.window, layer, weights.layers);
+            }
         }
-        steps::copy(&raw(start.logits), &self.buffers.logits);
+        steps::copy(&raw(start.logits), &self.buffers.logits, 0, 1);
         let write = |handle: &Handle, values: Vec<f32>| {
             let bytes = cubecl::bytes::Bytes::from_elems(values);
             client.write(handle, bytes);
@@ -444,14 +480,14 @@ impl Session {
                 }
             }
             Recording::Impossible | Recording::Persistent(_) => {
-                steps::launch(weights, &self.buffers, &self.config)
+                steps::launch(weights, &self.buffers, &self.config, self.wide.as_ref())
             }
             Recording::None => {
                 let prepared = client.graph_prepare().is_ok();
-                steps::launch(weights, &self.buffers, &self.config);
+                steps::launch(weights, &self.buffers, &self.config, self.wide.as_ref());
                 self.graph = Recording::Impossible;
                 if prepared && client.start_capture().is_ok() {
-                    steps::launch(weights, &self.buffers, &self.config);
+                    steps::launch(weights, &self.buffers, &self.config, self.wide.as_ref());
                     // Without a graph bytes come all the same, more slowly.
                     if let Ok(graph) = client.stop_capture() {
                         self.graph = Recording::Graph(graph);

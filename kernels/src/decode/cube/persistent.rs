@@ -64,6 +64,7 @@ pub(super) fn launch(
             of(&weights.embedding),
             all(&buffers.stream, batch * c.width),
             of(&weights.widths),
+            of(&weights.widths),
             of(&weights.channels),
             of(&weights.in_proj),
             of(&weights.x_proj),
@@ -75,7 +76,7 @@ pub(super) fn launch(
             all(&buffers.window, past.max(1)),
             all(&buffers.u, channels),
             all(&buffers.z, channels),
-            all(&buffers.parts, batch * c.parts() * c.low()),
+            all(&buffers.parts, batch * c.parts * c.low()),
             all(&buffers.h, weights.layers * channels * c.states),
             all(&buffers.y, channels),
             steps,
@@ -132,6 +133,7 @@ fn run_steps<W: Float, V: Size, T: Size, S: Size, Q: Size>(
     embedding: &[f32],
     stream: &mut [One],
     widths: &[Vector<f32, V>],
+    width_numbers: &[f32],
     channels: &[f32],
     in_proj: &[Vector<W, V>],
     x_proj: &[W],
@@ -170,7 +172,7 @@ fn run_steps<W: Float, V: Size, T: Size, S: Size, Q: Size>(
         target += cubes;
         meet(arrivals, target, c.ptx);
         for layer in 0..layers {
-            if cube < comptime!(c.parts()) {
+            if cube < comptime!(c.in_cubes()) {
                 enter(
                     &mut entering,
                     stream,
@@ -203,7 +205,7 @@ fn run_steps<W: Float, V: Size, T: Size, S: Size, Q: Size>(
             target += cubes;
             meet(arrivals, target, c.ptx);
             if cube < comptime!(c.blocks()) * batch {
-                advance::<W, T, S, Q>(&advancing, parts, u, z, h, y, layer, batch, cube, c);
+                advance::<W, f32, T, S, Q>(&advancing, parts, u, z, h, y, layer, batch, cube, c);
             }
             load_enter(
                 &mut entering,
@@ -220,7 +222,7 @@ fn run_steps<W: Float, V: Size, T: Size, S: Size, Q: Size>(
                     &mut leaving,
                     y,
                     out_proj,
-                    widths,
+                    width_numbers,
                     stream,
                     layer,
                     batch,

@@ -45,11 +45,27 @@ fn dot<V: Size>(a: Vector<f32, V>, b: Vector<f32, V>, sum: f32) -> f32 {
     result
 }
 
+/// The vector number `at` of a buffer.
+#[cube]
+fn wide_at<V: Size>(buffer: &mut [One], at: usize, #[comptime] ptx: bool) -> Vector<f32, V> {
+    let mut value = Vector::<f32, V>::new(0.0f32);
+    if ptx {
+        value = buffer.with_vector_size::<V>()[at];
+    } else {
+        // Not every target can see a buffer as one of wider vectors.
+        #[unroll]
+        for i in 0..V::value() {
+            value.insert(i, buffer[at * V::value() + i].extract(0usize));
+        }
+    }
+    value
+}
+
 /// Normalises the sequences `first ..` of a group into shared memory, one a plane; places beyond
 /// D and sequences beyond the last are zero. `at` is where the parameters begin, in vectors.
 #[cube]
 fn normalise<V: Size>(
-    stream: &[Vector<f32, V>],
+    stream: &mut [One],
     weight: &[Vector<f32, V>],
     hat: &mut Shared<[Vector<f32, V>]>,
     first: usize,
@@ -79,7 +95,7 @@ fn normalise<V: Size>(
                     for i in 0..loads {
                         let column = i * comptime!(c.plane) + lane;
                         if column < vectors {
-                            own += stream[row + column];
+                            own += wide_at::<V>(stream, row + column, c.ptx);
                         }
                     }
                     let sum = lane_sum(total(own), comptime!(c.plane), 1usize);
@@ -89,7 +105,7 @@ fn normalise<V: Size>(
                 for i in 0..loads {
                     let column = i * comptime!(c.plane) + lane;
                     if column < vectors {
-                        let value = stream[row + column] - Vector::new(centre);
+                        let value = wide_at::<V>(stream, row + column, c.ptx) - Vector::new(centre);
                         squares = fma(value, value, squares);
                     }
                 }
@@ -100,7 +116,8 @@ fn normalise<V: Size>(
                 let column = i * comptime!(c.plane) + lane;
                 let mut value = Vector::<f32, V>::new(0.0f32);
                 if column < vectors && sequence < batch {
-                    value = (stream[row + column] - Vector::new(centre)) * Vector::new(scale);
+                    value = wide_at::<V>(stream, row + column, c.ptx) - Vector::new(centre);
+                    value *= Vector::new(scale);
                     if norm {
                         let bias = weight[at + vectors + column];
                         value = fma(value, weight[at + column], bias);
@@ -260,7 +277,6 @@ pub(super) fn enter<W: Float, V: Size>(
     let low = comptime!(c.low());
     let first_channel = cube * comptime!(c.channels);
     let norm_at = layer * comptime!(WIDTH_NUMBERS * vectors);
-    let stream = stream.with_vector_size::<V>();
 
     let mut hat = Shared::<[Vector<f32, V>]>::new_slice(comptime!(c.group * c.padded_width()));
     let mut us = Shared::<[f32]>::new_slice(comptime!(c.group * c.channels));
@@ -352,7 +368,7 @@ pub(super) fn enter<W: Float, V: Size>(
             #[unroll]
             for b in 0..c.group {
                 if first + b < batch {
-                    parts[((first + b) * comptime!(c.parts()) + cube) * low + unit] =
+                    parts[((first + b) * comptime!(c.parts) + cube) * low + unit] =
                         Vector::new(sums[b]);
                 }
             }
@@ -455,13 +471,13 @@ pub(super) fn load_advance<W: Float, T: Size, S: Size>(
 /// - dt_proj: `[layers, E, R]`; rates: `[layers, E, N]`, times log₂ e; h: `[layers, B, E, N]`
 /// - parts as [`enter`] leaves them; u, z, y: `[B, E]`
 #[cube]
-pub(super) fn advance<W: Float, T: Size, S: Size, Q: Size>(
+pub(super) fn advance<W: Float, Y: Float, T: Size, S: Size, Q: Size>(
     ahead: &AdvanceAhead<W, T, S>,
     parts: &mut [One],
     u: &mut [f32],
     z: &mut [f32],
     h: &mut [Vector<f32, S>],
-    y: &mut [One],
+    y: &mut [Vector<Y, Const<1>>],
     layer: usize,
     batch: usize,
     cube: usize,
@@ -480,7 +496,7 @@ pub(super) fn advance<W: Float, T: Size, S: Size, Q: Size>(
     let input = u[at];
     let gate = z[at];
 
-    let low = low_rank(parts.with_vector_size::<Q>(), place.sequence, c);
+    let low = low_rank::<Q>(parts, place.sequence, c);
     let mut delta = 0.0f32;
     #[unroll]
     for i in 0..ranks {
@@ -520,21 +536,21 @@ pub(super) fn advance<W: Float, T: Size, S: Size, Q: Size>(
     let value = fma(ahead.numbers[1], input, lane_sum(sum, lanes, 1usize));
     let value = value * gate * sigmoid(gate, c.ptx);
     if inside && lane == 0 {
-        y[at] = Vector::new(value);
+        y[at] = Vector::new(Y::cast_from(value));
     }
 }
 
 /// The low-rank product of a sequence, `[R + 2N]`, from its parts.
 #[cube]
 fn low_rank<Q: Size>(
-    parts: &[Vector<f32, Q>],
+    parts: &mut [One],
     sequence: usize,
     #[comptime] c: StepConfig,
 ) -> Shared<[f32]> {
     let unit = UNIT_POS as usize;
     let columns = comptime!(c.low() / c.low_vector);
     let slices = comptime!(c.slices());
-    let rounds = comptime!(c.parts().div_ceil(slices));
+    let rounds = comptime!(c.parts.div_ceil(slices));
     let mut scratch = Shared::<[Vector<f32, Q>]>::new_slice(comptime!(columns * slices));
     let mut low = Shared::<[f32]>::new_slice(comptime!(c.low()));
     let column = unit % columns;
@@ -546,8 +562,9 @@ fn low_rank<Q: Size>(
         #[unroll]
         for i in 0..rounds {
             let part = comptime!(i * slices) + slice;
-            if part < comptime!(c.parts()) {
-                sum += parts[(sequence * comptime!(c.parts()) + part) * columns + column];
+            if part < comptime!(c.parts) {
+                let at = (sequence * comptime!(c.parts) + part) * columns + column;
+                sum += wide_at::<Q>(parts, at, c.ptx);
             }
         }
         scratch[slice * columns + column] = sum;
@@ -626,7 +643,7 @@ pub(super) fn leave<W: Float, V: Size>(
     ahead: &mut LeaveAhead<W, V>,
     y: &mut [One],
     out_proj: &[Vector<W, V>],
-    widths: &[Vector<f32, V>],
+    widths: &[f32],
     stream: &mut [One],
     layer: usize,
     batch: usize,
@@ -640,8 +657,6 @@ pub(super) fn leave<W: Float, V: Size>(
     let per_part = comptime!(c.out_vectors());
     let loads = comptime!(c.loads(per_part)[0]);
     let rounds = comptime!(c.loads(per_part)[1]);
-    let y = y.with_vector_size::<V>();
-    let widths = widths.with_vector_size::<Const<1>>();
     let mut shared = Shared::<[f32]>::new_slice(comptime!(c.planes() * c.group));
     let column = cube * comptime!(c.out_rows) + plane / comptime!(c.split);
     let part = plane % comptime!(c.split);
@@ -649,8 +664,7 @@ pub(super) fn leave<W: Float, V: Size>(
     let column = min(column, comptime!(c.width - 1).runtime());
     let first_place = part * per_part;
     let end = min(first_place + per_part, vectors);
-    let bias =
-        widths[(layer * WIDTH_NUMBERS + OUT_BIAS) * comptime!(c.width) + column].extract(0usize);
+    let bias = widths[(layer * WIDTH_NUMBERS + OUT_BIAS) * comptime!(c.width) + column];
     for group in 0..batch.div_ceil(comptime!(c.group)) {
         let first = group * comptime!(c.group);
         let sequence = first + lane;
@@ -675,7 +689,8 @@ pub(super) fn leave<W: Float, V: Size>(
                 if place < end {
                     #[unroll]
                     for b in 0..c.group {
-                        let x = y[min(first + b, batch - 1) * vectors + place];
+                        let row = min(first + b, batch - 1) * vectors;
+                        let x = wide_at::<V>(y, row + place, c.ptx);
                         sums[b] = dot(weight, x, sums[b]);
                     }
                 }
@@ -722,7 +737,6 @@ pub(super) fn head<W: Float, V: Size>(
     let vectors = comptime!(c.width / c.vector);
     let loads = comptime!(c.loads(vectors)[0]);
     let rounds = comptime!(c.loads(vectors)[1]);
-    let stream = stream.with_vector_size::<V>();
     let row = cube * comptime!(c.head_rows) + plane;
     let inside = plane < comptime!(c.head_rows) && row < comptime!(c.rows);
     let row = min(row, comptime!(c.rows - 1).runtime());

@@ -39,6 +39,9 @@ pub(super) struct StepConfig {
     pub group: usize,
     /// Channels of a cube of the first phase.
     pub channels: usize,
+    /// Parts of the low-rank product that the second phase adds up: the cubes of the first, unless
+    /// it is another kernel that leaves them.
+    pub parts: usize,
     /// Channels of a cube of the second.
     pub block: usize,
     /// Rows of `out_proj` of a cube of the third, and planes that share a row.
@@ -96,6 +99,7 @@ impl StepConfig {
         let most = units / lanes;
         let block = share(sizes.inner * batch, most);
         let out_rows = share(sizes.width, planes);
+        let channels = share(sizes.inner, CHANNELS);
         let config = Self {
             ptx: device.ptx,
             plane,
@@ -109,7 +113,8 @@ impl StepConfig {
             centred: sizes.centred,
             norm_f: sizes.norm_f,
             group: group.min(batch.next_power_of_two()),
-            channels: share(sizes.inner, CHANNELS),
+            channels,
+            parts: sizes.inner.div_ceil(channels),
             // A cube has channels of one sequence only.
             block: sizes.inner.div_ceil(sizes.inner.div_ceil(block)),
             out_rows,
@@ -125,20 +130,25 @@ impl StepConfig {
             && low <= units
             && config.taps <= 8
             && sizes.states <= 256
-            && config.shared_bytes() <= device.shared_bytes;
+            && config
+                .shared_bytes()
+                .into_iter()
+                .all(|it| it <= device.shared_bytes);
         fits.then_some(config)
     }
 
-    /// Bytes of the shared memory that the largest phase takes.
-    fn shared_bytes(&self) -> usize {
-        let enter = self.group * (self.padded_width() * self.vector + self.channels);
-        let advance = self.low() * (self.slices() + 1);
-        // The choice of a byte has four numbers for each of 256 bytes.
-        let choice = 4 * 256 + 64;
-        4 * enter
-            .max(advance)
-            .max(choice)
-            .max(self.planes() * self.group)
+    /// Bytes of shared memory of each phase: the choice, the three of a layer, the head.
+    fn shared_bytes(&self) -> [usize; 5] {
+        let hat = self.group * self.padded_width() * self.vector;
+        [
+            // Four numbers for each of 256 bytes, and sums.
+            4 * 256 + 64,
+            hat + self.group * self.channels,
+            self.low() * (self.slices() + 1),
+            self.planes() * self.group,
+            hat,
+        ]
+        .map(|numbers| 4 * numbers)
     }
 
     /// R + 2N.
@@ -179,10 +189,15 @@ impl StepConfig {
         (self.inner / self.vector).div_ceil(self.split)
     }
 
+    /// Whether one kernel can have all phases: their shared memory together is no more than `bytes`.
+    pub fn fits_together(&self, bytes: usize) -> bool {
+        self.shared_bytes().into_iter().sum::<usize>() <= bytes
+    }
+
     /// Whether every phase has at most one piece of work for each of `cubes` cubes.
     pub fn fits_at_once(&self, cubes: usize, batch: usize) -> bool {
         let phases = [
-            self.parts(),
+            self.in_cubes(),
             self.blocks() * batch,
             self.out_cubes(),
             self.head_cubes(),
@@ -196,8 +211,8 @@ impl StepConfig {
         (self.states / self.state_vector).div_ceil(self.lanes())
     }
 
-    /// Cubes of the first phase: so many partial sums the second adds up.
-    pub const fn parts(&self) -> usize {
+    /// Cubes of the first phase.
+    pub const fn in_cubes(&self) -> usize {
         self.inner.div_ceil(self.channels)
     }
 
@@ -205,10 +220,10 @@ impl StepConfig {
     pub const fn slices(&self) -> usize {
         let columns = self.low() / self.low_vector;
         let slices = self.units / columns;
-        if slices < self.parts() {
+        if slices < self.parts {
             slices
         } else {
-            self.parts()
+            self.parts
         }
     }
 

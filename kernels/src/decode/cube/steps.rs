@@ -7,6 +7,7 @@ use cubecl::server::Handle;
 
 use super::phases::One;
 use super::plan::StepConfig;
+use super::wide::{self, WideBuffers, WideConfig};
 use super::{Buffers, Weights, phases};
 use crate::cube::{address_type, buffer, cube_dim, elem, grid};
 use crate::sampling::BYTES;
@@ -15,33 +16,40 @@ use crate::sampling::cube::{CHOICE, SETTINGS, choose};
 /// Units of a cube of the copy.
 const UNITS: usize = 256;
 
-/// Copies a tensor of f32 to the beginning of a buffer.
-pub(super) fn copy(from: &CubeTensor, to: &Handle) {
+/// Copies a tensor of f32 into a buffer of its own size times `of`, as number `part` of so many.
+pub(super) fn copy(from: &CubeTensor, to: &Handle, part: usize, of: usize) {
     let count = from.meta.num_elements();
-    // SAFETY: both have `count` numbers; units beyond the last do nothing.
+    assert!(part < of, "decode: part {part} of {of}");
+    // SAFETY: the part is inside the buffer; units beyond its last number do nothing.
     unsafe {
         copy_numbers::launch_unchecked(
             &from.client,
             grid(count.div_ceil(UNITS)),
             cube_dim(UNITS),
-            address_type(&[from]),
+            AddressType::from_len(count * of),
             buffer(from),
-            BufferArg::from_raw_parts(to.clone(), count),
+            BufferArg::from_raw_parts(to.clone(), count * of),
+            part * count,
             count,
         );
     }
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn copy_numbers(from: &[f32], to: &mut [f32], count: usize) {
+fn copy_numbers(from: &[f32], to: &mut [f32], first: usize, count: usize) {
     let at = CUBE_POS * CUBE_DIM as usize + UNIT_POS as usize;
     if at < count {
-        to[at] = from[at];
+        to[first + at] = from[at];
     }
 }
 
 /// Launches all kernels of one step.
-pub(super) fn launch(weights: &Weights, buffers: &Buffers, config: &StepConfig) {
+pub(super) fn launch(
+    weights: &Weights,
+    buffers: &Buffers,
+    config: &StepConfig,
+    wide: Option<&(WideConfig, WideBuffers)>,
+) {
     let c = *config;
     let client = &weights.embedding.client;
     let batch = buffers.batch;
@@ -56,7 +64,7 @@ pub(super) fn launch(weights: &Weights, buffers: &Buffers, config: &StepConfig) 
     let states = weights.layers * channels * c.states;
     let past = weights.layers * channels * (c.taps - 1);
     let draws = super::AHEAD * batch;
-    let parts = batch * c.parts() * c.low();
+    let parts = batch * c.parts * c.low();
     // SAFETY: as above.
     unsafe {
         choose_and_embed::launch_unchecked(
@@ -76,12 +84,16 @@ pub(super) fn launch(weights: &Weights, buffers: &Buffers, config: &StepConfig) 
             c,
         );
     }
-    for layer in 0..weights.layers {
+    if let Some((config, wide)) = wide {
+        wide::launch(weights, buffers, wide, config);
+    }
+    let narrow = if wide.is_some() { 0 } else { weights.layers };
+    for layer in 0..narrow {
         // SAFETY: as above.
         unsafe {
             enter::launch_unchecked(
                 client,
-                grid(c.parts()),
+                grid(c.in_cubes()),
                 dim,
                 address,
                 c.vector,
@@ -228,7 +240,7 @@ fn enter<W: Float, V: Size>(
     #[define(W)] _type: ElemType,
 ) {
     let cube = CUBE_POS;
-    if cube >= comptime!(c.parts()) {
+    if cube >= comptime!(c.in_cubes()) {
         terminate!();
     }
     let mut ahead = phases::no_enter::<W, V>(c);
@@ -263,14 +275,14 @@ fn advance<W: Float, T: Size, S: Size, Q: Size>(
     phases::load_advance(
         &mut ahead, channels, dt_proj, rates, h, layer, batch, cube, c,
     );
-    phases::advance::<W, T, S, Q>(&ahead, parts, u, z, h, y, layer, batch, cube, c);
+    phases::advance::<W, f32, T, S, Q>(&ahead, parts, u, z, h, y, layer, batch, cube, c);
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn leave<W: Float, V: Size>(
     y: &mut [One],
     out_proj: &[Vector<W, V>],
-    widths: &[Vector<f32, V>],
+    widths: &[f32],
     stream: &mut [One],
     layer: usize,
     batch: usize,
