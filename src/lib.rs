@@ -23,6 +23,7 @@ pub mod device;
 pub mod error;
 pub mod eval;
 pub mod generate;
+mod heap;
 pub mod interop;
 mod library;
 pub mod memory;

@@ -23,6 +23,7 @@ use crate::eval::{
     Context, Corpus, EvalOptions, Lanes, Measurement, PositionScore, Report, Texts, evaluate,
     evaluate_each,
 };
+use crate::heap;
 use crate::model::MambaLm;
 use crate::train::Checkpoint;
 use crate::train::run_dir::resolve_checkpoint;
@@ -99,6 +100,7 @@ impl Found {
 
     /// The model on its device, and the format it computes in.
     pub fn load(&self) -> Result<(MambaLm, Device, Precision)> {
+        heap::keep_pages();
         let (device, kind) = device::open_any(&self.device)?;
         let cuda = kind == DeviceKind::Cuda;
         let precision = match self.precision {
