@@ -424,3 +424,28 @@ fn what_cannot_be_measured_is_refused() {
     }
     workspace.fails(&format!("eval --text none.txt {line}"), 1, &["none.txt"]);
 }
+
+/// Every byte of real books once, whichever way they are cut. `MAMBABYTE_PG19` is a copy of PG-19.
+#[test]
+fn real_books_are_counted_to_the_byte() {
+    let Some(books) = std::env::var_os("MAMBABYTE_PG19") else {
+        let why = "set MAMBABYTE_PG19 to a PG-19 copy";
+        common::skipped("real_books_are_counted_to_the_byte", why);
+        return;
+    };
+    let workspace = Workspace::new();
+    workspace.train("run", &[], "");
+    let books = books.to_string_lossy();
+    let prepare = "data prepare --source pg19 --splits test --max-bytes 2000000 --out books --json";
+    workspace.ok(&format!("{prepare} --path {books}"));
+    let info = workspace.json("data info books --json");
+    let line = "eval --checkpoint checkpoints/run --data books --device cpu --json --mode";
+    let carried = workspace.json(&format!("{line} carried"));
+    let windows = workspace.json(&format!("{line} windows --length 100000000 --piece 777"));
+    for report in [&carried, &windows] {
+        assert_eq!(report["bytes"], info["test"]["bytes"]);
+        assert_eq!(report["words"], info["test"]["words"]);
+    }
+    let difference = number(&carried, "bits_per_byte") - number(&windows, "bits_per_byte");
+    assert!(difference.abs() < 1e-5, "{difference}");
+}

@@ -381,3 +381,99 @@ pub(super) struct LogProbs {
     pub top_logprobs: Vec<Option<serde_json::Map<String, Value>>>,
     pub text_offset: Vec<usize>,
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const VALID: &str = r#"{"model": "m", "prompt": ["ab", "c"], "max_tokens": 5, "n": 2,
+        "temperature": 0.5, "top_p": 0.9, "logprobs": 2, "echo": true, "stop": ["x", "yz"],
+        "seed": 1, "stream": false, "logit_bias": {}, "user": "u"}"#;
+
+    fn limits() -> Limits {
+        Limits {
+            prompt_bytes: 100,
+            new_bytes: 50,
+            ..Limits::default()
+        }
+    }
+
+    /// What becomes of a body; an order that is accepted is within all bounds.
+    fn order(body: &[u8]) -> Result<Order, ApiError> {
+        let body = Ok(Bytes::copy_from_slice(body));
+        let request: CompletionRequest = parse(&body)?;
+        let order = request.order("m", &limits())?;
+        let texts = order.requests.len();
+        assert!((1..=TEXTS).contains(&texts));
+        for request in &order.requests {
+            assert!(request.prompt.len() <= 100 && request.max_new_bytes <= 50);
+            assert!(request.sampling.check().is_ok());
+            assert!(
+                request
+                    .stop
+                    .iter()
+                    .all(|stop| (1..=STOPS.1).contains(&stop.len()))
+            );
+        }
+        Ok(order)
+    }
+
+    #[test]
+    fn every_text_draws_numbers_of_its_own() {
+        let order = order(VALID.as_bytes()).expect("valid");
+        let of = |order: &Order| -> Vec<(Vec<u8>, u64, u64)> {
+            let one = |it: &Request| (it.prompt.clone(), it.seed, it.stream);
+            order.requests.iter().map(one).collect()
+        };
+        let [a, b, c] = [b"ab".to_vec(), b"ab".to_vec(), b"c".to_vec()];
+        let d = c.clone();
+        assert_eq!(of(&order), [(a, 1, 0), (b, 1, 1), (c, 1, 2), (d, 1, 3)]);
+        assert_eq!(
+            (order.echo, order.logprobs, order.stream),
+            (true, Some(2), false)
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_answered(body in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = order(&body);
+        }
+
+        #[test]
+        fn damaged_requests_are_answered(
+            changes in prop::collection::vec((0usize..400, any::<u8>()), 1..4), cut in 0usize..400,
+        ) {
+            let mut body = VALID.as_bytes().to_vec();
+            for (at, byte) in changes {
+                let at = at % body.len();
+                body[at] = byte;
+            }
+            let _ = order(&body);
+            let _ = order(&body[..cut.min(body.len())]);
+        }
+
+        #[test]
+        fn odd_values_are_answered(
+            key in prop::sample::select(vec![
+                "prompt", "max_tokens", "n", "temperature", "top_p", "top_k", "min_p",
+                "repetition_penalty", "logprobs", "echo", "stop", "seed", "stream",
+                "stream_options", "best_of", "logit_bias", "suffix", "odd",
+            ]),
+            value in prop_oneof![
+                any::<f64>().prop_map(|it| json!(it)), any::<i64>().prop_map(|it| json!(it)),
+                any::<bool>().prop_map(|it| json!(it)), "\\PC{0,12}".prop_map(|it| json!(it)),
+                prop::collection::vec(any::<i16>(), 0..5).prop_map(|it| json!(it)),
+                prop::collection::vec(prop::collection::vec(any::<u8>(), 0..60), 0..5)
+                    .prop_map(|it| json!(it)),
+                Just(json!(null)), Just(json!({})), Just(json!([[[[]]]])),
+            ],
+        ) {
+            let mut body: Value = serde_json::from_str(VALID).expect("JSON");
+            body[key] = value;
+            let _ = order(body.to_string().as_bytes());
+        }
+    }
+}

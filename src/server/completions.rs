@@ -16,7 +16,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use super::api::{ApiError, CompletionRequest, LogProbs, Order, parse};
 use super::tokens::{text_offsets, token};
-use super::worker::{Failure, Outcome};
+use super::worker::{Failure, Outcome, Ticket};
 use super::{App, now};
 use crate::eval::{ByteLogProb, ByteScore, SequenceScore};
 use crate::generate::{Choice, Finish, Piece};
@@ -38,10 +38,11 @@ pub(super) async fn completions(
 ) -> Result<Response, ApiError> {
     let request: CompletionRequest = parse(&body)?;
     let order = request.order(&app.options.name, &app.options.limits)?;
+    let ticket = app.worker.enter()?;
     let header = Header::new(&app);
     match order.stream {
-        true => stream(&app, order, header),
-        false => whole(&app, &order, &header).await,
+        true => stream(&app, &ticket, order, header),
+        false => whole(&app, &ticket, &order, &header).await,
     }
 }
 
@@ -76,10 +77,15 @@ impl Header {
 }
 
 /// The answer in one piece.
-async fn whole(app: &App, order: &Order, header: &Header) -> Result<Response, ApiError> {
+async fn whole(
+    app: &App,
+    ticket: &Ticket,
+    order: &Order,
+    header: &Header,
+) -> Result<Response, ApiError> {
     let (texts, scores) = match only_scores(order) {
-        true => score_and_one_byte(app, order).await?,
-        false => write_and_score(app, order).await?,
+        true => score_and_one_byte(app, ticket, order).await?,
+        false => write_and_score(app, ticket, order).await?,
     };
     let mut choices = Vec::with_capacity(texts.len());
     for (index, text) in texts.iter().enumerate() {
@@ -117,11 +123,14 @@ fn only_scores(order: &Order) -> bool {
 type Scored = (Vec<Text>, Option<Vec<Vec<Option<ByteScore>>>>);
 
 /// One pass over the prompts, whose last logits give the new byte.
-async fn score_and_one_byte(app: &App, order: &Order) -> Result<Scored, ApiError> {
+async fn score_and_one_byte(app: &App, ticket: &Ticket, order: &Order) -> Result<Scored, ApiError> {
     // With none asked for, the likeliest byte is still the answer.
     let top = order.logprobs.unwrap_or(0).max(1);
     let prompts = order.requests.iter().map(|it| it.prompt.clone()).collect();
-    let scores = app.worker.score(prompts, top, order.deadline).await?;
+    let scores = app
+        .worker
+        .score(ticket, prompts, top, order.deadline)
+        .await?;
     let mut texts = Vec::with_capacity(scores.len());
     let mut all = Vec::with_capacity(scores.len());
     for (request, score) in order.requests.iter().zip(scores) {
@@ -151,8 +160,10 @@ async fn score_and_one_byte(app: &App, order: &Order) -> Result<Scored, ApiError
 }
 
 /// Writes the texts; a pass over prompts and texts together then gives all log-probabilities.
-async fn write_and_score(app: &App, order: &Order) -> Result<Scored, ApiError> {
-    let pieces = app.worker.write(order.requests.clone(), order.deadline)?;
+async fn write_and_score(app: &App, ticket: &Ticket, order: &Order) -> Result<Scored, ApiError> {
+    let pieces = app
+        .worker
+        .write(ticket, order.requests.clone(), order.deadline)?;
     let texts = collect(pieces, order.requests.len()).await?;
     let Some(top) = order.logprobs else {
         return Ok((texts, None));
@@ -169,7 +180,7 @@ async fn write_and_score(app: &App, order: &Order) -> Result<Scored, ApiError> {
     let sequences = sequences.map(|(context, text)| [context, text.bytes.as_slice()].concat());
     let scores = app
         .worker
-        .score(sequences.collect(), top.max(1), order.deadline)
+        .score(ticket, sequences.collect(), top.max(1), order.deadline)
         .await?;
     let all = scores.into_iter().enumerate().map(|(index, score)| {
         let scored = std::iter::once(None).chain(score.bytes.into_iter().map(Some));
@@ -250,8 +261,10 @@ fn number(log_prob: f32) -> Value {
 const WAITING: usize = 64;
 
 /// The answer as server-sent events.
-fn stream(app: &App, order: Order, header: Header) -> Result<Response, ApiError> {
-    let pieces = app.worker.write(order.requests.clone(), order.deadline)?;
+fn stream(app: &App, ticket: &Ticket, order: Order, header: Header) -> Result<Response, ApiError> {
+    let pieces = app
+        .worker
+        .write(ticket, order.requests.clone(), order.deadline)?;
     let (sender, receiver): (_, Receiver<Result<Event, Infallible>>) = channel(WAITING);
     tokio::spawn(async move {
         // An error here is that the client is gone: dropping `pieces` then ends the work.

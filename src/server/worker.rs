@@ -47,13 +47,19 @@ pub(super) enum Failure {
     Broken(String),
 }
 
+/// A request's place among those at work or waiting, shared by its jobs.
+#[derive(Clone)]
+pub(super) struct Ticket {
+    _permit: Arc<OwnedSemaphorePermit>,
+}
+
 /// Texts to score.
 struct ScoreJob {
     texts: Vec<Vec<u8>>,
     top: usize,
     reply: oneshot::Sender<Outcome<Vec<SequenceScore>>>,
     deadline: Instant,
-    _permit: OwnedSemaphorePermit,
+    _ticket: Ticket,
 }
 
 /// Texts to write.
@@ -61,7 +67,7 @@ struct WriteJob {
     requests: Vec<Request>,
     pieces: UnboundedSender<Outcome<Piece>>,
     deadline: Instant,
-    _permit: OwnedSemaphorePermit,
+    _ticket: Ticket,
 }
 
 enum Job {
@@ -73,7 +79,7 @@ enum Job {
 #[derive(Clone)]
 pub(super) struct Worker {
     jobs: UnboundedSender<Job>,
-    /// One permit for each job at work or waiting: the channel itself needs no bound.
+    /// One permit for each request at work or waiting: the channel itself needs no bound.
     room: Arc<Semaphore>,
 }
 
@@ -113,48 +119,53 @@ impl Worker {
         self.room.available_permits()
     }
 
+    /// Takes a request in, or says that there is no room.
+    pub fn enter(&self) -> Outcome<Ticket> {
+        let permit = Arc::clone(&self.room).try_acquire_owned();
+        let permit = permit.map_err(|_| Failure::Busy)?;
+        Ok(Ticket {
+            _permit: Arc::new(permit),
+        })
+    }
+
     /// Scores texts, with the `top` likeliest bytes at every place.
     pub async fn score(
         &self,
+        ticket: &Ticket,
         texts: Vec<Vec<u8>>,
         top: usize,
         deadline: Instant,
     ) -> Outcome<Vec<SequenceScore>> {
         let (reply, outcome) = oneshot::channel();
-        self.send(|_permit| {
-            Job::Score(ScoreJob {
-                texts,
-                top,
-                reply,
-                deadline,
-                _permit,
-            })
-        })?;
+        self.send(Job::Score(ScoreJob {
+            texts,
+            top,
+            reply,
+            deadline,
+            _ticket: ticket.clone(),
+        }))?;
         outcome.await.unwrap_or_else(|_| Err(gone()))
     }
 
     /// Writes texts: the pieces of all of them as they come. Dropping the receiver ends it.
     pub fn write(
         &self,
+        ticket: &Ticket,
         requests: Vec<Request>,
         deadline: Instant,
     ) -> Outcome<UnboundedReceiver<Outcome<Piece>>> {
         let (pieces, receiver) = unbounded_channel();
-        self.send(|_permit| {
-            Job::Write(WriteJob {
-                requests,
-                pieces,
-                deadline,
-                _permit,
-            })
-        })?;
+        self.send(Job::Write(WriteJob {
+            requests,
+            pieces,
+            deadline,
+            _ticket: ticket.clone(),
+        }))?;
         Ok(receiver)
     }
 
-    fn send(&self, job: impl FnOnce(OwnedSemaphorePermit) -> Job) -> Outcome<()> {
-        let permit = Arc::clone(&self.room).try_acquire_owned();
-        let permit = permit.map_err(|_| Failure::Busy)?;
-        self.jobs.send(job(permit)).map_err(|_| gone())
+    fn send(&self, job: Job) -> Outcome<()> {
+        self.jobs.send(job).map_err(|_| gone())
     }
 }
 
