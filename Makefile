@@ -28,7 +28,7 @@ MAMBABYTE = cargo run --quiet --release --features $(FEATURES) --
 # How long `make chaos` goes on.
 SECONDS := 60
 
-.PHONY: help train resume data test chaos soak lint deny check-gpu bench-gpu parity doctor
+.PHONY: help train resume data test chaos soak lint deny check-gpu bench-gpu parity lm-eval doctor
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s  %s\n", $$1, $$2 }'
@@ -208,6 +208,16 @@ parity: ## Compare logits, initial weights and training with PyTorch, on the CPU
 	cargo build --release --example dump_training
 	target=$$(cargo metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
 	tests/parity/run.sh "$$target/release/mambabyte" "$$target/release/examples" "$$target/parity" $(PYTHON)
+
+# lm_eval is installed from PyPI into a virtual environment in the target folder, once.
+lm-eval: ## Score CHECKPOINT on the tasks in TASKS with lm-evaluation-harness and directly, and compare [LIMIT, PYTHON]
+	@if [ -z "$(CHECKPOINT)" ] || [ -z "$(TASKS)" ]; then
+		echo 'error: give CHECKPOINT=FOLDER and TASKS=FOLDER, a folder with lambada_openai.jsonl and others' >&2
+		exit 2
+	fi
+	cargo build --release --features $(FEATURES)
+	target=$$(cargo metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
+	tests/lm_eval/run.sh "$$target/release/mambabyte" "$(CHECKPOINT)" "$(TASKS)" "$$target/lm_eval" $(or $(LIMIT),0) $(PYTHON)
 
 doctor: ## Say what this machine has and what is missing [FEATURES]
 	@cargo run --release --features $(FEATURES) -- doctor

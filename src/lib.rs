@@ -9,8 +9,9 @@
 //! | [`model`] | the block, the stack, the language model, the carried state |
 //! | [`memory`] | how much device memory training takes |
 //! | [`train`] | one step, the loop around it, checkpoints, metrics |
-//! | [`eval`] | bits per byte |
+//! | [`eval`] | bits per byte, tasks, probabilities of every byte |
 //! | [`generate`] | prefill, step, sampling |
+//! | [`server`] | a model behind HTTP |
 //! | [`interop`] | checkpoints of other programs |
 //! | [`hub`] | checkpoints by name, from Hugging Face |
 //! | [`commands`] | one file a command |
@@ -23,12 +24,14 @@ pub mod device;
 pub mod error;
 pub mod eval;
 pub mod generate;
+mod heap;
 pub mod hub;
 pub mod interop;
 mod library;
 pub mod memory;
 pub mod model;
 mod nvidia;
+pub mod server;
 pub mod train;
 
 pub use config::{Config, MambaConfig};

@@ -24,7 +24,6 @@ pub mod sampling;
 pub mod shards;
 pub mod sources;
 pub mod text;
-mod windows;
 
 mod document;
 mod fsutil;
@@ -36,4 +35,3 @@ pub use loader::Loader;
 pub use progress::Progress;
 pub use sampling::{Batch, Coordinates, Sampler, SamplerConfig, SamplingMode};
 pub use shards::{DocumentInfo, PrepareOptions, Shards, ShardsInfo, Summary, prepare};
-pub use windows::{EvalScope, EvalWindow, SequentialWindows};

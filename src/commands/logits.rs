@@ -8,6 +8,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use super::{LogitsArgs, checkpoint_folder};
 use crate::device;
 use crate::error::{Error, Result};
+use crate::eval::npy::{self, Number};
 use crate::model::MambaLm;
 use crate::train::Checkpoint;
 
@@ -20,7 +21,8 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     let vocabulary = checkpoint.config().model.vocab_size;
     let failed = || Error::io("write", &args.out);
     let mut file = BufWriter::new(File::create(&args.out).map_err(failed())?);
-    file.write_all(&npy_header(bytes.len(), vocabulary))
+    let shape = [bytes.len() as u64, vocabulary as u64];
+    file.write_all(&npy::header(Number::F32, &shape))
         .map_err(failed())?;
     for_each_piece(&model, &device, &bytes, args.piece, |logits| {
         file.write_all(bytemuck::cast_slice(logits))
@@ -54,41 +56,11 @@ fn for_each_piece(
     Ok(())
 }
 
-/// The header of a NumPy file (format 1.0) of float32 `[rows, columns]`, in C's order.
-fn npy_header(rows: usize, columns: usize) -> Vec<u8> {
-    let mut text =
-        format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {columns}), }}");
-    // Data begin at a multiple of 64; before them is a line's end.
-    let start = 10;
-    let padded = (start + text.len() + 1).next_multiple_of(64) - start;
-    while text.len() + 1 < padded {
-        text.push(' ');
-    }
-    text.push('\n');
-    let mut header = b"\x93NUMPY\x01\x00".to_vec();
-    header.extend((text.len() as u16).to_le_bytes());
-    header.extend(text.as_bytes());
-    header
-}
-
-#[cfg(test)]
+#[cfg(all(test, feature = "flex"))]
 mod tests {
     use super::*;
     use crate::config::MambaConfig;
 
-    #[test]
-    fn a_header_is_as_numpy_writes_it() {
-        let header = npy_header(3, 256);
-        assert_eq!(&header[..8], b"\x93NUMPY\x01\x00");
-        assert_eq!(header.len() % 64, 0);
-        assert_eq!(header.last(), Some(&b'\n'));
-        let length = u16::from_le_bytes([header[8], header[9]]);
-        assert_eq!(usize::from(length), header.len() - 10);
-        let text = String::from_utf8_lossy(&header[10..]);
-        assert!(text.starts_with("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 256), }"));
-    }
-
-    #[cfg(feature = "flex")]
     #[test]
     fn pieces_give_what_the_whole_gives() {
         let device = Device::flex();

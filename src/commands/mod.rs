@@ -7,13 +7,18 @@ pub mod data;
 pub mod doctor;
 pub mod estimate;
 pub mod eval;
+pub mod eval_lengths;
+pub mod eval_noise;
+pub mod eval_tasks;
 pub mod export;
 pub mod generate;
 pub mod import;
 pub mod logits;
 pub mod model_args;
 pub mod params;
+pub mod perplexity;
 pub mod resume;
+pub mod serve;
 pub mod train;
 
 use std::io::{self, IsTerminal, Write as _};
@@ -58,7 +63,17 @@ pub enum Command {
     /// Write text that goes on from a prompt
     Generate(generate::GenerateArgs),
     /// Measure bits per byte of a checkpoint on held-out data
-    Eval(EvalArgs),
+    Eval(eval::EvalArgs),
+    /// Measure what longer contexts are worth: length extrapolation
+    EvalLengths(eval_lengths::EvalLengthsArgs),
+    /// Measure how much errors in the text cost: robustness against noise
+    EvalNoise(eval_noise::EvalNoiseArgs),
+    /// Score a checkpoint on zero-shot tasks, as lm-evaluation-harness does
+    EvalTasks(eval_tasks::EvalTasksArgs),
+    /// Convert between bits per byte, cross-entropies and word perplexity
+    Perplexity(perplexity::PerplexityArgs),
+    /// Answer requests over HTTP, in the form of OpenAI's completions
+    Serve(serve::ServeArgs),
     /// Write the logits at every byte of a file, as a NumPy array
     Logits(LogitsArgs),
     /// Make a checkpoint of one of another program: mamba_ssm, transformers, MambaByte
@@ -127,26 +142,6 @@ pub struct ResumeArgs {
     /// Stop with a checkpoint after so many more optimizer steps
     #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(1..))]
     pub stop_after: Option<u64>,
-}
-
-/// Arguments of `eval`.
-#[derive(Clone, Debug, Args)]
-pub struct EvalArgs {
-    /// Folder of the checkpoint, or of a run, whose newest is taken; or hf:OWNER/NAME
-    #[arg(long, value_name = "DIR")]
-    pub checkpoint: PathBuf,
-    /// Folder written by `data prepare`
-    #[arg(long, value_name = "DIR")]
-    pub data: PathBuf,
-    /// Which part of it: train, validation or test
-    #[arg(long, value_name = "SPLIT", default_value = "test", value_parser = split)]
-    pub split: Split,
-    /// Where to compute: auto, cpu, cuda, wgpu, with an index as in cuda:1
-    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
-    pub device: DeviceConfig,
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// Arguments of `logits`.
@@ -229,6 +224,11 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Resume(args) => resume::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::EvalLengths(args) => eval_lengths::run(args),
+        Command::EvalNoise(args) => eval_noise::run(args),
+        Command::EvalTasks(args) => eval_tasks::run(args),
+        Command::Perplexity(args) => perplexity::run(args),
+        Command::Serve(args) => serve::run(args),
         Command::Logits(args) => logits::run(args),
         Command::Import(args) => import::run(args),
         Command::Export(args) => export::run(args),

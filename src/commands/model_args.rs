@@ -10,7 +10,6 @@ use crate::error::{Error, Result, print_warning};
 use crate::generate::{Generator, GeneratorOptions};
 use crate::model::MambaLm;
 use crate::train::Checkpoint;
-use crate::train::run_dir::resolve_checkpoint;
 
 /// Seed of random weights.
 const SEED: u64 = 4740;
@@ -19,7 +18,7 @@ const SEED: u64 = 4740;
 #[derive(Clone, Debug, Args)]
 #[group(id = "model", required = true, multiple = false)]
 pub struct Source {
-    /// Folder of the checkpoint, or of a run, whose newest is taken
+    /// Folder of the checkpoint, or of a run, whose newest is taken; or hf:OWNER/NAME
     #[arg(
         long,
         value_name = "DIR",
@@ -115,7 +114,7 @@ enum Weights {
 impl Source {
     fn read(&self) -> Result<Weights> {
         if let Some(checkpoint) = &self.checkpoint {
-            let checkpoint = Checkpoint::open(&resolve_checkpoint(checkpoint)?)?;
+            let checkpoint = Checkpoint::open_for_model(&super::checkpoint_folder(checkpoint)?)?;
             return Ok(Weights::Checkpoint(Box::new(checkpoint)));
         }
         if let Some(config) = &self.config {

@@ -21,7 +21,7 @@ use super::schedule::learning_rate;
 use crate::config::Config;
 use crate::device::budget::Budget;
 use crate::error::{Error, Result};
-use crate::eval::{self, EvalOptions};
+use crate::eval::{self, Context, EvalOptions, Lanes};
 use crate::generate::{Generator, GeneratorOptions, Request};
 
 /// Batches that the loader prepares ahead.
@@ -326,15 +326,21 @@ impl<'a> Run<'a> {
             return Ok(());
         };
         let started = Instant::now();
+        let train = &self.config.train;
         let options = EvalOptions {
-            length: self.config.train.length,
-            batch: self.config.train.batch,
-            max_bytes: Some(self.config.train.validate_bytes),
+            context: Context::Windows {
+                length: train.length,
+            },
+            lanes: Lanes {
+                count: train.batch,
+                positions: train.batch * train.length,
+            },
+            max_bytes: Some(train.validate_bytes),
         };
         let device = self.learner.inner_device();
         let model = self.learner.model();
         let score = match eval::evaluate(&model, &device, shards, &options, &Silent) {
-            Ok(score) => score,
+            Ok(measured) => measured.total(),
             Err(Error::Data(error)) => {
                 tracing::warn!("step {step} is not validated: {error}");
                 return Ok(());

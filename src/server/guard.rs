@@ -1,0 +1,185 @@
+//! Who may ask, and how: checked before anything else of a request is looked at.
+//!
+//! A server on the own machine is within reach of every web page that its user opens: a page may
+//! send requests to 127.0.0.1, and with a name that it makes resolve to 127.0.0.1 (DNS rebinding) it
+//! may read the answers as well. So `Host` has to be a name of this machine itself, and an `Origin`
+//! from elsewhere is refused.
+
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+
+use super::App;
+use super::api::ApiError;
+
+/// Checks a request, bounds its time, and marks its answer.
+pub(super) async fn guard(State(app): State<App>, request: Request, next: Next) -> Response {
+    let mut response = match check(&app, request.method(), request.headers()) {
+        Err(error) => error.into_response(),
+        Ok(()) => {
+            let deadline = app.options.limits.deadline;
+            match tokio::time::timeout(deadline, next.run(request)).await {
+                Ok(response) => response,
+                // The request's future is gone, and with it what it waited for.
+                Err(_) => ApiError::new(
+                    StatusCode::GATEWAY_TIMEOUT,
+                    format!("no answer within {} s", deadline.as_secs_f64()),
+                )
+                .into_response(),
+            }
+        }
+    };
+    let headers = response.headers_mut();
+    for (name, value) in [
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::CACHE_CONTROL, "no-store"),
+        (header::CONTENT_SECURITY_POLICY, "default-src 'none'"),
+    ] {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    response
+}
+
+fn check(app: &App, method: &Method, headers: &HeaderMap) -> Result<(), ApiError> {
+    let options = &app.options;
+    let text = |name| {
+        headers
+            .get(name)
+            .and_then(|value: &HeaderValue| value.to_str().ok())
+            .unwrap_or_default()
+    };
+    // Where others are meant to ask, the machine has names we do not know; there the key protects.
+    if options.host.is_loopback() && !is_local(text(header::HOST)) {
+        return Err(ApiError::new(
+            StatusCode::FORBIDDEN,
+            "the header `Host` names another machine: use localhost, 127.0.0.1 or [::1]",
+        ));
+    }
+    if headers.contains_key(header::ORIGIN) && !is_local_origin(text(header::ORIGIN)) {
+        return Err(ApiError::new(
+            StatusCode::FORBIDDEN,
+            "requests of web pages from elsewhere are not served",
+        ));
+    }
+    if let Some(key) = &options.key {
+        let given = text(header::AUTHORIZATION).strip_prefix("Bearer ");
+        if !given.is_some_and(|given| same(given.as_bytes(), key.as_bytes())) {
+            return Err(ApiError::new(
+                StatusCode::UNAUTHORIZED,
+                "the header `Authorization: Bearer` with the server's key is needed",
+            ));
+        }
+    }
+    let content = text(header::CONTENT_TYPE)
+        .split(';')
+        .next()
+        .unwrap_or_default();
+    if method == Method::POST && !content.trim().eq_ignore_ascii_case("application/json") {
+        return Err(ApiError::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "the body has to be JSON, and the header `Content-Type` to say so: application/json",
+        ));
+    }
+    Ok(())
+}
+
+/// Whether a `Host`, with or without port, is a name of this machine for itself.
+fn is_local(host: &str) -> bool {
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split_once(']').and_then(|(name, port)| {
+            (port.is_empty() || is_port(port.strip_prefix(':')?)).then_some(name)
+        }),
+        None => match host.split_once(':') {
+            Some((name, port)) => is_port(port).then_some(name),
+            None => Some(host),
+        },
+    };
+    name.is_some_and(|name| {
+        name.eq_ignore_ascii_case("localhost") || name == "127.0.0.1" || name == "::1"
+    })
+}
+
+fn is_port(text: &str) -> bool {
+    text.parse::<u16>().is_ok() && text.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+fn is_local_origin(origin: &str) -> bool {
+    let host = origin
+        .strip_prefix("http://")
+        .or_else(|| origin.strip_prefix("https://"));
+    host.is_some_and(is_local)
+}
+
+/// Equality in a time that does not tell where the difference is.
+fn same(a: &[u8], b: &[u8]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).fold(0, |sum, (a, b)| sum | (a ^ b)) == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn names_of_this_machine() {
+        for host in [
+            "localhost",
+            "LOCALHOST:8000",
+            "127.0.0.1",
+            "127.0.0.1:65535",
+            "[::1]",
+            "[::1]:80",
+        ] {
+            assert!(is_local(host), "{host}");
+            assert!(is_local_origin(&format!("http://{host}")), "{host}");
+        }
+        for host in [
+            "",
+            "evil.example",
+            "localhost.evil.example",
+            "evil.example:8000",
+            "127.0.0.1.evil.example",
+            "127.0.0.1:80@evil.example",
+            "localhost:",
+            "localhost:x",
+            "localhost:+80",
+            "localhost:80:80",
+            "[::1]evil",
+            "[::1",
+            "::1",
+            "0.0.0.0",
+            "127.0.0.2",
+            " localhost",
+            "user@localhost",
+        ] {
+            assert!(!is_local(host), "{host}");
+        }
+        for origin in [
+            "null",
+            "",
+            "localhost",
+            "file://localhost",
+            "http://evil.example",
+        ] {
+            assert!(!is_local_origin(origin), "{origin}");
+        }
+    }
+
+    #[test]
+    fn keys_are_compared_whole() {
+        assert!(same(b"key", b"key"));
+        assert!(!same(b"key", b"kez") && !same(b"key", b"ke") && !same(b"", b"k"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_header_is_answered(host in "\\PC{0,40}") {
+            let local = is_local(&host);
+            let known = ["localhost", "127.0.0.1", "[::1]"];
+            let lower = host.to_ascii_lowercase();
+            prop_assert!(!local || known.iter().any(|name| lower.starts_with(name)));
+        }
+    }
+}
