@@ -44,6 +44,8 @@ pub(super) enum AlarmKind {
     Memory,
     /// The device waits for data.
     DataWait,
+    /// A checkpoint could not be written.
+    Save,
 }
 
 /// One alarm; neighbouring ones of a kind are one.
@@ -181,8 +183,9 @@ impl Watch {
     /// another process.
     pub(super) fn go_back(&mut self, step: f64) {
         // Why a run was taken back is worth knowing afterwards.
+        let kept = [AlarmKind::NotANumber, AlarmKind::Save];
         self.alarms
-            .retain(|it| it.step <= step || it.kind == AlarmKind::NotANumber);
+            .retain(|it| it.step <= step || kept.contains(&it.kind));
         *self = Self {
             alarms: std::mem::take(&mut self.alarms),
             distance: self.distance,

@@ -116,6 +116,7 @@ async fn run(State(app): State<App>, Query(which): Query<Which>) -> Response {
             "config": shown.config,
             "train": table(&shown.run.train),
             "valid": table(&shown.run.valid),
+            "save": table(&shown.run.save),
             "marks": shown.run.marks,
             "alarms": shown.run.alarms(shown.at_work(now), now),
             "bad_lines": shown.run.bad_lines,
@@ -159,7 +160,7 @@ async fn series(State(app): State<App>, Query(part): Query<Part>) -> Response {
         let draw = |table: &Table| {
             let (first, last) = match (table.first(), table.last()) {
                 (Some(first), Some(last)) => (first, last),
-                _ => return json!({ "step": [], "bytes": [], "time": [], "columns": {} }),
+                _ => return json!({ "step": [], "bytes": [], "time": [], "records": [], "columns": {} }),
             };
             let (low, high) = match axis {
                 AxisKind::Step => (first.step, last.step),
@@ -188,9 +189,10 @@ async fn series(State(app): State<App>, Query(part): Query<Part>) -> Response {
                 .zip(drawn.iter().map(|it| json!(it)))
                 .collect();
             json!({
-                "step": places.iter().map(|it| it.step).collect::<Vec<_>>(),
-                "bytes": places.iter().map(|it| it.bytes).collect::<Vec<_>>(),
-                "time": places.iter().map(|it| it.time).collect::<Vec<_>>(),
+                "step": places.iter().map(|it| it.0.step).collect::<Vec<_>>(),
+                "bytes": places.iter().map(|it| it.0.bytes).collect::<Vec<_>>(),
+                "time": places.iter().map(|it| it.0.time).collect::<Vec<_>>(),
+                "records": places.iter().map(|it| it.1).collect::<Vec<_>>(),
                 "columns": columns,
             })
         };
@@ -200,6 +202,7 @@ async fn series(State(app): State<App>, Query(part): Query<Part>) -> Response {
             "generation": run.generation,
             "train": draw(&run.train),
             "valid": draw(&run.valid),
+            "save": draw(&run.save),
         }))
         .into_response()
     })

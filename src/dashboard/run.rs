@@ -52,6 +52,7 @@ pub(super) struct Inspection {
 pub(super) enum Part {
     Train,
     Valid,
+    Save,
 }
 
 /// Rows that pages have not been told of.
@@ -69,6 +70,7 @@ pub(super) struct Fresh {
 pub(super) struct Run {
     pub(super) train: Table,
     pub(super) valid: Table,
+    pub(super) save: Table,
     pub(super) samples: Vec<Sample>,
     pub(super) inspections: Vec<Inspection>,
     pub(super) marks: Vec<Mark>,
@@ -99,6 +101,10 @@ impl Run {
         let known = match kind_of(line).as_deref() {
             Some("train") => self.row(Part::Train, line),
             Some("valid") => self.row(Part::Valid, line),
+            Some("save") => {
+                self.failed_save(line);
+                self.row(Part::Save, line)
+            }
             Some(_) => self.other(line),
             None => false,
         };
@@ -110,13 +116,14 @@ impl Run {
         let table = match part {
             Part::Train => &mut self.train,
             Part::Valid => &mut self.valid,
+            Part::Save => &mut self.save,
         };
         if self.numbers.read(line, table).is_err() {
             return false;
         }
         let seconds = match part {
             Part::Train => self.numbers.get(table, "seconds").unwrap_or(0.0),
-            Part::Valid => 0.0,
+            Part::Valid | Part::Save => 0.0,
         };
         let Some(place) = self.numbers.place(last_train, f64::from(seconds)) else {
             return false;
@@ -144,11 +151,32 @@ impl Run {
                 host_memory: get("host_memory_gib"),
             };
             self.watch.row(place, vital);
-            self.train.limit(self.row_limit);
-        } else {
-            self.valid.limit(self.row_limit);
+        }
+        let limit = self.row_limit;
+        match part {
+            Part::Train => self.train.limit(limit),
+            Part::Valid => self.valid.limit(limit),
+            Part::Save => self.save.limit(limit),
         }
         true
+    }
+
+    /// A save that did not succeed is an alarm.
+    fn failed_save(&mut self, line: &[u8]) {
+        #[derive(serde::Deserialize)]
+        struct Save {
+            step: f64,
+            error: Option<String>,
+        }
+        if let Ok(Save {
+            step,
+            error: Some(error),
+        }) = serde_json::from_slice(line)
+        {
+            let last = self.train.last().unwrap_or_default();
+            let text = format!("checkpoint of step {step} was not saved: {error}");
+            self.watch.report(AlarmKind::Save, last, text);
+        }
     }
 
     fn other(&mut self, line: &[u8]) -> bool {
@@ -205,9 +233,8 @@ impl Run {
             // `step` is where the run goes on.
             self.go_back(place.step);
         }
-        if let Some(alarm) = alarm_of(kind) {
-            let reason = fields.get("reason").and_then(Value::as_str);
-            let text = reason.map_or_else(|| kind.replace('_', " "), str::to_owned);
+        let reason = fields.get("reason").and_then(Value::as_str);
+        if let Some((alarm, text)) = alarm_of(kind, reason.unwrap_or("unknown reason")) {
             self.watch.report(alarm, place, text);
         }
         fields.remove("step");
@@ -230,6 +257,7 @@ impl Run {
         let changed = later(self.train.last()) || later(self.valid.last());
         self.train.truncate_after(step);
         self.valid.truncate_after(step);
+        self.save.truncate_after(step);
         self.samples.retain(|it| it.step <= step);
         self.inspections.retain(|it| it.step <= step);
         self.watch.go_back(step);
@@ -281,6 +309,7 @@ impl Run {
             "generation": self.generation,
             "train": part(Part::Train, &self.train),
             "valid": part(Part::Valid, &self.valid),
+            "save": part(Part::Save, &self.save),
             "changed": fresh.kinds,
         }))
     }
@@ -289,7 +318,7 @@ impl Run {
     pub(super) fn bytes(&self) -> usize {
         let samples: usize = self.samples.iter().map(|it| it.text.len()).sum();
         let inspections: usize = self.inspections.iter().map(|it| it.json.len()).sum();
-        self.train.bytes() + self.valid.bytes() + samples + inspections
+        self.train.bytes() + self.valid.bytes() + self.save.bytes() + samples + inspections
     }
 }
 
@@ -299,10 +328,14 @@ fn goes_back(kind: &str) -> bool {
 }
 
 /// Kinds of records that are alarms in themselves.
-fn alarm_of(kind: &str) -> Option<AlarmKind> {
-    match kind {
-        "skip" => Some(AlarmKind::NotANumber),
-        "spike" | "rollback" => Some(AlarmKind::Spike),
+fn alarm_of(kind: &str, reason: &str) -> Option<(AlarmKind, String)> {
+    match (kind, reason) {
+        ("skip", "nonfinite") => Some((
+            AlarmKind::NotANumber,
+            "step skipped: loss or gradient is not a number".to_owned(),
+        )),
+        ("skip", reason) => Some((AlarmKind::Spike, format!("step skipped: {reason}"))),
+        ("rollback", reason) => Some((AlarmKind::Spike, format!("rolled back: {reason}"))),
         _ => None,
     }
 }
@@ -383,6 +416,23 @@ mod tests {
             run.apply(&train(step, 1.0));
         }
         assert_eq!(run.news("a").expect("too many")["all"], json!(true));
+    }
+
+    #[test]
+    fn skips_rollbacks_and_failed_saves_are_alarms() {
+        let mut run = Run::new(1 << 20);
+        for step in 1..=50 {
+            run.apply(&train(step, 3.0));
+        }
+        run.apply(br#"{"kind":"skip","step":51,"reason":"nonfinite","in_a_row":1,"offsets":[1,2]}"#);
+        run.apply(br#"{"kind":"save","step":50,"pause_seconds":0.1,"seconds":2,"bytes":9}"#);
+        run.apply(br#"{"kind":"save","step":50,"pause_seconds":0.1,"seconds":2,"error":"full"}"#);
+        run.apply(br#"{"kind":"rollback","step":40,"from":52,"reason":"3 skips in a row"}"#);
+        let alarms: Vec<_> = run.alarms(false, 0.0).iter().map(|it| it.kind).collect();
+        let expected = [AlarmKind::NotANumber, AlarmKind::Save, AlarmKind::Spike];
+        assert_eq!(alarms, expected);
+        assert_eq!((run.train.rows(), run.save.rows(), run.bad_lines), (40, 0, 0));
+        assert_eq!(run.marks.len(), 2);
     }
 
     #[test]

@@ -39,12 +39,15 @@ pub(super) struct View {
 }
 
 /// What is drawn of one column: for each point the extremes and the mean of the rows behind it.
+/// Extremes are left out where a point is one value.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(super) struct Drawn {
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) min: Vec<f32>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) max: Vec<f32>,
     pub(super) mean: Vec<f32>,
-    /// Values behind each point; left out where it is one everywhere.
+    /// Values behind each point; left out where every record behind it has one.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) count: Vec<u32>,
 }
@@ -204,9 +207,10 @@ impl Table {
         }
     }
 
-    /// What is to be drawn of `columns` in `view`: places, and for each column its points. A row
-    /// before and one behind the view are included, so that lines go on to its edges.
-    pub(super) fn draw(&self, view: &View, columns: &[&Column]) -> (Vec<Place>, Vec<Drawn>) {
+    /// What is to be drawn of `columns` in `view`: places with the number of records behind each, and
+    /// for each column its points. A row before and one behind the view are included, so that lines
+    /// go on to its edges.
+    pub(super) fn draw(&self, view: &View, columns: &[&Column]) -> (Vec<(Place, u32)>, Vec<Drawn>) {
         let x = |place: &Place| match view.axis {
             AxisKind::Step => place.step,
             AxisKind::Bytes => place.bytes,
@@ -231,24 +235,32 @@ impl Table {
         }
         edges.dedup();
         let stretches = edges.windows(2).map(|it| (it[0], it[1]));
-        let places = stretches.clone().map(|(_, to)| self.places[to - 1]);
+        let records = |(from, to): (usize, usize)| {
+            let partial = match to == self.places.len() {
+                true => self.stride - self.filled,
+                false => 0,
+            };
+            ((to - from) * self.stride - partial) as u32
+        };
+        let counts: Vec<u32> = stretches.clone().map(records).collect();
+        let places = stretches.clone().zip(&counts);
+        let places = places.map(|((_, to), count)| (self.places[to - 1], *count));
         let drawn = columns.iter().map(|column| {
             let points: Vec<Summary> = stretches
                 .clone()
                 .map(|(from, to)| column.summary(from, to))
                 .collect();
             let single = points.iter().all(|it| it.count <= 1);
+            let dense = points.iter().zip(&counts).all(|(it, all)| it.count == *all);
+            let unless = |left_out: bool, value: fn(&Summary) -> f32| match left_out {
+                true => Vec::new(),
+                false => points.iter().map(value).collect(),
+            };
             Drawn {
-                min: match single {
-                    true => Vec::new(),
-                    false => points.iter().map(|it| it.min).collect(),
-                },
-                max: match single {
-                    true => Vec::new(),
-                    false => points.iter().map(|it| it.max).collect(),
-                },
-                mean: points.iter().map(|it| it.mean).collect(),
-                count: match single {
+                min: unless(single, |it| it.min),
+                max: unless(single, |it| it.max),
+                mean: unless(false, |it| it.mean),
+                count: match dense {
                     true => Vec::new(),
                     false => points.iter().map(|it| it.count).collect(),
                 },
@@ -319,7 +331,7 @@ mod tests {
         let table = table(100);
         let column = table.column("loss").expect("there");
         let (places, drawn) = table.draw(&view(10.0, 20.0, 50), &[column]);
-        let steps: Vec<f64> = places.iter().map(|it| it.step).collect();
+        let steps: Vec<f64> = places.iter().map(|it| it.0.step).collect();
         assert_eq!(steps, (9..=21).map(f64::from).collect::<Vec<_>>());
         assert!(drawn[0].min.is_empty() && drawn[0].mean.len() == 13);
     }
@@ -337,10 +349,11 @@ mod tests {
             let column = table.column("loss").expect("there");
             let (places, drawn) = table.draw(&view, &[column]);
             assert!((100..=304).contains(&places.len()), "{}", places.len());
-            assert!(places.is_sorted_by(|a, b| a.step < b.step));
+            assert!(places.is_sorted_by(|a, b| a.0.step < b.0.step));
             let top = drawn[0].max.iter().copied().reduce(f32::max);
             assert_eq!(top, Some(50.0));
-            assert_eq!(drawn[0].count.iter().sum::<u32>(), 100_001);
+            assert_eq!(places.iter().map(|it| it.1).sum::<u32>(), 100_001);
+            assert!(drawn[0].count.is_empty(), "every record has a value");
         }
     }
 
