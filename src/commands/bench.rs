@@ -7,7 +7,6 @@ use std::time::Instant;
 
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use clap::{Args, Subcommand, ValueEnum};
-use mambabyte_datasets::Batch;
 use mambabyte_kernels::linear::{Product, product};
 use mambabyte_kernels::selective_scan::Scan;
 use mambabyte_kernels::selective_scan::measure::passes;
@@ -17,7 +16,9 @@ use super::{ConfigArgs, print, print_json};
 use crate::config::DeviceConfig;
 use crate::device::{self, budget::Budget};
 use crate::error::{Error, Result};
+use crate::memory::size;
 use crate::train::Learner;
+use crate::train::fit::{fit, meaningless_batch};
 
 /// What to measure.
 #[derive(Clone, Debug, Subcommand)]
@@ -360,25 +361,19 @@ fn relative_error(x: &Tensor<2>, w: &Tensor<2>) -> f64 {
 fn step(args: &StepArgs) -> Result<Vec<Line>> {
     let config = args.config.load()?;
     device::set_threads(config.train.threads);
-    let (device, budget, config) = Budget::open(&config)?;
-    let train = &config.train;
-    let lanes = train.batch * train.accumulation;
-    let count = lanes * train.length;
-    // Bytes without order: their values do not change the work.
-    let byte = |i: usize| (i.wrapping_mul(2_654_435_761) >> 13) as u8;
-    let batch = Batch {
-        batch: lanes,
-        length: train.length,
-        inputs: (0..count).map(byte).collect(),
-        targets: (1..=count).map(byte).collect(),
-        resets: vec![false; count],
-    };
+    let (device, budget, settled) = Budget::open(&config)?;
+    let config = fit(&config, settled, &budget, &device)?;
+    let batch = meaningless_batch(&config);
+    let count = batch.inputs.len();
     let milliseconds = budget.guard(&config, || {
         let mut learner = Learner::new(&config, &device);
         measure(&device, args.common.repeat, || {
             learner.step(&batch, 1, 1e-6).map(|_| ())
         })
     })?;
+    if let Some(used) = budget.used(&device) {
+        tracing::info!("the device has given {}", size(used.reserved));
+    }
     Ok(vec![Line {
         name: format!("step of {count} bytes"),
         milliseconds,

@@ -24,10 +24,11 @@ use crate::nvidia::{self, Gpu};
 /// Memory above the limit is taken in pieces of this size, in bytes.
 const PIECE: u64 = 4 << 30;
 
-/// What an out-of-memory failure says, in lower case: CubeCL's two errors, CUDA's, cuBLASLt's, and
-/// what graphics drivers say.
-const SIGNS: [&str; 6] = [
+/// What an out-of-memory failure says, in lower case: CubeCL's two errors and what it says of work that
+/// followed a failed allocation, CUDA's, cuBLASLt's, and what graphics drivers say.
+const SIGNS: [&str; 7] = [
     "out of device memory",
+    "memory location was never initialized",
     "can't allocate buffer of size",
     "cuda_error_out_of_memory",
     "cublas_status_alloc_failed",
@@ -93,6 +94,11 @@ impl Budget {
     /// Whether the run is on a GPU.
     pub fn on_gpu(&self) -> bool {
         !self.device.starts_with(DeviceKind::Cpu.name())
+    }
+
+    /// Whether the run is on a GPU of which it may not use more than a limit.
+    pub fn is_limited(&self) -> bool {
+        self.on_gpu() && self.limit.is_some()
     }
 
     /// The device with its limit, enforced as far as that is possible.
@@ -475,6 +481,9 @@ mod tests {
         for text in [
             CUBECL,
             "can't allocate buffer of size: 7000000000\n",
+            "product: Several failures at once\n  skipped `AdjointEnds`: it needed memory which \
+             carried the failure\n  couldn't find resource for that handle: Memory location was \
+             never initialized",
             "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")",
             "CublasError(CUBLAS_STATUS_ALLOC_FAILED)",
             "An out-of-memory error happened during launch",

@@ -13,10 +13,12 @@
 //! documentation: B, L, D, E, N, R, K, V; `s` bytes of a number in the computation, `p` = B·L
 //! positions of a micro-batch, T positions of a chunk of the scan.
 //!
-//! The sum of all tensors was compared with CubeCL's own count on software Vulkan (fp32, D 256, 8
-//! layers, 8 · 1,024 positions, T 256): 602 of 605 MiB with no layer recomputed, 378 of 381 MiB with
-//! all. What groups of layers add and save was compared there as well (6 layers in groups of 2, 5 and
-//! 6, 4 · 512 positions): the same to the MiB.
+//! On an H200 the whole was 0 to 6 % below what the driver gave (353M and 972M in bf16, 1 to 8
+//! sequences of 8,192 bytes, docs/benchmarks.md), before a page was added for what the model of the
+//! allocator does not see. The sum of all tensors was compared with CubeCL's own count on software
+//! Vulkan (fp32, D 256, 8 layers, 8 · 1,024 positions, T 256): 602 of 605 MiB with no layer
+//! recomputed, 378 of 381 MiB with all. What groups of layers add and save was compared there as well
+//! (6 layers in groups of 2, 5 and 6, 4 · 512 positions): the same to the MiB.
 
 mod pages;
 
@@ -84,9 +86,9 @@ const SCAN_BUSY_UNITS: u64 = 128 * 1024;
 /// Positions of a chunk on the CPU; as `CHUNK` in `kernels/src/selective_scan/flex/mod.rs`.
 const SCAN_CHUNK_CPU: u64 = 32;
 
-/// What `"auto"` leaves unused of a limit, in percent: an estimate that is a little short must not
-/// end a run.
-const SPARE_PERCENT: u64 = 4;
+/// What `"auto"` leaves unused of a limit, in percent: an estimate that is a little short costs an
+/// attempt ([`crate::train::fit`]).
+const SPARE_PERCENT: u64 = 2;
 
 /// How far an estimate may be above what there is before a run is refused, in percent: it is an
 /// estimate, and the allocator has the last word.
@@ -668,9 +670,9 @@ mod tests {
         // 2048 norm, 1024 · 4096, 2048 · (4 + 1), 2048 · 96, (64 + 1) · 2048, 2048 · 16, 2048,
         // 2048 · 1024.
         assert_eq!(sizes.layer_parameters, 6_668_288);
-        // A chunk: 32 states, sums of 32 cubes, ends. All 64 of them fit 640 MiB.
+        // A chunk: 32 states, sums of 32 cubes, ends. All 64 of them fit 320 MiB.
         let (states, sums, ends) = (32 * 2048 * 16, 128 * 32 * 32, 17 * 2048);
-        assert!((640 << 20) / (4 * (states + sums)) >= 64);
+        assert!((320 << 20) / (4 * (states + sums)) >= 64);
         let inside = 2 * 8192 * (3 * 2048 + 2 * 1024 + 96 + 4096)
             + 4 * 8192 * 1024
             + 64 * 4 * (states + sums + ends)
@@ -682,7 +684,7 @@ mod tests {
         let (page, reserved) = sizes.pages(53).expect("a GPU has pages");
         assert_eq!(cut + peak.pages, reserved);
         assert_eq!(reserved % page, 0);
-        assert!(peak.pages < cut / 5, "{} of {cut} lost", peak.pages);
+        assert!(peak.pages < cut / 4, "{} of {cut} lost", peak.pages);
         assert_eq!(peak.context, CUDA_CONTEXT);
     }
 
@@ -799,11 +801,11 @@ mod tests {
             config.train.recompute
         };
         assert_eq!(settled(None, "auto"), Recompute::None);
-        // With a twenty-fifth to spare: 610176 of 635700.
-        assert_eq!(settled(Some(635_700), "auto"), Recompute::None);
-        assert_eq!(settled(Some(635_500), "auto"), Recompute::First(1));
-        assert_eq!(settled(Some(601_500), "auto"), Recompute::First(1));
-        assert_eq!(settled(Some(601_400), "auto"), Recompute::All);
+        // With a fiftieth to spare: 610176 of 622700.
+        assert_eq!(settled(Some(622_700), "auto"), Recompute::None);
+        assert_eq!(settled(Some(622_600), "auto"), Recompute::First(1));
+        assert_eq!(settled(Some(589_200), "auto"), Recompute::First(1));
+        assert_eq!(settled(Some(589_100), "auto"), Recompute::All);
         assert_eq!(settled(Some(1000), "auto"), Recompute::All);
         assert_eq!(settled(Some(1000), "none"), Recompute::None);
         assert_eq!(settled(Some(1000), "1"), Recompute::First(1));

@@ -60,6 +60,9 @@ pub(super) struct Step {
 
 impl Step {
     /// The page size with the least loss, and what the allocator takes with it.
+    ///
+    /// One page more than the model says is counted: programs drop tensors a little earlier or later
+    /// than in the order of the model, and most runs that were measured took that page.
     pub fn best_page(&self) -> (u64, u64) {
         let largest = self.largest() + MARGIN;
         let from = largest.max(LEAST).div_ceil(UNIT);
@@ -67,7 +70,7 @@ impl Step {
         (from..=to)
             .step_by(((to - from) / CANDIDATES).max(1) as usize)
             .map(|units| units * UNIT)
-            .map(|page| (self.reserved(page), page))
+            .map(|page| (self.reserved(page) + page, page))
             .min()
             .map_or((0, 0), |(reserved, page)| (page, reserved))
     }
@@ -402,9 +405,9 @@ mod tests {
     fn the_best_page_is_no_worse_than_others() {
         let step = paper(4, 0, &[256 << 20, 32 << 20, 4 << 20]);
         let (page, reserved) = step.best_page();
-        assert_eq!(step.reserved(page), reserved);
+        assert_eq!(step.reserved(page) + page, reserved);
         for other in [288 << 20, 384 << 20, 512 << 20, 1 << 30] {
-            assert!(step.reserved(other) >= reserved, "{other}");
+            assert!(step.reserved(other) + other >= reserved, "{other}");
         }
     }
 

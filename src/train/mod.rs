@@ -8,6 +8,7 @@
 //! as they are.
 
 pub mod checkpoint;
+pub mod fit;
 mod interrupt;
 pub mod learner;
 pub mod metrics;

@@ -8,6 +8,7 @@ use mambabyte_datasets::progress::Silent;
 use mambabyte_datasets::{Batch, Loader, Sampler, SamplerConfig, SamplingMode, Shards};
 
 use super::checkpoint::{Checkpoint, Progress};
+use super::fit::fit;
 use super::interrupt;
 use super::learner::Learner;
 use super::metrics::{MetricRecord, MetricsWriter, bits};
@@ -43,9 +44,10 @@ pub fn start(
     stop_after: Option<u64>,
 ) -> Result<()> {
     let init = open_init(config, init)?;
-    let (device, budget, config) = Budget::open(config)?;
+    let (device, budget, settled) = Budget::open(config)?;
     // Data first: a run that cannot read any leaves no folder behind.
-    let (sampler, validation) = open_data(&config)?;
+    let (sampler, validation) = open_data(&settled)?;
+    let config = fit(config, settled, &budget, &device)?;
     let dir = RunDir::create(path, &config)?;
     let progress = Progress {
         step: 0,
@@ -75,8 +77,10 @@ pub fn start(
 /// Goes on with the run in `path` from its newest checkpoint that is whole.
 pub fn resume(path: &Path, stop_after: Option<u64>) -> Result<()> {
     let dir = RunDir::open(path)?;
-    let (device, budget, config) = Budget::open(&dir.config()?)?;
-    let (sampler, validation) = open_data(&config)?;
+    let asked = dir.config()?;
+    let (device, budget, settled) = Budget::open(&asked)?;
+    let (sampler, validation) = open_data(&settled)?;
+    let config = fit(&asked, settled, &budget, &device)?;
     budget.guard(&config, || {
         let mut learner = Learner::new(&config, &device);
         let progress = restore(&dir, &mut learner, &sampler, &config)?;

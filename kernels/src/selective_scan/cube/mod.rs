@@ -11,11 +11,10 @@
 //! 2. *Carry* over the chunks: what enters each of them. These states are all that backward needs.
 //! 3. *Outputs*: every chunk again from its entering state.
 //!
-//! With one chunk (generation's L = 1), or enough channels to keep the device busy, a single pass over
-//! all positions replaces the three: half the exponentials. With a great many channels the same
-//! kernel walks all positions; with fewer, another one spreads a channel's states over lanes
-//! ([`spread`]). All three ways leave the states that enter chunks for backward, and compute an output
-//! from them by the same operations in the same order, so that backward can have forward's bits again.
+//! With one chunk (generation's L = 1), or enough channels to keep the device busy, the third kernel
+//! alone walks all positions: half the exponentials. Both ways leave the states that enter chunks for
+//! backward, and compute an output from them by the same operations in the same order, so that
+//! backward can have forward's bits again.
 //!
 //! Backward, in segments of chunks from the right (its transient memory is bounded):
 //!
@@ -47,7 +46,6 @@ mod carry;
 mod common;
 mod forward;
 pub(crate) mod plan;
-mod spread;
 mod sums;
 #[cfg(test)]
 mod tests;
@@ -90,19 +88,11 @@ pub(crate) fn forward(inputs: ScanInputs<CubeTensor>) -> ScanOutputs<CubeTensor>
         y: empty(&inputs.u, [batch, length, inner], inputs.u.dtype),
     };
     let softplus = inputs.delta_softplus;
-    let launch = |config: &SweepConfig| {
-        launch_outputs(&inputs, &strides, &shape, &chunks, config, &results);
-    };
-    if chunks.forward == Forward::Spread {
-        launch(&plan::spread(&shape, &chunks, &device, alignment, softplus));
-    } else {
-        let most = FORWARD_UNITS;
-        let config = sweep(&shape, &chunks, &device, alignment, softplus, most);
-        if chunks.forward == Forward::Cut {
-            launch_chunk_ends(&inputs, &strides, &shape, &chunks, &config, &results);
-        }
-        launch(&config);
+    let config = sweep(&shape, &chunks, &device, alignment, softplus, FORWARD_UNITS);
+    if chunks.forward == Forward::Cut {
+        launch_chunk_ends(&inputs, &strides, &shape, &chunks, &config, &results);
     }
+    launch_outputs(&inputs, &strides, &shape, &chunks, &config, &results);
     let Results {
         saved,
         last_state,
@@ -291,47 +281,38 @@ fn launch_outputs(
         elem(inputs.b.dtype),
         elem(z_dtype),
     ];
-    // Arguments that the kernels share, and their own last ones.
-    macro_rules! launch {
-        ($kernel:path, $($own:expr),*) => {
-            // SAFETY: every position is derived from the shapes passed along, whose buffers are of
-            // just these sizes and strides; units beyond the last channel or cube write nothing.
-            unsafe {
-                $kernel(
-                    client,
-                    blocks,
-                    units,
-                    address,
-                    config.source,
-                    buffer(&inputs.u),
-                    buffer(&inputs.delta),
-                    buffer(&inputs.b),
-                    buffer(&inputs.c),
-                    buffer(&inputs.a),
-                    optional(&inputs.d),
-                    optional(&inputs.z),
-                    optional(&inputs.delta_bias),
-                    optional(&inputs.initial_state),
-                    optional(&inputs.resets),
-                    buffer(&results.saved),
-                    buffer(&results.last_state),
-                    buffer(&results.y),
-                    shape.batch,
-                    shape.length,
-                    shape.inner,
-                    shape.state,
-                    strides.b,
-                    strides.c,
-                    strides.z,
-                    $($own,)*
-                    types,
-                )
-            }
-        };
-    }
-    match chunks.forward {
-        Forward::Spread => launch!(spread::spread_outputs::launch_unchecked, *config),
-        Forward::Cut => launch!(forward::outputs::launch_unchecked, false, *config),
-        Forward::Walk => launch!(forward::outputs::launch_unchecked, true, *config),
+    // SAFETY: every position is derived from the shapes passed along, whose buffers are of just
+    // these sizes and strides; units beyond the last channel or cube write nothing.
+    unsafe {
+        forward::outputs::launch_unchecked(
+            client,
+            blocks,
+            units,
+            address,
+            config.source,
+            buffer(&inputs.u),
+            buffer(&inputs.delta),
+            buffer(&inputs.b),
+            buffer(&inputs.c),
+            buffer(&inputs.a),
+            optional(&inputs.d),
+            optional(&inputs.z),
+            optional(&inputs.delta_bias),
+            optional(&inputs.initial_state),
+            optional(&inputs.resets),
+            buffer(&results.saved),
+            buffer(&results.last_state),
+            buffer(&results.y),
+            shape.batch,
+            shape.length,
+            shape.inner,
+            shape.state,
+            strides.b,
+            strides.c,
+            strides.z,
+            chunks.forward != Forward::Cut,
+            *config,
+            types,
+        );
     }
 }

@@ -24,19 +24,8 @@ const TRANSIENT_BYTES: usize = if cfg!(test) {
     BACKWARD_TRANSIENT_BYTES
 };
 
-/// Planes of 32 units a processor from which [`Forward::Spread`] is taken: one and a half for each
-/// of the four schedulers that processors have. (Four sequences of 2048 channels of 16 states on 132
-/// processors are nearly 8, two sequences nearly 4; two on 82 are 6.)
-const SPREAD_PLANES: usize = 6;
-
-/// States of a lane in [`Forward::Spread`].
-const SPREAD_STATES: usize = 4;
-
-/// Most states of a channel there: B and C of a group of positions must fit into shared memory.
-const SPREAD_MOST: usize = 64;
-
-/// Positions that are worked on without a loop there, at least.
-const SPREAD_BLOCK: usize = 16;
+/// States of a lane: all of a channel's, for the usual number of states.
+const LANE_STATES: usize = 16;
 
 /// How forward goes through time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,10 +33,8 @@ pub enum Forward {
     /// Every chunk on its own, twice: its end from a zero state, then its outputs from the state
     /// that enters it.
     Cut,
-    /// Once through all positions, a channel in one unit: for one chunk, or very many channels.
+    /// Once through all positions: for one chunk, or very many channels.
     Walk,
-    /// Once through all positions, a channel's states spread over lanes.
-    Spread,
 }
 
 /// Choices in the place of the plan's own, for tests and measurements.
@@ -107,24 +94,16 @@ impl Chunks {
             .next_power_of_two()
             .clamp(CHUNK[0], CHUNK[1]);
         let count = shape.length.div_ceil(size);
-        let (_, lanes) = spread_states(shape.state, SPREAD_STATES, device.plane);
-        let processors = device.busy_units / 1024;
-        // Cutting costs two exponentials an element, so one pass pays before it fills the device.
-        let may_spread = shape.state <= SPREAD_MOST;
-        let own = if count == 1 || 2 * channels >= device.busy_units {
-            Forward::Walk
-        } else if may_spread && channels * lanes >= SPREAD_PLANES * 32 * processors {
-            Forward::Spread
-        } else {
-            Forward::Cut
+        // Cutting costs two exponentials an element, but a walk waits at every position for the one
+        // before: it takes many units to hide that.
+        let own = match count == 1 || 2 * channels >= device.busy_units {
+            true => Forward::Walk,
+            false => Forward::Cut,
         };
         Self {
             size,
             count,
-            forward: match CHOICE.get().forward {
-                Some(Forward::Spread) if !may_spread => own,
-                choice => choice.unwrap_or(own),
-            },
+            forward: CHOICE.get().forward.unwrap_or(own),
         }
     }
 
@@ -140,7 +119,7 @@ impl Chunks {
     pub fn parts(&self) -> usize {
         match self.forward {
             Forward::Cut => self.count,
-            Forward::Walk | Forward::Spread => 1,
+            Forward::Walk => 1,
         }
     }
 }
@@ -208,20 +187,6 @@ impl SweepConfig {
         self.stride() <= self.tile
     }
 
-    /// Groups of as many positions as a channel has lanes that are worked on without a loop.
-    pub const fn groups(&self) -> usize {
-        if self.lanes < SPREAD_BLOCK {
-            SPREAD_BLOCK / self.lanes
-        } else {
-            1
-        }
-    }
-
-    /// Positions of these groups.
-    pub const fn block(&self) -> usize {
-        self.groups() * self.lanes
-    }
-
     /// Vectors of a stage's B or C.
     pub const fn tile_vectors(&self) -> usize {
         self.tile * self.states() / 4
@@ -258,7 +223,7 @@ fn spread_states(state: usize, wanted: usize, plane: usize) -> (usize, usize) {
     (per_lane, lanes)
 }
 
-/// The kernels that walk left to right, a channel's states in one lane where they fit.
+/// The kernels that go left to right, a channel's states in one lane where they fit.
 ///
 /// `most_units` bounds the cube: the compiler shares 65,536 registers over it, and the cube's size
 /// is the only way to ask for fewer.
@@ -270,8 +235,12 @@ pub(super) fn sweep(
     softplus: bool,
     most_units: usize,
 ) -> SweepConfig {
-    let (per_lane, lanes) = spread_states(shape.state, 16, device.plane);
-    let most_units = if per_lane > 16 { 128 } else { most_units };
+    let (per_lane, lanes) = spread_states(shape.state, LANE_STATES, device.plane);
+    let most_units = if per_lane > LANE_STATES {
+        128
+    } else {
+        most_units
+    };
     let rows = shape.batch * chunks.parts();
     let units = cube_units(shape.inner * lanes, rows, most_units, device).max(lanes);
     let mut config = SweepConfig {
@@ -293,36 +262,6 @@ pub(super) fn sweep(
     // B and C of a stage, and which of its positions clear the state.
     let bytes = |c: &SweepConfig| c.tile * (2 * 4 * c.states() + 4);
     while config.tile > SUB && bytes(&config) > device.shared_bytes / 2 {
-        config.tile /= 2;
-    }
-    config
-}
-
-/// The kernel of [`Forward::Spread`].
-pub(super) fn spread(
-    shape: &ScanShape,
-    chunks: &Chunks,
-    device: &DeviceTraits,
-    alignment: Alignment,
-    softplus: bool,
-) -> SweepConfig {
-    let (per_lane, lanes) = spread_states(shape.state, SPREAD_STATES, device.plane);
-    let units = cube_units(shape.inner * lanes, shape.batch, 128, device).max(lanes);
-    let mut config = SweepConfig {
-        units,
-        per_lane,
-        lanes,
-        per_unit: 1,
-        plane: device.plane,
-        chunk: chunks.size,
-        tile: 128.min(chunks.size),
-        vector: 1,
-        source: alignment.states,
-        softplus,
-        ptx: device.ptx,
-    };
-    let bytes = |c: &SweepConfig| c.tile * 2 * 4 * c.states();
-    while config.tile > config.block() && bytes(&config) > device.shared_bytes / 2 {
         config.tile /= 2;
     }
     config
