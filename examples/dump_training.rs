@@ -47,10 +47,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     )?;
 
     let progress = Progress {
-        step: 0,
-        bytes_seen: 0,
         data: Some(shards.identity().to_owned()),
-        valid_bpb: None,
+        ..Progress::default()
     };
     Checkpoint::save(out, &Learner::new(&config, &Device::default()), &progress)?;
 

@@ -3,154 +3,19 @@
 //! `MAMBABYTE_FUZZ=1000000 cargo test --release --test interop_fuzz -- --nocapture` runs so many
 //! inputs; a usual run has two thousand. `MAMBABYTE_FUZZ_SEED` chooses others.
 
-use std::alloc::{GlobalAlloc, Layout, System};
+#[path = "common/fuzzing.rs"]
+mod fuzzing;
+
 use std::collections::BTreeMap;
 use std::fs;
-use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 
+use fuzzing::{Random, attempt, damage, number};
 use mambabyte::interop::Import;
-
-static IN_USE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-/// The system's allocator, with a note of how much is taken.
-struct Counting;
-
-// SAFETY: every call goes to the system's allocator as it came; counting does not touch memory.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let now = IN_USE.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
-        PEAK.fetch_max(now, Ordering::Relaxed);
-        // SAFETY: the caller's promises about `layout` are passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        IN_USE.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's promises about both are passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 /// Memory that reading a damaged checkpoint of some ten kB may take: messages, lists of names, and
 /// the table of a model of as many layers as a config can name.
 const MOST_MEMORY: usize = 24 << 20;
-
-/// A stream of numbers (xorshift): the same for the same seed.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 >> 11
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        self.next() as usize % limit.max(1)
-    }
-
-    fn of<T: Copy>(&mut self, items: &[T]) -> T {
-        items[self.below(items.len())]
-    }
-}
-
-/// Numbers at which arithmetic goes wrong.
-const EDGES: [u64; 12] = [
-    0,
-    1,
-    2,
-    255,
-    256,
-    0x7fff,
-    0xffff,
-    0x7fff_ffff,
-    0xffff_ffff,
-    0x1_0000_0000,
-    i64::MAX as u64,
-    u64::MAX,
-];
-
-/// Text that is read, or has a meaning, in one of the formats.
-const WORDS: [&[u8]; 22] = [
-    b"-1",
-    b"18446744073709551615",
-    b"1e999",
-    b"null",
-    b"true",
-    b"{}",
-    b"[]",
-    b"\"\"",
-    b"\"F64\"",
-    b"\"BF16\"",
-    b"\"F32\"",
-    b"../",
-    b"layers.4095.",
-    b"layers.18446744073709551615.",
-    b"cos\nsystem\n",
-    b"ctorch\nFloatStorage\n",
-    b"ctorch._utils\n_rebuild_tensor_v2\n",
-    b"tR",
-    b"h\x00",
-    b"PK\x05\x06",
-    b"PK\x06\x07",
-    b"PK\x01\x02",
-];
-
-/// A place in `bytes`: near its ends, where headers and directories are, nine times of ten.
-fn place(random: &mut Random, bytes: &[u8]) -> usize {
-    const NEAR: usize = 3000;
-    match random.below(20) {
-        0 | 1 => random.below(bytes.len()),
-        2..=10 => random.below(bytes.len().min(NEAR)),
-        _ => bytes.len() - 1 - random.below(bytes.len().min(NEAR)),
-    }
-}
-
-/// Changes `bytes` a little.
-fn damage(random: &mut Random, bytes: &mut Vec<u8>) {
-    for _ in 0..1 + random.below(3) {
-        if bytes.is_empty() {
-            return;
-        }
-        let at = place(random, bytes);
-        match random.below(8) {
-            0 => bytes.truncate(at),
-            1 => bytes[at] ^= 1 << random.below(8),
-            2 => bytes[at] = random.next() as u8,
-            3 => {
-                let number = random.of(&EDGES).to_le_bytes();
-                let width = random.of(&[1, 2, 4, 8]).min(bytes.len() - at);
-                bytes[at..at + width].copy_from_slice(&number[..width]);
-            }
-            4 => {
-                let word = random.of(&WORDS);
-                bytes.splice(at..at, word.iter().copied());
-            }
-            5 => {
-                let word = random.of(&WORDS);
-                let end = (at + word.len()).min(bytes.len());
-                bytes.splice(at..end, word.iter().copied());
-            }
-            6 => {
-                let end = (at + 1 + random.below(40)).min(bytes.len());
-                bytes.drain(at..end);
-            }
-            _ => {
-                let end = (at + 1 + random.below(200)).min(bytes.len());
-                let copy = bytes[at..end].to_vec();
-                let to = place(random, bytes);
-                bytes.splice(to..to, copy);
-            }
-        }
-    }
-}
 
 type Checkpoint = BTreeMap<PathBuf, Vec<u8>>;
 
@@ -242,13 +107,6 @@ fn open(folder: &Path) -> Result<(), String> {
         .map_err(|e| e.report())
 }
 
-fn number(variable: &str, usual: u64) -> u64 {
-    match std::env::var(variable) {
-        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{variable}={text}")),
-        Err(_) => usual,
-    }
-}
-
 #[test]
 fn damaged_checkpoints_are_errors() {
     let count = number("MAMBABYTE_FUZZ", 2000);
@@ -282,29 +140,20 @@ fn damaged_checkpoints_are_errors() {
         let path = folders[which].join(name);
         fs::write(&path, &bytes).expect("writable");
 
-        let before = IN_USE.load(Ordering::Relaxed);
-        PEAK.store(before, Ordering::Relaxed);
-        let outcome = catch_unwind(|| open(&folders[which]));
-        let memory = PEAK.load(Ordering::Relaxed) - before;
-        highest = highest.max(memory);
-        let problem = match outcome {
-            Err(_) => Some("panicked".to_owned()),
-            Ok(_) if memory > MOST_MEMORY => Some(format!("took {memory} bytes")),
-            Ok(Err(report)) if report.len() > 20_000 => Some("has an endless message".to_owned()),
-            Ok(Err(_)) => {
-                refused += 1;
-                None
+        match attempt(MOST_MEMORY, || open(&folders[which])) {
+            Ok(outcome) => {
+                refused += u64::from(outcome.refused);
+                highest = highest.max(outcome.memory);
             }
-            Ok(Ok(())) => None,
-        };
-        if let Some(problem) = problem {
-            let kept = std::env::temp_dir().join(format!("mambabyte-fuzz-{i}"));
-            fs::write(&kept, &bytes).expect("writable");
-            panic!(
-                "input {i}, {}: {problem}; kept as {}",
-                path.display(),
-                kept.display()
-            );
+            Err(problem) => {
+                let kept = std::env::temp_dir().join(format!("mambabyte-fuzz-{i}"));
+                fs::write(&kept, &bytes).expect("writable");
+                panic!(
+                    "input {i}, {}: {problem}; kept as {}",
+                    path.display(),
+                    kept.display()
+                );
+            }
         }
         fs::write(&path, original).expect("writable");
     }

@@ -80,8 +80,8 @@ fn moments_in_the_other_form_are_refused() {
         let edited = config.replace(&line(here), &line(other));
         assert_ne!(edited, config);
         std::fs::write(&file, edited).expect("writable");
-        let saved = format!("saved with `optimizer.state` = \"{here}\"");
-        let wanted = format!("the run's config has \"{other}\"");
+        let saved = "the run's config is not that of its newest checkpoint, step 3".to_owned();
+        let wanted = format!("`optimizer.state` was \"{here}\", and is \"{other}\"");
         let resume = format!("resume {here}");
         workspace.fails(&resume, CHECKPOINT, &[&saved, &wanted, "hint:"]);
         assert_eq!(workspace.newest(here), 3);

@@ -5,7 +5,7 @@
 //! 1. A [`sources::Source`] lists the documents of a [`Split`]: a local PG-19 copy (see
 //!    [`download`] for fetching one), a folder or file of text, or the Rust sources that cargo
 //!    has unpacked on this machine.
-//! 2. [`shards::prepare`] writes those documents to shard files: one checked, memory-mappable
+//! 2. [`shards::prepare`] writes those documents to shard files: one checked
 //!    byte stream per split.
 //! 3. [`shards::Shards`] opens a split as one byte stream with document boundaries.
 //! 4. [`sampling::Sampler`] cuts the stream into batches. A batch is a pure function of the

@@ -1,11 +1,26 @@
 //! Batches ahead of time, on a background thread.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use crate::error::{DataError, Result};
 use crate::sampling::{Batch, Sampler};
+
+/// Waits between attempts to read a batch: a network disk that does not answer for a while does not
+/// end a run of weeks.
+const PAUSES: [Duration; 5] = [
+    Duration::from_millis(100),
+    Duration::from_millis(500),
+    Duration::from_secs(2),
+    Duration::from_secs(10),
+    Duration::from_secs(30),
+];
+
+/// Between two looks whether the loader has been dropped meanwhile.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Produces the batches of consecutive steps while the caller computes.
 ///
@@ -16,6 +31,8 @@ pub struct Loader {
     /// None only while the loader is being dropped.
     batches: Option<Receiver<Result<Batch>>>,
     thread: Option<JoinHandle<()>>,
+    /// Set when the loader is dropped, so that its thread does not wait for a disk.
+    dropped: Arc<AtomicBool>,
     next_step: u64,
 }
 
@@ -36,9 +53,11 @@ impl Loader {
         }
         let dir = sampler.shards().dir().to_path_buf();
         let (sender, batches) = sync_channel(queue_depth);
+        let dropped = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&dropped);
         let produce = move || {
             for step in first_step..=u64::MAX {
-                let batch = sampler.batch(step);
+                let batch = patiently(&seen, || sampler.batch(step));
                 let failed = batch.is_err();
                 // Sending fails once the loader has been dropped.
                 if sender.send(batch).is_err() || failed {
@@ -53,6 +72,7 @@ impl Loader {
         Ok(Self {
             batches: Some(batches),
             thread: Some(thread),
+            dropped,
             next_step: first_step,
         })
     }
@@ -66,7 +86,8 @@ impl Loader {
     ///
     /// # Errors
     ///
-    /// Those of [`Sampler::batch`]; after one, [`DataError::LoaderStopped`].
+    /// Those of [`Sampler::batch`], after some 40 seconds of trying again where the system could not
+    /// read; after one, [`DataError::LoaderStopped`].
     #[expect(
         clippy::should_implement_trait,
         reason = "an endless stream of results is no iterator: there is no end to report"
@@ -84,8 +105,28 @@ impl Loader {
     }
 }
 
+/// What `read` gives, which is asked again where the system could not read; until `dropped`.
+fn patiently(dropped: &AtomicBool, mut read: impl FnMut() -> Result<Batch>) -> Result<Batch> {
+    for pause in PAUSES {
+        match read() {
+            Err(DataError::Io { .. }) => {}
+            result => return result,
+        }
+        let mut waited = Duration::ZERO;
+        while waited < pause && !dropped.load(Ordering::Relaxed) {
+            thread::sleep(LOOK);
+            waited += LOOK;
+        }
+        if dropped.load(Ordering::Relaxed) {
+            break;
+        }
+    }
+    read()
+}
+
 impl Drop for Loader {
     fn drop(&mut self) {
+        self.dropped.store(true, Ordering::Relaxed);
         // Closing the queue first wakes a thread that waits for room in it.
         self.batches = None;
         if let Some(thread) = self.thread.take() {
@@ -135,6 +176,33 @@ mod tests {
         }
         assert_eq!(Arc::strong_count(&sampler), 1);
         assert!(Loader::spawn(sampler, 0, 0).is_err());
+    }
+
+    #[test]
+    fn a_disk_that_comes_back_is_waited_for() {
+        let (_root, shards, _) = shards_of(&[100]);
+        let sampler = Sampler::new(shards, CONFIG).unwrap();
+        let unreadable = || {
+            let error = std::io::Error::from(std::io::ErrorKind::StaleNetworkFileHandle);
+            Err(DataError::io("read", std::path::Path::new("x"))(error))
+        };
+        let mut attempts = 0;
+        let batch = patiently(&AtomicBool::new(false), || {
+            attempts += 1;
+            if attempts < 3 {
+                unreadable()
+            } else {
+                sampler.batch(7)
+            }
+        });
+        assert_eq!((batch.unwrap(), attempts), (sampler.batch(7).unwrap(), 3));
+        // Nobody waits any more: one more attempt, and that is all.
+        let mut attempts = 0;
+        let batch = patiently(&AtomicBool::new(true), || {
+            attempts += 1;
+            unreadable()
+        });
+        assert!(matches!(batch, Err(DataError::Io { .. })) && attempts == 2);
     }
 
     #[test]

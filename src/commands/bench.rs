@@ -368,7 +368,8 @@ fn step(args: &StepArgs) -> Result<Vec<Line>> {
     let milliseconds = budget.guard(&config, || {
         let mut learner = Learner::new(&config, &device);
         measure(&device, args.common.repeat, || {
-            learner.step(&batch, 1, 1e-6).map(|_| ())
+            learner.step(&batch, 1e-6, None);
+            Ok(())
         })
     })?;
     if let Some(used) = budget.used(&device) {

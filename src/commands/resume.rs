@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 use super::ResumeArgs;
 use crate::device;
 use crate::error::Result;
-use crate::train::{RunDir, run};
+use crate::train::{self, RunDir};
 
 /// Runs the command.
 pub fn run(args: &ResumeArgs) -> Result<()> {
     let path = run_folder(&args.run);
     device::set_threads(RunDir::open(&path)?.config()?.train.threads);
     eprintln!("run: {}", path.display());
-    run::resume(&path, args.stop_after)
+    train::resume(&path, args.stop_after)
 }
 
 /// A path as it is, or the name of a run in `checkpoints/`.

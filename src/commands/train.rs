@@ -7,7 +7,7 @@ use super::TrainArgs;
 use crate::config::Config;
 use crate::device;
 use crate::error::Result;
-use crate::train::run;
+use crate::train;
 
 /// Runs the command.
 pub fn run(args: &TrainArgs) -> Result<()> {
@@ -15,7 +15,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     device::set_threads(config.train.threads);
     let path = run_path(&config, args);
     eprintln!("run: {}", path.display());
-    run::start(&config, &path, args.init.as_deref(), args.stop_after)
+    train::start(&config, &path, args.init.as_deref(), args.stop_after)
 }
 
 /// The run's folder: the given name, or the config's with the time.

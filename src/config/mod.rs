@@ -12,7 +12,7 @@
 //! ```
 //!
 //! Every key is documented at its field: [`MambaConfig`], [`TrainConfig`], [`OptimizerConfig`],
-//! [`DataConfig`], [`CheckpointConfig`], [`DeviceConfig`]. Unknown keys, wrong types, values out of
+//! [`DataConfig`], [`CheckpointConfig`], [`GuardConfig`], [`DeviceConfig`]. Unknown keys, wrong types, values out of
 //! range and values that contradict each other are all reported at once, each with its place and
 //! what to do. This module knows nothing of tensors.
 
@@ -35,7 +35,9 @@ use serde::{Deserialize, Serialize};
 
 pub use model::{MambaConfig, ParameterSpec};
 pub use report::{ConfigError, ConfigErrors, Place};
-pub use sections::{CheckpointConfig, DataConfig, DeviceConfig, OptimizerConfig, TrainConfig};
+pub use sections::{
+    CheckpointConfig, DataConfig, DeviceConfig, GuardConfig, OptimizerConfig, TrainConfig,
+};
 pub use values::{
     DeviceKind, DtInit, DtRank, MemoryLimit, Mode, Norm, OptimizerState, Precision, Preset,
     Recompute,
@@ -60,6 +62,8 @@ pub struct Config {
     pub data: DataConfig,
     /// What is saved.
     pub checkpoint: CheckpointConfig,
+    /// What happens when numbers go wrong.
+    pub guard: GuardConfig,
     /// Where to compute.
     pub device: DeviceConfig,
 }
@@ -91,6 +95,7 @@ impl Config {
             optimizer: OptimizerConfig::read(&mut reader.section("optimizer")),
             data: DataConfig::read(&mut reader.section("data")),
             checkpoint: CheckpointConfig::read(&mut reader.section("checkpoint")),
+            guard: GuardConfig::read(&mut reader.section("guard")),
             device: DeviceConfig::read(&mut reader.section("device")),
         };
         config.check_together(&mut reader);

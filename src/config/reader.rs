@@ -14,12 +14,13 @@ use super::section::{Section, shorten, with_article};
 use super::suggest;
 
 /// Every section of a config.
-pub(super) const SECTIONS: [&str; 6] = [
+pub(super) const SECTIONS: [&str; 7] = [
     "model",
     "train",
     "optimizer",
     "data",
     "checkpoint",
+    "guard",
     "device",
 ];
 

@@ -291,6 +291,32 @@ impl CheckpointConfig {
     }
 }
 
+/// Section `[guard]`: what happens when a loss or a gradient goes wrong.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuardConfig {
+    /// Steps in a row that could not be applied before the run goes back to its last good
+    /// checkpoint. From 1, default 5.
+    pub bad_steps: u32,
+    /// A step whose loss is so many standard deviations above the mean of the last 128 good ones,
+    /// and half the mean above it, is not applied; 0 is no limit. Default 6.
+    pub spike: f64,
+    /// Times that the run goes back to one and the same checkpoint before it has diverged; 0 is
+    /// never back. Default 3.
+    pub rollbacks: u32,
+}
+
+impl GuardConfig {
+    pub(super) fn read(section: &mut Section<'_>) -> Self {
+        let hint = "0 means that a run never goes back";
+        Self {
+            bad_steps: section.integer("bad_steps", 1, 1 << 20, Some(5), "") as u32,
+            spike: section.float("spike", Bounds::from(0.0).up_to(1e6), 6.0),
+            rollbacks: section.integer("rollbacks", 0, 1 << 20, Some(3), hint) as u32,
+        }
+    }
+}
+
 /// Section `[device]`: where to compute.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

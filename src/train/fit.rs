@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 const PART: usize = 12;
 
 /// Steps of an attempt: the second finds the allocator's pages as the first left them.
-const STEPS: u64 = 2;
+const STEPS: u32 = 2;
 
 /// `settled` with as many layers recomputed as it takes, if `asked` leaves that open and there is a
 /// limit.
@@ -65,12 +65,9 @@ fn attempt(config: &Config, device: &Device) -> Result<()> {
     config.train.accumulation = config.train.accumulation.min(2);
     let batch = meaningless_batch(&config);
     let mut learner = Learner::new(&config, device);
-    for step in 1..=STEPS {
-        match learner.step(&batch, step, 0.0) {
-            // What the numbers are does not matter here.
-            Ok(_) | Err(Error::Diverged { .. }) => {}
-            Err(error) => return Err(error),
-        }
+    for _ in 0..STEPS {
+        // What the numbers are does not matter here.
+        learner.step(&batch, 0.0, None);
     }
     Ok(())
 }

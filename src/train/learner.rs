@@ -8,7 +8,6 @@ use mambabyte_datasets::Batch;
 use super::optimizer::{AdamW, clip_factor, global_norm};
 use super::recompute;
 use crate::config::{Config, Mode};
-use crate::error::{Error, Result};
 use crate::model::{MambaLm, State};
 
 /// Bytes, targets and resets of one micro-batch, on the device.
@@ -53,6 +52,15 @@ pub struct StepReport {
     pub loss_nats: f32,
     /// Norm of all gradients together, before clipping.
     pub grad_norm: f32,
+    /// Whether the weights were updated.
+    pub applied: bool,
+}
+
+impl StepReport {
+    /// Whether loss and norm are finite numbers.
+    pub fn is_finite(&self) -> bool {
+        self.loss_nats.is_finite() && self.grad_norm.is_finite()
+    }
 }
 
 /// A model being trained: weights, optimizer, and the states its lanes carry.
@@ -111,13 +119,17 @@ impl Learner {
         self.model = self.model.take().map(f);
     }
 
+    /// Drops what the lanes remember: they go on as at the start of a document.
+    pub(super) fn forget(&mut self) {
+        self.carried.fill(None);
+    }
+
     /// One optimizer step on `batch`, whose lanes are those of all micro-batches.
     ///
-    /// # Errors
-    ///
-    /// [`Error::Diverged`] where loss or gradient is not a finite number: the weights are then
-    /// those before the step.
-    pub fn step(&mut self, batch: &Batch, step: u64, lr: f64) -> Result<StepReport> {
+    /// Where loss or gradient norm is not a finite number, or the loss in nats is above `limit`,
+    /// weights and moments stay what they are. That is decided on the device, which need not be
+    /// waited for before the update. Carried states go on, or from zero if there is no finite loss.
+    pub fn step(&mut self, batch: &Batch, lr: f64, limit: Option<f32>) -> StepReport {
         let micro = self.config.train.batch;
         let count = self.config.train.accumulation;
         let carried = self.config.train.mode == Mode::Contiguous;
@@ -141,7 +153,10 @@ impl Learner {
         let norm = global_norm(self.weights(), &grads);
         let loss = Tensor::cat(losses, 0).sum();
         // Zero, or no number where one of the two is none: the update then changes nothing.
-        let veto = (loss.clone() + norm.clone()).mul_scalar(0.0);
+        let mut veto = (loss.clone() + norm.clone()).mul_scalar(0.0);
+        if let Some(limit) = limit {
+            veto = veto.mask_fill(loss.clone().greater_elem(limit), f32::NAN);
+        }
         let factor = clip_factor(norm.clone(), self.config.optimizer.clip) + veto;
         let optimizer = &mut self.optimizer;
         self.model = self
@@ -152,23 +167,21 @@ impl Learner {
         // The one wait for the device in a step, when all of its work has been handed over.
         let numbers = Tensor::cat(vec![loss, norm], 0).into_data();
         let numbers: Vec<f32> = numbers.iter().collect();
-        let report = StepReport {
+        let mut report = StepReport {
             loss_nats: numbers[0],
             grad_norm: numbers[1],
+            applied: true,
         };
-        if !(report.loss_nats.is_finite() && report.grad_norm.is_finite()) {
-            return Err(Error::Diverged {
-                step,
-                reason: format!(
-                    "loss {} nats, gradient norm {}",
-                    report.loss_nats, report.grad_norm
-                ),
-                hint: "resume from the last checkpoint with a lower `optimizer.lr` or a longer \
-                       `optimizer.warmup_steps`"
-                    .to_owned(),
-            });
+        report.applied = report.is_finite() && limit.is_none_or(|it| report.loss_nats <= it);
+        if !report.applied {
+            self.optimizer.updates -= 1;
         }
-        Ok(report)
+        if !report.is_finite() {
+            // Memories are no numbers either: the lanes begin anew. Keeping those before the step
+            // would hold all of them twice.
+            self.forget();
+        }
+        report
     }
 
     /// Adds the gradients of one micro-batch to `sum`; returns its share of the mean loss, and the

@@ -58,11 +58,79 @@ pub enum MetricRecord {
         /// What it wrote; invalid UTF-8 shows as U+FFFD.
         text: String,
     },
+    /// A step whose update was not applied; stands in place of its `train` line.
+    Skip {
+        /// The step.
+        step: u64,
+        /// Why.
+        reason: BadStep,
+        /// Mean loss in nats a byte, where it is a number.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        loss_nats: Option<f32>,
+        /// Norm of all gradients, where it is a number.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        grad_norm: Option<f32>,
+        /// Loss above which it is a spike, where there was such a limit.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        limit_nats: Option<f32>,
+        /// Bad steps in a row, with this one.
+        in_a_row: u32,
+        /// Number of the batch in the run's order of batches.
+        batch: u64,
+        /// Pass over the data.
+        epoch: u64,
+        /// Where in the training split's byte stream each row of the batch begins.
+        offsets: Vec<u64>,
+    },
+    /// The run goes back to a checkpoint and on with later data: records of later steps before this
+    /// line are superseded.
+    Rollback {
+        /// Step of the checkpoint.
+        step: u64,
+        /// Step after which it was decided.
+        from: u64,
+        /// Why.
+        reason: BadStep,
+        /// Bytes of this file that stay in effect: lines between there and this one are superseded.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        offset: Option<u64>,
+        /// Batches left out by rollbacks so far.
+        skipped_batches: u64,
+    },
+    /// A save has ended. It may have begun some steps before.
+    Save {
+        /// Step of the checkpoint.
+        step: u64,
+        /// Time that training stood still for it.
+        pause_seconds: f64,
+        /// Time that another thread then wrote.
+        seconds: f64,
+        /// Bytes of its tensors.
+        bytes: u64,
+        /// Times it was tried.
+        attempts: u32,
+        /// Why it failed, if it did.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        error: Option<String>,
+    },
     /// The run goes on from a checkpoint: records of later steps before this line are superseded.
     Resume {
         /// Step of the checkpoint.
         step: u64,
+        /// Bytes of this file that stay in effect: lines between there and this one are superseded.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        offset: Option<u64>,
     },
+}
+
+/// Why a step was not applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BadStep {
+    /// Loss or gradient norm was not a finite number.
+    NonFinite,
+    /// The loss was far above those before it.
+    Spike,
 }
 
 /// Bits for nats.
@@ -70,10 +138,22 @@ pub fn bits(nats: f64) -> f64 {
     nats / std::f64::consts::LN_2
 }
 
+/// Bytes of lines that wait for a disk that cannot be written; beyond them the oldest go.
+const MOST_WAITING: usize = 16 << 20;
+
 /// Appends records to a run's `metrics.jsonl`.
+///
+/// A disk that is full or gone does not stop training: lines wait in memory and are written when it
+/// is back.
 pub struct MetricsWriter {
     path: PathBuf,
     file: File,
+    /// Length of the file: whole lines.
+    written: u64,
+    /// Whole lines that could not be written yet.
+    waiting: Vec<u8>,
+    /// Lines that were given up.
+    lost: u64,
 }
 
 impl MetricsWriter {
@@ -85,29 +165,88 @@ impl MetricsWriter {
             .append(true)
             .open(path)
             .map_err(Error::io("open", path))?;
-        if !ends_with_newline(&mut file).map_err(Error::io("read", path))? {
-            file.write_all(b"\n").map_err(Error::io("write", path))?;
-        }
+        let whole = ends_with_newline(&mut file).map_err(Error::io("read", path))?;
+        let written = file.metadata().map_err(Error::io("read", path))?.len();
+        let waiting = match whole {
+            true => Vec::new(),
+            false => b"\n".to_vec(),
+        };
         Ok(Self {
             path: path.to_owned(),
             file,
+            written,
+            waiting,
+            lost: 0,
         })
     }
 
-    /// Writes one line, whole or not at all.
+    /// Writes one line, whole or not at all; where it cannot be written now it waits.
+    ///
+    /// # Errors
+    ///
+    /// None of the disk's: only what cannot be JSON.
     pub fn write(&mut self, record: &MetricRecord) -> Result<()> {
         let mut line = serde_json::to_vec(record).map_err(anyhow::Error::from)?;
         line.push(b'\n');
-        self.file
-            .write_all(&line)
-            .map_err(Error::io("write", &self.path))
+        let first = self.waiting.len() <= 1;
+        self.waiting.extend_from_slice(&line);
+        if let Err(error) = self.flush()
+            && first
+        {
+            tracing::warn!("metrics wait in memory: {error}; training goes on");
+        }
+        Ok(())
     }
 
-    /// Makes what was written survive a power failure.
-    pub fn sync(&self) -> Result<()> {
-        self.file
-            .sync_data()
-            .map_err(Error::io("write", &self.path))
+    /// Writes the lines that wait.
+    fn flush(&mut self) -> Result<()> {
+        if let Err(source) = self.file.write_all(&self.waiting) {
+            // What there was room for is half a line.
+            let _ = self.file.set_len(self.written);
+            self.bound();
+            return Err(Error::io("write", &self.path)(source));
+        }
+        self.written += self.waiting.len() as u64;
+        self.waiting.clear();
+        if self.lost > 0 {
+            tracing::warn!("the disk is back; {} lines of metrics were lost", self.lost);
+            self.lost = 0;
+        }
+        Ok(())
+    }
+
+    /// Gives up the oldest lines where too many wait.
+    fn bound(&mut self) {
+        let surplus = self.waiting.len().saturating_sub(MOST_WAITING);
+        if surplus > 0 {
+            let ends = self.waiting[surplus..].iter().position(|it| *it == b'\n');
+            let cut = surplus + ends.map_or(0, |at| at + 1);
+            let lines = self.waiting[..cut].iter().filter(|it| **it == b'\n');
+            self.lost += lines.count() as u64;
+            self.waiting.drain(..cut);
+        }
+    }
+
+    /// Bytes of the file so far.
+    pub fn written(&self) -> u64 {
+        self.written
+    }
+
+    /// The file, for another thread that makes what was written survive a power failure.
+    pub fn file(&self) -> Option<File> {
+        self.file.try_clone().ok()
+    }
+
+    /// Tries once more to write what waits; at the end of a run.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] where it still cannot be written.
+    pub fn finish(&mut self) -> Result<()> {
+        match self.waiting.len() > 1 {
+            true => self.flush(),
+            false => Ok(()),
+        }
     }
 }
 
@@ -122,12 +261,12 @@ fn ends_with_newline(file: &mut File) -> std::io::Result<bool> {
     Ok(last == *b"\n")
 }
 
-/// Reads a metrics file; a line cut short by a crash at its end is left out.
+/// Reads a metrics file; a line cut short by a crash, or damaged, is left out.
 pub fn read(path: &Path) -> Result<Vec<MetricRecord>> {
-    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let text = std::fs::read(path).map_err(Error::io("read", path))?;
     Ok(text
-        .lines()
-        .filter_map(|line| serde_json::from_str(line).ok())
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| serde_json::from_slice(line).ok())
         .collect())
 }
 
@@ -168,19 +307,21 @@ mod tests {
         assert_eq!(line, expected);
     }
 
+    fn resume(step: u64) -> MetricRecord {
+        MetricRecord::Resume { step, offset: None }
+    }
+
     #[test]
     fn a_line_cut_short_is_left_out_and_spoils_no_other() {
         let dir = tempfile::tempdir().expect("temporary folder");
         let path = dir.path().join("metrics.jsonl");
         let mut writer = MetricsWriter::append(&path).expect("writable");
-        writer
-            .write(&MetricRecord::Resume { step: 1 })
-            .expect("written");
+        writer.write(&resume(1)).expect("written");
         std::io::Write::write_all(&mut writer.file, b"{\"kind\":\"resu").expect("written");
         let mut writer = MetricsWriter::append(&path).expect("writable");
-        let next = MetricRecord::Resume { step: 2 };
+        let next = resume(2);
         writer.write(&next).expect("written");
         let records = read(&path).expect("readable");
-        assert_eq!(records, [MetricRecord::Resume { step: 1 }, next]);
+        assert_eq!(records, [resume(1), next]);
     }
 }

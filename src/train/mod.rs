@@ -1,4 +1,5 @@
-//! Training: one step ([`Learner`]), and what happens between steps ([`run`]).
+//! Training: one step ([`Learner`]), what happens between steps (`run`), and how
+//! a run begins ([`launch`]).
 //!
 //! The loop is step-based and our own. `burn-train`'s `Learner` was weighed and not taken: its
 //! optimizer's record can be reached only through its per-epoch checkpointers, which panic on a
@@ -9,18 +10,23 @@
 
 pub mod checkpoint;
 pub mod fit;
+pub mod guard;
 mod interrupt;
+pub mod launch;
 pub mod learner;
+mod lock;
 pub mod metrics;
 mod optimizer;
 pub(crate) mod parameters;
 mod progress;
 mod recompute;
-pub mod run;
+mod run;
 pub mod run_dir;
+mod saver;
 mod schedule;
 
 pub use checkpoint::Checkpoint;
+pub use launch::{resume, start};
 pub use learner::Learner;
 pub use run_dir::RunDir;
 pub use schedule::learning_rate;

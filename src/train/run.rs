@@ -1,21 +1,23 @@
-//! What happens between steps: data, metrics, validation, samples, checkpoints, signals.
+//! What happens between steps: data, metrics, validation, samples, checkpoints, signals, and going
+//! back where it went wrong.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use mambabyte_datasets::progress::Silent;
-use mambabyte_datasets::{Batch, Loader, Sampler, SamplerConfig, SamplingMode, Shards};
+use mambabyte_datasets::{Batch, Loader, Sampler, Shards};
 
-use super::checkpoint::{Checkpoint, Progress};
-use super::fit::fit;
+use super::checkpoint::{Checkpoint, Manifest, Progress, Snapshot};
+use super::guard::Verdict;
 use super::interrupt;
-use super::learner::Learner;
-use super::metrics::{MetricRecord, MetricsWriter, bits};
+use super::launch::put_back;
+use super::learner::{Learner, StepReport};
+use super::metrics::{BadStep, MetricRecord, MetricsWriter, bits};
 use super::progress::Display;
-use super::run_dir::{RunDir, resolve_checkpoint};
+use super::run_dir::{self, RunDir};
+use super::saver::{Saved, Saver};
 use super::schedule::learning_rate;
-use crate::config::{Config, Mode};
+use crate::config::Config;
 use crate::device::budget::Budget;
 use crate::error::{Error, Result};
 use crate::eval::{self, EvalOptions};
@@ -25,248 +27,125 @@ use crate::generate::{Generator, SampleOptions};
 const QUEUE: usize = 4;
 
 /// A run at work.
-struct Run<'a> {
+pub(super) struct Run<'a> {
     config: Config,
     dir: RunDir,
     learner: Learner,
     budget: &'a Budget,
     metrics: MetricsWriter,
+    saver: Saver,
     sampler: Arc<Sampler>,
     validation: Option<Shards>,
     progress: Progress,
+    /// Step of the newest save that was begun.
+    begun: Option<u64>,
 }
 
-/// Starts a new run in `path`, from the weights of the checkpoint `init` if there is one; stops after `stop_after` steps as if it had been interrupted there.
-pub fn start(
-    config: &Config,
-    path: &Path,
-    init: Option<&Path>,
-    stop_after: Option<u64>,
-) -> Result<()> {
-    let init = open_init(config, init)?;
-    let (device, budget, settled) = Budget::open(config)?;
-    // Data first: a run that cannot read any leaves no folder behind.
-    let (sampler, validation) = open_data(&settled)?;
-    let config = fit(config, settled, &budget, &device)?;
-    let dir = RunDir::create(path, &config)?;
-    let progress = Progress {
-        step: 0,
-        bytes_seen: 0,
-        data: Some(sampler.shards().identity().to_owned()),
-        valid_bpb: None,
-    };
-    budget.guard(&config, || {
-        let mut learner = Learner::new(&config, &device);
-        if let Some(checkpoint) = &init {
-            load_weights(checkpoint, &mut learner)?;
-        }
-        Run {
+impl<'a> Run<'a> {
+    /// A run at the place `progress`, to which `learner` has been brought. `data` are its batches,
+    /// and the validation split where it is used.
+    pub(super) fn new(
+        config: &Config,
+        dir: RunDir,
+        learner: Learner,
+        budget: &'a Budget,
+        metrics: MetricsWriter,
+        data: (Arc<Sampler>, Option<Shards>),
+        progress: Progress,
+    ) -> Self {
+        Self {
             config: config.clone(),
-            metrics: MetricsWriter::append(&dir.metrics())?,
-            dir,
             learner,
-            budget: &budget,
-            sampler,
-            validation,
-            progress,
-        }
-        .go(stop_after)
-    })
-}
-
-/// Goes on with the run in `path` from its newest checkpoint that is whole.
-pub fn resume(path: &Path, stop_after: Option<u64>) -> Result<()> {
-    let dir = RunDir::open(path)?;
-    let asked = dir.config()?;
-    let (device, budget, settled) = Budget::open(&asked)?;
-    let (sampler, validation) = open_data(&settled)?;
-    let config = fit(&asked, settled, &budget, &device)?;
-    budget.guard(&config, || {
-        let mut learner = Learner::new(&config, &device);
-        let progress = restore(&dir, &mut learner, &sampler, &config)?;
-        if progress.step >= config.train.steps {
-            eprintln!(
-                "the run is finished: all {} steps of `train.steps` are done",
-                config.train.steps
-            );
-            return Ok(());
-        }
-        let mut metrics = MetricsWriter::append(&dir.metrics())?;
-        metrics.write(&MetricRecord::Resume {
-            step: progress.step,
-        })?;
-        Run {
-            config: config.clone(),
-            dir,
-            learner,
-            budget: &budget,
+            budget,
             metrics,
-            sampler,
-            validation,
+            saver: Saver::new(dir.path().to_owned(), config.checkpoint.clone()),
+            dir,
+            sampler: data.0,
+            validation: data.1,
             progress,
-        }
-        .go(stop_after)
-    })
-}
-
-/// The checkpoint that a run starts from, which has a model of the config's shapes.
-fn open_init(config: &Config, init: Option<&Path>) -> Result<Option<Checkpoint>> {
-    let Some(path) = init else {
-        return Ok(None);
-    };
-    let folder = resolve_checkpoint(path)?;
-    let checkpoint = Checkpoint::open(&folder)?;
-    let model = &checkpoint.config().model;
-    if !model.same_shapes(&config.model) {
-        return Err(Error::Checkpoint {
-            path: folder.clone(),
-            reason: format!(
-                "has a model of {} parameters ({} wide, {} layers, {} norm) and other shapes than \
-                 the config's, which has {} ({} wide, {} layers, {} norm)",
-                model.num_params(),
-                model.dim,
-                model.depth,
-                model.norm,
-                config.model.num_params(),
-                config.model.dim,
-                config.model.depth,
-                config.model.norm,
-            ),
-            hint: format!(
-                "copy the section `[model]` of `{}` into the run's config",
-                folder.join("config.toml").display()
-            ),
-        });
-    }
-    Ok(Some(checkpoint))
-}
-
-/// Puts a checkpoint's weights, and nothing else of it, into `learner`.
-fn load_weights(checkpoint: &Checkpoint, learner: &mut Learner) -> Result<()> {
-    let device = learner.inner_device();
-    device.memory_persistent_allocations((checkpoint, learner), |(checkpoint, learner)| {
-        checkpoint.restore_weights(learner)
-    })?;
-    // The initial weights are gone; the allocator keeps their memory until it is asked.
-    device.memory_cleanup();
-    Ok(())
-}
-
-/// Puts the newest checkpoint that is whole into `learner`; a run stopped before its first one
-/// starts again.
-fn restore(
-    dir: &RunDir,
-    learner: &mut Learner,
-    sampler: &Sampler,
-    config: &Config,
-) -> Result<Progress> {
-    let Some(checkpoint) = newest_whole(dir)? else {
-        return Ok(Progress {
-            step: 0,
-            bytes_seen: 0,
-            data: Some(sampler.shards().identity().to_owned()),
-            valid_bpb: None,
-        });
-    };
-    let progress = checkpoint.progress();
-    check_data(&progress, sampler.shards(), config)?;
-    let device = learner.inner_device();
-    // What stays for the whole run does not belong between activations, where it would keep pages
-    // from being used whole.
-    device.memory_persistent_allocations((checkpoint, learner), |(checkpoint, learner)| {
-        checkpoint.restore(learner)
-    })?;
-    // The initial weights are gone; the allocator keeps their memory until it is asked.
-    device.memory_cleanup();
-    Ok(progress)
-}
-
-/// Batches of the training split, and the validation split where it is used.
-fn open_data(config: &Config) -> Result<(Arc<Sampler>, Option<Shards>)> {
-    let train = &config.train;
-    let sampler = Sampler::new(
-        Arc::new(Shards::open(config.data.path.join("train"))?),
-        SamplerConfig {
-            batch: train.batch * train.accumulation,
-            length: train.length,
-            seed: train.seed,
-            mode: match train.mode {
-                Mode::Independent => SamplingMode::Independent,
-                Mode::Contiguous => SamplingMode::Contiguous,
-            },
-        },
-    )?;
-    let validation = match train.validate_every > 0 {
-        true => Some(Shards::open(config.data.path.join("validation"))?),
-        false => None,
-    };
-    Ok((Arc::new(sampler), validation))
-}
-
-/// The newest checkpoint whose files are what was written; damaged ones are named and passed over.
-fn newest_whole(dir: &RunDir) -> Result<Option<Checkpoint>> {
-    let mut last_error = None;
-    for (_, folder) in dir.checkpoints()?.into_iter().rev() {
-        match Checkpoint::open(&folder) {
-            Ok(checkpoint) => return Ok(Some(checkpoint)),
-            Err(error) => {
-                tracing::warn!("passed over: {error}");
-                last_error = Some(error);
-            }
+            begun: None,
         }
     }
-    match last_error {
-        // Starting anew where weeks of work are damaged is not for this program to decide.
-        Some(error) => Err(error),
-        None => Ok(None),
-    }
-}
 
-fn check_data(progress: &Progress, train: &Shards, config: &Config) -> Result<()> {
-    match &progress.data {
-        Some(data) if data != train.identity() => Err(Error::Usage {
-            message: format!(
-                "the run learnt from data `{data}`, and `{}` now holds `{}`",
-                config.data.path.join("train").display(),
-                train.identity()
-            ),
-            hint: "put the run's data back, or start a new run with the new data".to_owned(),
-        }),
-        _ => Ok(()),
-    }
-}
-
-impl Run<'_> {
     /// Steps until the end of the run, `stop_after` more steps, or a signal.
-    fn go(mut self, stop_after: Option<u64>) -> Result<()> {
+    pub(super) fn go(mut self, stop_after: Option<u64>) -> Result<()> {
         interrupt::watch();
         let total = self.config.train.steps;
         let first = self.progress.step;
         let last = stop_after.map_or(total, |n| total.min(first + n));
-        let mut loader = Loader::spawn(Arc::clone(&self.sampler), first, QUEUE)?;
+        let mut loader = self.loader()?;
         let compiles = self.budget.on_gpu();
         let mut display = Display::new(total, first, compiles);
-        for step in first + 1..=last {
+        while self.progress.step < last && !interrupt::requested() {
             let started = Instant::now();
-            let batch = loader.next()?;
-            self.train_step(step, &batch, started, &mut display)?;
-            self.between_steps(step, &display)?;
-            let stopping = interrupt::requested();
-            if self.checkpoint_due(step) || step == last || stopping {
-                self.save()?;
-            }
-            if stopping {
-                display.finish();
-                return Err(Error::Interrupted {
-                    state: format!(
-                        "saved step {step}; go on with `mambabyte resume {}`",
-                        self.dir.path().display()
-                    ),
-                });
+            let batch = match loader.next() {
+                Ok(batch) => batch,
+                Err(error) => return Err(self.without_data(error.into(), first)),
+            };
+            if self.advance(&batch, started, &mut display)? {
+                loader = self.loader()?;
             }
         }
         display.finish();
-        Ok(())
+        self.finish(last)
+    }
+
+    /// One step and what follows it. Returns whether the run went back, so that other batches come
+    /// next.
+    fn advance(&mut self, batch: &Batch, started: Instant, display: &mut Display) -> Result<bool> {
+        let step = self.progress.step + 1;
+        let verdict = self.train_step(step, batch, started, display)?;
+        if let Verdict::RollBack(bad) = verdict {
+            self.roll_back(bad, display)?;
+        } else {
+            self.between_steps(step, display)?;
+            if self.checkpoint_due(step) {
+                self.save()?;
+            }
+        }
+        if let Some(saved) = self.saver.ended() {
+            self.note_saved(&saved)?;
+        }
+        Ok(matches!(verdict, Verdict::RollBack(_)))
+    }
+
+    /// The batches that come next.
+    fn loader(&self) -> Result<Loader> {
+        let next = self.progress.batch_of(self.progress.step + 1);
+        Ok(Loader::spawn(Arc::clone(&self.sampler), next, QUEUE)?)
+    }
+
+    /// The last checkpoint, and the error of a run that was asked to stop before its `last` step.
+    fn finish(&mut self, last: u64) -> Result<()> {
+        if self.begun != Some(self.progress.step) {
+            self.save()?;
+        }
+        if let Some(saved) = self.saver.wait() {
+            self.metrics.write(&saved.record())?;
+            saved.result?;
+        }
+        self.metrics.finish()?;
+        match self.progress.step < last {
+            true => Err(Error::Interrupted {
+                state: format!(
+                    "saved step {}; go on with `mambabyte resume {}`",
+                    self.progress.step,
+                    self.dir.path().display()
+                ),
+            }),
+            false => Ok(()),
+        }
+    }
+
+    /// Saves what was done since step `first`, before a run without data ends; returns `error`.
+    fn without_data(&mut self, error: Error, first: u64) -> Error {
+        if self.progress.step > first {
+            match self.finish(self.progress.step) {
+                Ok(()) => eprintln!("saved step {}", self.progress.step),
+                Err(unsaved) => tracing::warn!("step {}: {unsaved}", self.progress.step),
+            }
+        }
+        error
     }
 
     /// One optimizer step and its record.
@@ -276,13 +155,20 @@ impl Run<'_> {
         batch: &Batch,
         started: Instant,
         display: &mut Display,
-    ) -> Result<()> {
+    ) -> Result<Verdict> {
         let lr = learning_rate(step, &self.config.optimizer, &self.config.train);
-        let report = self.learner.step(batch, step, lr)?;
+        let limit = self.progress.guard.limit(&self.config.guard);
+        let report = self.learner.step(batch, lr, limit);
         let seconds = started.elapsed().as_secs_f64();
+        let guard = &mut self.progress.guard;
+        let verdict = guard.judge(&report, limit, &self.config.guard);
+        self.progress.step = step;
+        if let Verdict::Skipped(bad) | Verdict::RollBack(bad) = verdict {
+            self.skipped(bad, &report, limit, display)?;
+            return Ok(verdict);
+        }
         let bytes = self.config.train.bytes_per_step();
         let bytes_per_second = bytes as f64 / seconds;
-        self.progress.step = step;
         self.progress.bytes_seen += bytes;
         let bpb = bits(report.loss_nats.into()) as f32;
         if step.is_multiple_of(self.config.train.log_every) {
@@ -302,7 +188,121 @@ impl Run<'_> {
             })?;
         }
         display.step(step, bpb, lr, bytes_per_second);
-        Ok(())
+        Ok(verdict)
+    }
+
+    /// Records that the step just made was not applied, and which bytes it had.
+    fn skipped(
+        &mut self,
+        reason: BadStep,
+        report: &StepReport,
+        limit: Option<f32>,
+        display: &Display,
+    ) -> Result<()> {
+        let step = self.progress.step;
+        self.progress.skipped_updates += 1;
+        let batch = self.progress.batch_of(step);
+        let rows = 0..self.sampler.config().batch;
+        let places: Vec<_> = rows
+            .map(|row| self.sampler.coordinates(batch, row))
+            .collect();
+        display.note(&format!(
+            "step {step}: not applied: {}",
+            describe(report, limit)
+        ));
+        self.metrics.write(&MetricRecord::Skip {
+            step,
+            reason,
+            loss_nats: report.loss_nats.is_finite().then_some(report.loss_nats),
+            grad_norm: report.grad_norm.is_finite().then_some(report.grad_norm),
+            limit_nats: limit,
+            in_a_row: self.progress.guard.in_a_row(),
+            batch,
+            epoch: places.first().map_or(0, |it| it.epoch),
+            offsets: places.iter().map(|it| it.offset).collect(),
+        })
+    }
+
+    /// Goes back to the last good checkpoint, and on with the batches behind those seen.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Diverged`] where there is none, or where that was done often enough.
+    fn roll_back(&mut self, reason: BadStep, display: &Display) -> Result<()> {
+        if let Some(saved) = self.saver.wait() {
+            self.note_saved(&saved)?;
+        }
+        let from = self.progress.step;
+        let rows = self.config.guard.bad_steps;
+        let diverged = |why: String| Error::Diverged {
+            step: from,
+            reason: format!("{rows} steps in a row could not be applied, and {why}"),
+            hint:
+                "resume with a lower `optimizer.lr` or a longer `optimizer.warmup_steps`; if the \
+                   losses are high because the text is unusual, raise `guard.spike`"
+                    .to_owned(),
+        };
+        let Some(checkpoint) = self.last_good()? else {
+            return Err(diverged(
+                "there is no good checkpoint to go back to".to_owned(),
+            ));
+        };
+        let there = checkpoint.progress();
+        let guard = &self.progress.guard;
+        let guard = guard.back_to(there.step, &there.guard, &self.config.guard);
+        let Some(guard) = guard else {
+            return Err(diverged(format!(
+                "going back to step {} did not help {} times",
+                there.step, self.config.guard.rollbacks
+            )));
+        };
+        put_back(&checkpoint, &mut self.learner)?;
+        // What comes next does not follow what the lanes remember.
+        self.learner.forget();
+        self.progress = Progress {
+            guard,
+            skipped_batches: self.progress.batch_of(from + 1) - there.step,
+            ..there.clone()
+        };
+        self.begun = None;
+        self.abandon_after(there.step);
+        let (step, skipped_batches) = (self.progress.step, self.progress.skipped_batches);
+        display.note(&format!(
+            "step {from}: back to step {step}, and on with batch {}",
+            step + skipped_batches
+        ));
+        self.metrics.write(&MetricRecord::Rollback {
+            step,
+            from,
+            reason,
+            offset: there.metrics_bytes,
+            skipped_batches,
+        })
+    }
+
+    /// The newest checkpoint that is whole, was planned, and was not made between bad steps.
+    fn last_good(&self) -> Result<Option<Checkpoint>> {
+        for (_, folder) in self.dir.checkpoints()?.into_iter().rev() {
+            match Manifest::read(&folder) {
+                Ok(manifest) if !manifest.progress.is_good() => continue,
+                Ok(_) => match Checkpoint::open(&folder) {
+                    Ok(checkpoint) => return Ok(Some(checkpoint)),
+                    Err(error) => tracing::warn!("passed over: {error}"),
+                },
+                Err(error) => tracing::warn!("passed over: {error}"),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Deletes checkpoints of the way that was given up, so that none of them is the newest.
+    fn abandon_after(&self, step: u64) {
+        let checkpoints = self.dir.checkpoints().unwrap_or_default();
+        for (_, folder) in checkpoints.iter().filter(|it| it.0 > step) {
+            if let Err(error) = run_dir::remove(folder) {
+                tracing::warn!("a checkpoint of the way given up stays: {error}");
+            }
+        }
     }
 
     /// Validation and samples, where they are due; both at the end of the run.
@@ -329,8 +329,20 @@ impl Run<'_> {
             max_bytes: Some(self.config.train.validate_bytes),
         };
         let device = self.learner.inner_device();
-        let score = eval::evaluate(&self.learner.model(), &device, shards, &options, &Silent)?;
+        let model = self.learner.model();
+        let score = match eval::evaluate(&model, &device, shards, &options, &Silent) {
+            Ok(score) => score,
+            Err(Error::Data(error)) => {
+                tracing::warn!("step {step} is not validated: {error}");
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
         let bpb = score.bits_per_byte();
+        if !bpb.is_finite() {
+            display.note(&format!("step {step}: the validation is no number"));
+            return Ok(());
+        }
         self.progress.valid_bpb = Some(bpb);
         self.metrics.write(&MetricRecord::Valid {
             step,
@@ -376,14 +388,42 @@ impl Run<'_> {
         every > 0 && step.is_multiple_of(every)
     }
 
-    fn save(&mut self) -> Result<PathBuf> {
-        self.metrics.sync()?;
-        let folder = Checkpoint::save(self.dir.path(), &self.learner, &self.progress)?;
-        self.dir.prune(&self.config.checkpoint)?;
-        Ok(folder)
+    /// Begins to save where the run is.
+    fn save(&mut self) -> Result<()> {
+        let started = Instant::now();
+        if let Some(saved) = self.saver.wait() {
+            self.note_saved(&saved)?;
+        }
+        self.begun = Some(self.progress.step);
+        self.progress.planned = self.checkpoint_due(self.progress.step);
+        self.progress.metrics_bytes = Some(self.metrics.written());
+        let snapshot = Snapshot::take(&self.learner, &self.progress);
+        self.saver
+            .begin(snapshot, started.elapsed(), self.metrics.file())
+    }
+
+    /// Records a save. One that failed does not end the run.
+    fn note_saved(&mut self, saved: &Saved) -> Result<()> {
+        saved.warn();
+        self.metrics.write(&saved.record())
+    }
+}
+
+/// Why a step was not applied.
+fn describe(report: &StepReport, limit: Option<f32>) -> String {
+    let numbers = format!(
+        "loss {} nats, gradient norm {}",
+        report.loss_nats, report.grad_norm
+    );
+    match limit.filter(|_| report.is_finite()) {
+        Some(limit) => format!("{numbers}; a loss above {limit} is a spike"),
+        None => numbers,
     }
 }
 
 fn gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,17 +8,18 @@
 //!     step-<n>/        a checkpoint; complete if it has a manifest.json
 //! ```
 
-use std::fs::{self, File, TryLockError};
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::checkpoint::{MANIFEST, Manifest};
+use super::checkpoint::{MANIFEST, Manifest, write_whole};
+use super::lock::Lock;
 use crate::config::{CheckpointConfig, Config};
 use crate::error::{Error, Result};
 
 /// A run's folder. While the value lives no other trainer can open the run.
 pub struct RunDir {
     path: PathBuf,
-    _lock: File,
+    _lock: Lock,
 }
 
 impl RunDir {
@@ -39,8 +40,7 @@ impl RunDir {
         }
         fs::create_dir_all(path).map_err(Error::io("create", path))?;
         let dir = Self::locked(path)?;
-        let file = path.join("config.toml");
-        fs::write(&file, config.to_toml()).map_err(Error::io("write", &file))?;
+        write_whole(path, "config.toml", config.to_toml().as_bytes())?;
         Ok(dir)
     }
 
@@ -58,19 +58,11 @@ impl RunDir {
     }
 
     fn locked(path: &Path) -> Result<Self> {
-        let file = path.join("lock");
-        let lock = File::create(&file).map_err(Error::io("create", &file))?;
-        match lock.try_lock() {
-            Ok(()) => Ok(Self {
-                path: path.to_owned(),
-                _lock: lock,
-            }),
-            Err(TryLockError::WouldBlock) => Err(Error::Usage {
-                message: format!("another trainer is at work in `{}`", path.display()),
-                hint: "wait for it, stop it, or start a run of another name".to_owned(),
-            }),
-            Err(TryLockError::Error(source)) => Err(Error::io("lock", &file)(source)),
-        }
+        let lock = Lock::take(path)?;
+        Ok(Self {
+            path: path.to_owned(),
+            _lock: lock,
+        })
     }
 
     /// The folder.
@@ -92,43 +84,48 @@ impl RunDir {
     pub fn checkpoints(&self) -> Result<Vec<(u64, PathBuf)>> {
         checkpoints(&self.path)
     }
+}
 
-    /// Deletes checkpoints beyond those that `keep` names: the last few, every m-th, the best.
-    ///
-    /// Called after a new checkpoint is complete: an old one never makes place for one that fails.
-    pub fn prune(&self, keep: &CheckpointConfig) -> Result<()> {
-        let all = self.checkpoints()?;
-        let recent = all.len().saturating_sub(keep.keep_last);
-        let best = match keep.keep_best {
-            true => best(&all)?,
-            false => None,
-        };
-        for (i, (step, path)) in all.iter().enumerate() {
-            let nth = keep.every_steps.saturating_mul(keep.keep_every as u64);
-            let milestone = nth > 0 && step % nth == 0;
-            if i < recent && !milestone && best != Some(*step) {
-                remove(path)?;
-            }
+/// Deletes checkpoints of the run in `run` beyond those that `keep` names: the last few, every m-th,
+/// the best; and the newest that the run could roll back to.
+///
+/// Called after a new checkpoint is complete: an old one never makes place for one that fails. Those
+/// that cannot be read are neither counted nor touched.
+pub(super) fn prune(run: &Path, keep: &CheckpointConfig) -> Result<()> {
+    let all: Vec<(u64, PathBuf, Manifest)> = checkpoints(run)?
+        .into_iter()
+        .filter_map(|(step, path)| Some((step, Manifest::read(&path).ok()?, path)))
+        .map(|(step, manifest, path)| (step, path, manifest))
+        .collect();
+    let recent = all.len().saturating_sub(keep.keep_last);
+    let best = match keep.keep_best {
+        true => best(&all),
+        false => None,
+    };
+    let good = all.iter().rfind(|(_, _, it)| it.progress.is_good());
+    let good = good.map(|(step, ..)| *step);
+    for (step, path, _) in &all[..recent] {
+        let nth = keep.every_steps.saturating_mul(keep.keep_every as u64);
+        let milestone = nth > 0 && step % nth == 0;
+        if !milestone && best != Some(*step) && good != Some(*step) {
+            remove(path)?;
         }
-        Ok(())
     }
+    Ok(())
 }
 
 /// Step of the checkpoint with the lowest validation, among those that were validated.
-fn best(all: &[(u64, PathBuf)]) -> Result<Option<u64>> {
-    let mut best: Option<(f64, u64)> = None;
-    for (step, path) in all {
-        if let Some(bpb) = Manifest::read(path)?.valid_bpb
-            && best.is_none_or(|(lowest, _)| bpb < lowest)
-        {
-            best = Some((bpb, *step));
-        }
-    }
-    Ok(best.map(|(_, step)| step))
+fn best(all: &[(u64, PathBuf, Manifest)]) -> Option<u64> {
+    let scores = all.iter().filter_map(|(step, _, manifest)| {
+        let bpb = manifest.progress.valid_bpb?;
+        bpb.is_finite().then_some((bpb, *step))
+    });
+    // The first of equals: a checkpoint without a validation of its own carries the last one's.
+    scores.min_by(|a, b| a.0.total_cmp(&b.0)).map(|it| it.1)
 }
 
 /// Deletes a checkpoint, its manifest first: what a crash leaves is not a checkpoint.
-fn remove(path: &Path) -> Result<()> {
+pub(super) fn remove(path: &Path) -> Result<()> {
     let manifest = path.join(MANIFEST);
     fs::remove_file(&manifest).map_err(Error::io("remove", &manifest))?;
     fs::remove_dir_all(path).map_err(Error::io("remove", path))

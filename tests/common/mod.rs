@@ -3,11 +3,14 @@
 
 #![allow(dead_code, reason = "each file of tests uses its own part")]
 
+pub mod random;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -133,13 +136,16 @@ impl Workspace {
 
     /// Starts the program and leaves it running; it is killed when the value is dropped.
     pub fn start(&self, line: &str) -> Running {
+        Running::of(self.command(line))
+    }
+
+    /// Runs the program on a disk with faults, see `faults.c`.
+    pub fn faulty(&self, line: &str, faults: &[(&str, &str)]) -> Output {
         let mut command = self.command(line);
-        let child = command
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("the program starts");
-        Running { child }
+        let library = fault_library().expect("asked for with `can_inject_faults`");
+        command.env("LD_PRELOAD", library);
+        command.envs(faults.iter().copied());
+        command.output().expect("the program starts")
     }
 
     /// The folder of a run.
@@ -177,11 +183,12 @@ impl Workspace {
             .collect()
     }
 
-    /// The lines in effect: without those that a later `resume` line supersedes, and without it.
+    /// The lines in effect: without those that a later `resume` or `rollback` line supersedes, and
+    /// without it.
     pub fn records(&self, run: &str) -> Vec<Value> {
         let mut records: Vec<Value> = Vec::new();
         for record in self.all_records(run) {
-            if record["kind"] == "resume" {
+            if record["kind"] == "resume" || record["kind"] == "rollback" {
                 let from = record["step"].as_u64();
                 records.retain(|it| it["step"].as_u64() <= from);
             } else {
@@ -226,6 +233,16 @@ pub struct Running {
 }
 
 impl Running {
+    /// Starts a command, whose output nobody reads.
+    pub fn of(mut command: Command) -> Self {
+        let child = command
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the program starts");
+        Self { child }
+    }
+
     /// Kills it as `kill -9` does. Panics if it had ended by itself.
     #[track_caller]
     pub fn kill(mut self) {
@@ -235,15 +252,26 @@ impl Running {
         self.child.wait().expect("it ends");
     }
 
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends a signal by name, waits for the end, and returns the exit code.
     #[track_caller]
     pub fn signal(mut self, name: &str) -> Option<i32> {
+        self.send(name);
+        self.child.wait().expect("it ends").code()
+    }
+
+    /// Sends a signal by name.
+    #[track_caller]
+    pub fn send(&self, name: &str) {
         let sent = Command::new("kill")
             .args(["-s", name, &self.child.id().to_string()])
             .status()
             .expect("kill is there");
         assert!(sent.success(), "the program is still at work");
-        self.child.wait().expect("it ends").code()
     }
 }
 
@@ -286,6 +314,35 @@ pub fn assert_failed(output: &Output, line: &str, code: i32, words: &[&str]) -> 
         );
     }
     said
+}
+
+/// The library of `faults.c`; none where it cannot be built or loaded.
+pub fn fault_library() -> Option<&'static Path> {
+    static LIBRARY: OnceLock<Option<(TempDir, PathBuf)>> = OnceLock::new();
+    let built = LIBRARY.get_or_init(|| {
+        if !cfg!(target_os = "linux") {
+            return None;
+        }
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/common/faults.c");
+        let folder = tempfile::tempdir().ok()?;
+        let library = folder.path().join("faults.so");
+        let mut compiler = Command::new("cc");
+        compiler
+            .args(["-shared", "-fPIC", "-O1", "-o"])
+            .arg(&library);
+        let made = compiler.arg(source).arg("-ldl").output().ok()?;
+        made.status.success().then_some((folder, library))
+    });
+    built.as_ref().map(|(_, library)| library.as_path())
+}
+
+/// Whether the disk of a program under test can be made to fail; says so if not.
+pub fn can_inject_faults(test: &str) -> bool {
+    let can = fault_library().is_some();
+    if !can {
+        skipped(test, "no C compiler, or not Linux");
+    }
+    can
 }
 
 /// Waits until `condition` holds. Panics after a minute.

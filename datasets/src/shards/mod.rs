@@ -1,11 +1,11 @@
-//! Byte shards: a split on disk as checked, memory-mapped files.
+//! Byte shards: a split on disk as checked files.
 //!
 //! [`prepare`] writes them, [`Shards`] reads them. See the `format` module's table for the
 //! layout of a file.
 
+mod file;
 pub(crate) mod format;
 mod info;
-mod map;
 mod prepare;
 mod reader;
 mod words;

@@ -2,26 +2,18 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use burn_dataset::{Dataset, DatasetError};
 use xxhash_rust::xxh3::Xxh3;
 
+use super::file::ShardFile;
 use super::format::VERSION;
 use super::info::{DocumentInfo, ShardInfo, ShardsInfo, VerifyReport};
-use super::map::MappedShard;
 use super::writer::file_name;
 use crate::document::Document;
 use crate::error::{DataError, Result};
 use crate::fsutil;
 use crate::progress::Progress;
-
-/// Mapped bytes touched before the pages are given back.
-const RESIDENT: u64 = 32 << 20;
-
-/// Bytes counted for a read on top of its length: the system maps whole neighbourhoods of up to
-/// 64 KiB around a touched page, at either end of a read.
-const NEIGHBOURHOOD: u64 = 128 << 10;
 
 /// Settings of [`Shards::open_with`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,23 +24,21 @@ pub struct OpenOptions {
 
 /// The shards of one split, presented as one byte stream with document boundaries.
 ///
-/// Files are memory-mapped and read-only. Opening checks headers and indexes; the data is
-/// checked by [`verify`](Self::verify), or on first touch with [`OpenOptions::check_on_read`].
-/// Memory in use stays at some tens of MiB however much is read. The files must not be changed
-/// while they are open.
+/// Opening checks headers and indexes, which stay in memory (some 50 bytes a document); the data is
+/// read when it is asked for, and checked by [`verify`](Self::verify), or on first touch with
+/// [`OpenOptions::check_on_read`].
 ///
 /// As a [`Dataset`], a split is its documents.
 #[derive(Debug)]
 pub struct Shards {
     dir: PathBuf,
-    shards: Vec<MappedShard>,
+    shards: Vec<ShardFile>,
     /// Where in the stream each shard begins, and, last, where the stream ends.
     byte_starts: Vec<u64>,
     /// The number of each shard's first document, and, last, the number of documents.
     document_starts: Vec<u64>,
     words: u64,
     identity: String,
-    touched: AtomicU64,
 }
 
 impl Shards {
@@ -90,7 +80,6 @@ impl Shards {
             document_starts,
             words,
             identity: format!("{:032x}", hash.digest128()),
-            touched: AtomicU64::new(0),
         })
     }
 
@@ -169,7 +158,6 @@ impl Shards {
             out = rest;
             shard += 1;
         }
-        self.bound_memory(len.saturating_add(NEIGHBOURHOOD));
         Ok(())
     }
 
@@ -188,7 +176,7 @@ impl Shards {
 
     /// Counts of the split and of its files.
     pub fn info(&self) -> ShardsInfo {
-        let shard = |shard: &MappedShard| {
+        let shard = |shard: &ShardFile| {
             let header = shard.header();
             ShardInfo {
                 path: shard.path().to_path_buf(),
@@ -220,7 +208,6 @@ impl Shards {
         for shard in &self.shards {
             for block in 0..shard.header().blocks {
                 let bytes = shard.check_block(block)?;
-                self.bound_memory(bytes);
                 progress.advance(bytes);
                 report.blocks += 1;
                 report.bytes += bytes;
@@ -263,19 +250,10 @@ impl Shards {
         }
         low
     }
-
-    /// Gives pages back once many bytes have been touched.
-    fn bound_memory(&self, touched: u64) {
-        let before = self.touched.fetch_add(touched, Ordering::Relaxed);
-        if before.saturating_add(touched) >= RESIDENT {
-            self.touched.store(0, Ordering::Relaxed);
-            self.shards.iter().for_each(MappedShard::release);
-        }
-    }
 }
 
 /// Opens all shard files of a folder and checks that they are one set.
-fn open_files(dir: &Path, options: OpenOptions) -> Result<Vec<MappedShard>> {
+fn open_files(dir: &Path, options: OpenOptions) -> Result<Vec<ShardFile>> {
     let mut paths = fsutil::list_dir(dir)?;
     let is_shard = |path: &PathBuf| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -291,7 +269,7 @@ fn open_files(dir: &Path, options: OpenOptions) -> Result<Vec<MappedShard>> {
     }
     let mut shards = Vec::with_capacity(paths.len());
     for (index, path) in paths.iter().enumerate() {
-        let shard = MappedShard::open(path, options.check_on_read)?;
+        let shard = ShardFile::open(path, options.check_on_read)?;
         let header = shard.header();
         let expected_name = file_name(index as u32);
         let named = path.file_name().is_some_and(|name| *name == *expected_name);

@@ -201,47 +201,49 @@ impl Source for Endless {
     }
 }
 
-/// Memory in use of the mappings of files below `dir`, in KiB, as Linux counts it.
-#[cfg(target_os = "linux")]
-fn resident_kib(dir: &Path) -> u64 {
-    let maps = fs::read_to_string("/proc/self/smaps").unwrap();
-    let dir = dir.display().to_string();
-    let (mut ours, mut sum) = (false, 0);
-    for line in maps.lines() {
-        if let Some(size) = line.strip_prefix("Rss:") {
-            let kib = size.trim().trim_end_matches(" kB").parse::<u64>().unwrap();
-            sum += if ours { kib } else { 0 };
-        } else if line
-            .split(' ')
-            .next()
-            .is_some_and(|word| word.contains('-'))
-        {
-            ours = line.contains(&dir);
-        }
-    }
-    sum
-}
-
+/// A file that is cut short while it is read is an error with its name, not a signal.
 #[test]
-#[cfg(target_os = "linux")]
-fn memory_stays_flat_over_a_pass() {
+fn a_shard_that_is_cut_short_while_it_is_open_is_an_error() {
     let root = tempfile::tempdir().unwrap();
     let options = PrepareOptions {
         splits: vec![Split::Train],
         ..PrepareOptions::default()
     };
-    let bytes = 192 << 20;
+    let bytes = 9 << 20;
     prepare(&Endless(bytes), root.path(), &options, &Silent).unwrap();
-    let shards = Shards::open(root.path().join("train")).unwrap();
-    let mut buffer = vec![0; 1 << 20];
-    let mut most = 0;
-    for start in (0..bytes).step_by(buffer.len()) {
-        shards.read(start, &mut buffer).unwrap();
-        most = most.max(resident_kib(root.path()));
+    let dir = root.path().join("train");
+    let shards = Shards::open(&dir).unwrap();
+    let mut buffer = vec![0; 1000];
+    shards.read(bytes - 1000, &mut buffer).unwrap();
+    let file = dir.join("shard-00000.mbs");
+    let whole = fs::metadata(&file).unwrap().len();
+    let cut = fs::OpenOptions::new().write(true).open(&file).unwrap();
+    cut.set_len(whole / 2).unwrap();
+    shards.read(0, &mut buffer).unwrap();
+    for error in [
+        shards.read(bytes - 1000, &mut buffer).unwrap_err(),
+        shards.verify(&Silent).unwrap_err(),
+    ] {
+        let DataError::ShardLength { got, expected, .. } = error else {
+            panic!("{error}");
+        };
+        assert_eq!((got, expected), (whole / 2, whole));
     }
-    assert!(most > 0 && most <= 65 << 10, "{most} KiB");
+}
+
+/// A file that is deleted while it is read stays readable.
+#[test]
+#[cfg(unix)]
+fn a_deleted_split_can_be_read_to_its_end() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = prepared(root.path(), &small(), 100);
+    let shards = Shards::open(&dir).unwrap();
+    fs::remove_dir_all(&dir).unwrap();
+    let mut text = vec![0; shards.byte_count() as usize];
+    shards.read(0, &mut text).unwrap();
+    assert_eq!(text, small().concat());
     shards.verify(&Silent).unwrap();
-    assert!(resident_kib(root.path()) <= 65 << 10);
+    assert!(Shards::open(&dir).is_err());
 }
 
 fn small() -> Vec<Vec<u8>> {

@@ -1,0 +1,232 @@
+//! Killed anywhere, any number of times, a run has lost nothing that was saved and ends as the run
+//! that nobody touched: the same digits in every step, the same bytes in the last checkpoint.
+//!
+//! `make chaos SECONDS=600` goes on for so long; a usual run of the tests does a few rounds.
+//! `MAMBABYTE_CHAOS_SEED` chooses other moments.
+
+mod common;
+
+use std::fs;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::PathBuf;
+use std::process::Output;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::random::{Random, number};
+use common::{Workspace, train_line};
+use mambabyte::train::Checkpoint;
+
+const SIGKILL: i32 = 9;
+
+/// Enough steps for some saves, of which old ones are deleted again.
+const SETTINGS: [&str; 4] = [
+    "train.mode=contiguous",
+    "train.steps=12",
+    "checkpoint.every_steps=3",
+    "checkpoint.keep_last=2",
+];
+
+/// Repeats a round `usual` times, or for the time that the environment gives.
+fn rounds(usual: u64, mut round: impl FnMut(u64)) -> u64 {
+    let seconds = number("MAMBABYTE_CHAOS_SECONDS", 0);
+    let started = Instant::now();
+    let mut done = 0;
+    while done < usual || started.elapsed() < Duration::from_secs(seconds) {
+        round(done);
+        done += 1;
+    }
+    done
+}
+
+fn random() -> Random {
+    Random(number("MAMBABYTE_CHAOS_SEED", 4740).wrapping_mul(2) | 1)
+}
+
+/// Fails unless every checkpoint of the run is whole; returns the newest step, or 0.
+#[track_caller]
+fn newest_whole(workspace: &Workspace, run: &str) -> u64 {
+    let Ok(entries) = fs::read_dir(workspace.run(run)) else {
+        return 0;
+    };
+    let folders: Vec<PathBuf> = entries.filter_map(|it| Some(it.ok()?.path())).collect();
+    let mut newest = 0;
+    for folder in folders {
+        let name = folder.file_name().and_then(|it| it.to_str());
+        let step = name.and_then(|it| it.strip_prefix("step-"));
+        let Some(Ok(step)) = step.map(str::parse::<u64>) else {
+            continue;
+        };
+        if folder.join("manifest.json").exists() {
+            Checkpoint::open(&folder).unwrap_or_else(|e| panic!("{}", e.report()));
+            newest = newest.max(step);
+        }
+    }
+    newest
+}
+
+/// What brings the run on: `resume`, or `train` where it had not begun.
+fn go_on(workspace: &Workspace, run: &str) -> String {
+    match workspace.run(run).join("config.toml").exists() {
+        true => format!("resume {run}"),
+        false => train_line(run, &SETTINGS, ""),
+    }
+}
+
+/// Whether the program was killed; it may else only have ended well.
+#[track_caller]
+fn was_killed(output: &Output) -> bool {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!said.contains("panicked at"), "{said}");
+    if output.status.signal() == Some(SIGKILL) {
+        return true;
+    }
+    assert!(output.status.success(), "{}\n{said}", output.status);
+    false
+}
+
+/// Every call by which a run changes its folder is a moment at which it may be killed: when it is
+/// created, in each save, while old checkpoints are deleted, in the middle of a line.
+#[test]
+fn killed_at_any_call_that_changes_a_file() {
+    if !common::can_inject_faults("killed at any call that changes a file") {
+        return;
+    }
+    let workspace = Workspace::new();
+    workspace.train("whole", &SETTINGS, "");
+    let all = workspace.path("calls");
+    let path = all.to_str().expect("UTF-8");
+    let faults = [("FAULT_PATH", "checkpoints/counted"), ("FAULT_LOG", path)];
+    let counted = workspace.faulty(&train_line("counted", &SETTINGS, ""), &faults);
+    assert!(counted.status.success());
+    let calls = fs::read_to_string(&all).expect("the number of calls");
+    let calls: u64 = calls.trim().parse().expect("a number");
+    assert!(calls > 80, "{calls}");
+
+    // A stride that has no factor in common with most numbers: over the rounds all calls are met.
+    let stride = 13;
+    let kills = rounds(calls.div_ceil(stride), |round| {
+        let run = format!("run-{round}");
+        let at = (1 + round * stride % calls).to_string();
+        for how in ["kill", "torn"] {
+            let path = format!("checkpoints/{run}");
+            let faults = [
+                ("FAULT_PATH", path.as_str()),
+                ("FAULT_AT", &at),
+                ("FAULT_DO", how),
+            ];
+            let output = workspace.faulty(&train_line(&run, &SETTINGS, ""), &faults);
+            assert!(was_killed(&output), "{how} at call {at} of {calls}");
+            newest_whole(&workspace, &run);
+            workspace.ok(&go_on(&workspace, &run));
+            workspace.assert_same_runs("whole", &run, 12);
+            fs::remove_dir_all(workspace.run(&run)).expect("removed");
+        }
+    });
+    eprintln!(
+        "killed at {} of {calls} calls, in {} runs",
+        kills.min(calls),
+        2 * kills
+    );
+}
+
+/// A run that is killed again and again, also while it is being resumed.
+#[test]
+fn killed_again_and_again() {
+    if !common::can_inject_faults("killed again and again") {
+        return;
+    }
+    let workspace = Workspace::new();
+    workspace.train("whole", &SETTINGS, "");
+    let mut random = random();
+    let mut kills = 0u64;
+    let runs = rounds(4, |round| {
+        let run = format!("run-{round}");
+        let path = format!("checkpoints/{run}");
+        let mut saved = 0;
+        for _ in 0..6 {
+            let at = (1 + random.below(90)).to_string();
+            let faults = [
+                ("FAULT_PATH", path.as_str()),
+                ("FAULT_AT", &at),
+                ("FAULT_DO", random.of(&["kill", "torn"])),
+            ];
+            let output = workspace.faulty(&go_on(&workspace, &run), &faults);
+            kills += u64::from(was_killed(&output));
+            let now = newest_whole(&workspace, &run);
+            assert!(now >= saved, "step {saved} was saved, and is lost: {now}");
+            saved = now;
+        }
+        workspace.ok(&go_on(&workspace, &run));
+        workspace.assert_same_runs("whole", &run, 12);
+        fs::remove_dir_all(workspace.run(&run)).expect("removed");
+    });
+    eprintln!("{runs} runs, killed {kills} times together");
+}
+
+/// The same without any help of the test's: SIGKILL at random moments of a long run.
+#[test]
+fn killed_at_random_moments() {
+    let workspace = Workspace::new();
+    let settings = [
+        "train.mode=contiguous",
+        "train.steps=1000000",
+        "checkpoint.every_steps=5",
+        "train.validate_every=7",
+        "train.validate_bytes=200",
+    ];
+    let mut random = random();
+    let mut saved = 0;
+    let kills = rounds(12, |_| {
+        let line = match workspace.run("killed").join("config.toml").exists() {
+            true => "resume killed".to_owned(),
+            false => train_line("killed", &settings, ""),
+        };
+        let running = workspace.start(&line);
+        thread::sleep(Duration::from_millis(30 + random.below(270) as u64));
+        running.kill();
+        let now = newest_whole(&workspace, "killed");
+        assert!(now >= saved, "step {saved} was saved, and is lost: {now}");
+        saved = now;
+    });
+    workspace.ok(&match saved {
+        0 => train_line("other", &settings, "--stop-after 1"),
+        _ => "resume killed --stop-after 10".to_owned(),
+    });
+    assert!(saved > 0, "nothing was saved in {kills} rounds");
+    let end = saved + 10;
+    workspace.train("whole", &settings, &format!("--stop-after {end}"));
+    workspace.assert_same_runs("whole", "killed", end);
+    eprintln!("killed {kills} times within {end} steps");
+}
+
+/// Signals at random moments: the step is finished and saved, whatever else is going on.
+#[test]
+fn stopped_at_random_moments() {
+    let workspace = Workspace::new();
+    let settings = ["train.steps=1000000", "checkpoint.every_steps=4"];
+    let mut random = random();
+    workspace.train("stopped", &settings, "--stop-after 1");
+    let stops = rounds(4, |_| {
+        let before = workspace.all_records("stopped").len();
+        let running = workspace.start("resume stopped");
+        common::wait_until("the run is under way", || {
+            workspace.all_records("stopped").len() > before + 1
+        });
+        thread::sleep(Duration::from_millis(random.below(100) as u64));
+        let signal = random.of(&["INT", "TERM", "HUP"]);
+        assert_eq!(
+            running.signal(signal),
+            Some(130),
+            "exit code after SIG{signal}"
+        );
+        let records = workspace.records("stopped");
+        let last = records.iter().rfind(|it| it["kind"] == "train");
+        let last = last.and_then(|it| it["step"].as_u64());
+        assert_eq!(last, Some(newest_whole(&workspace, "stopped")));
+    });
+    let end = newest_whole(&workspace, "stopped");
+    workspace.train("whole", &settings, &format!("--stop-after {end}"));
+    workspace.assert_same_runs("whole", "stopped", end);
+    eprintln!("stopped {stops} times within {end} steps");
+}
