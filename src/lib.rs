@@ -12,12 +12,14 @@
 //! | [`eval`] | bits per byte |
 //! | [`generate`] | prefill, step, sampling |
 //! | [`interop`] | checkpoints of other programs |
+//! | [`dashboard`] | runs in a browser |
 //! | [`commands`] | one file a command |
 //!
 //! The operations are in [`mambabyte_kernels`], the data in [`mambabyte_datasets`].
 
 pub mod commands;
 pub mod config;
+pub mod dashboard;
 pub mod device;
 pub mod error;
 pub mod eval;

@@ -3,16 +3,19 @@
 //! Standard output carries results; everything else goes to standard error.
 
 pub mod bench;
+pub mod dash;
 pub mod data;
 pub mod doctor;
 pub mod estimate;
 pub mod eval;
 pub mod export;
+pub mod export_metrics;
 pub mod generate;
 pub mod import;
 pub mod logits;
 pub mod params;
 pub mod resume;
+pub mod runs;
 pub mod train;
 
 use std::io::{self, IsTerminal, Write as _};
@@ -62,6 +65,12 @@ pub enum Command {
     Import(ImportArgs),
     /// Write a checkpoint in the form of another program
     Export(ExportArgs),
+    /// Show runs in a browser while they train
+    Dash(dash::DashArgs),
+    /// List runs with their step, bits per byte, speed and state
+    Runs(runs::RunsArgs),
+    /// Write a run's metrics as CSV or for TensorBoard
+    ExportMetrics(export_metrics::ExportMetricsArgs),
     /// Fetch, prepare, check and describe data
     #[command(subcommand)]
     Data(data::DataCommand),
@@ -254,6 +263,9 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Logits(args) => logits::run(args),
         Command::Import(args) => import::run(args),
         Command::Export(args) => export::run(args),
+        Command::Dash(args) => dash::run(args),
+        Command::Runs(args) => runs::run(args),
+        Command::ExportMetrics(args) => export_metrics::run(args),
         Command::Data(command) => data::run(command),
         Command::Params(args) => params::run(args),
         Command::Estimate(args) => estimate::run(args),

@@ -107,7 +107,12 @@ impl Watch {
         let named = [("loss", vital.bpb), ("gradient norm", vital.grad_norm)];
         for (name, value) in named {
             if value.is_some_and(|it| !it.is_finite()) {
-                self.raise(AlarmKind::NotANumber, place, 200.0, format!("{name} is not a number"));
+                self.raise(
+                    AlarmKind::NotANumber,
+                    place,
+                    200.0,
+                    format!("{name} is not a number"),
+                );
             }
         }
         if let Some(bpb) = vital.bpb.map(f64::from)
@@ -145,7 +150,10 @@ impl Watch {
             false => share > WAITING.0 && self.rows > WARM_UP,
         };
         if self.waiting {
-            let text = format!("{:.0} % of the time goes into waiting for data", 100.0 * share);
+            let text = format!(
+                "{:.0} % of the time goes into waiting for data",
+                100.0 * share
+            );
             self.raise(AlarmKind::DataWait, place, 200.0, text);
         }
     }
@@ -329,7 +337,10 @@ mod tests {
 
     fn kinds(watch: &Watch) -> Vec<(AlarmKind, f64, u32)> {
         let alarms = watch.alarms(false, 0.0);
-        alarms.iter().map(|it| (it.kind, it.step, it.count)).collect()
+        alarms
+            .iter()
+            .map(|it| (it.kind, it.step, it.count))
+            .collect()
     }
 
     #[test]
@@ -354,13 +365,19 @@ mod tests {
             grad_norm: Some(if step == 300 { 40.0 } else { 0.3 }),
             ..healthy(step)
         };
-        assert_eq!(kinds(&watched(exploding, 400)), [(AlarmKind::Spike, 300.0, 1)]);
+        assert_eq!(
+            kinds(&watched(exploding, 400)),
+            [(AlarmKind::Spike, 300.0, 1)]
+        );
         // A new level is reported, and then is the level.
         let raised = |step: u32| Vital {
             bpb: Some(if step > 200 { 4.0 } else { 2.0 }),
             ..healthy(step)
         };
-        assert_eq!(kinds(&watched(raised, 900)), [(AlarmKind::Spike, 201.0, 15)]);
+        assert_eq!(
+            kinds(&watched(raised, 900)),
+            [(AlarmKind::Spike, 201.0, 15)]
+        );
     }
 
     #[test]
@@ -391,7 +408,10 @@ mod tests {
             ..healthy(step)
         };
         let found = kinds(&watched(waiting, 800));
-        assert!(found.len() == 1 && found[0].0 == AlarmKind::DataWait, "{found:?}");
+        assert!(
+            found.len() == 1 && found[0].0 == AlarmKind::DataWait,
+            "{found:?}"
+        );
         assert!((300.0..400.0).contains(&found[0].1), "{found:?}");
     }
 

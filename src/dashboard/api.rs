@@ -209,14 +209,17 @@ async fn series(State(app): State<App>, Query(part): Query<Part>) -> Response {
 }
 
 async fn samples(State(app): State<App>, Query(which): Query<Which>) -> Response {
-    app.about(&which.run, |shown| {
-        Json(&shown.run.samples).into_response()
-    })
+    app.about(&which.run, |shown| Json(&shown.run.samples).into_response())
 }
 
 async fn inspections(State(app): State<App>, Query(which): Query<Which>) -> Response {
     app.about(&which.run, |shown| {
-        let records: Vec<&str> = shown.run.inspections.iter().map(|it| it.json.as_str()).collect();
+        let records: Vec<&str> = shown
+            .run
+            .inspections
+            .iter()
+            .map(|it| it.json.as_str())
+            .collect();
         json_text(format!("[{}]", records.join(",")))
     })
 }

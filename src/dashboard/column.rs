@@ -175,9 +175,7 @@ impl Column {
         let full = self.len() / CHUNK;
         for chunk in self.chunks.len()..full {
             let rows = chunk * CHUNK..(chunk + 1) * CHUNK;
-            let sum = rows
-                .map(|i| self.at(i))
-                .fold(Summary::EMPTY, Summary::and);
+            let sum = rows.map(|i| self.at(i)).fold(Summary::EMPTY, Summary::and);
             self.chunks.push(sum);
         }
     }
@@ -224,7 +222,14 @@ mod tests {
         for value in &values {
             column.push(*value);
         }
-        for (from, to) in [(0, 0), (0, 1000), (1, 63), (64, 128), (63, 129), (999, 1000)] {
+        for (from, to) in [
+            (0, 0),
+            (0, 1000),
+            (1, 63),
+            (64, 128),
+            (63, 129),
+            (999, 1000),
+        ] {
             assert_agrees(&column, &values, from, to, 1);
         }
         column.truncate(131);

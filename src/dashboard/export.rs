@@ -34,11 +34,7 @@ pub(super) struct Pieces {
 }
 
 impl Pieces {
-    pub(super) fn new(
-        shown: Arc<RwLock<Shown>>,
-        format: Format,
-        columns: Option<&str>,
-    ) -> Self {
+    pub(super) fn new(shown: Arc<RwLock<Shown>>, format: Format, columns: Option<&str>) -> Self {
         let wanted: Option<Vec<&str>> = columns.map(|it| it.split(',').collect());
         let (train, valid, generation) = {
             let shown = read(&shown);
@@ -68,7 +64,9 @@ impl Pieces {
     fn names(&self) -> impl Iterator<Item = String> {
         let valid = self.valid.iter().map(|it| format!("valid_{it}"));
         let own = ["step", "bytes_seen", "time"].map(str::to_owned);
-        own.into_iter().chain(self.train.iter().cloned()).chain(valid)
+        own.into_iter()
+            .chain(self.train.iter().cloned())
+            .chain(valid)
     }
 
     /// The next rows: those of both tables merged by step.
@@ -92,7 +90,13 @@ impl Pieces {
                     self.next = None;
                     return;
                 }
-                (Some(a), Some(b)) => if a.step <= b.step { a } else { b },
+                (Some(a), Some(b)) => {
+                    if a.step <= b.step {
+                        a
+                    } else {
+                        b
+                    }
+                }
                 (Some(place), None) | (None, Some(place)) => place,
             };
             let in_train = a.is_some_and(|it| it.step == place.step);
@@ -129,7 +133,9 @@ fn write_row(
     };
     match format {
         Format::Csv => {
-            let cells: Vec<String> = numbers.map(|it| it.map(short).unwrap_or_default()).collect();
+            let cells: Vec<String> = numbers
+                .map(|it| it.map(short).unwrap_or_default())
+                .collect();
             let _ = writeln!(text, "{}", cells.join(","));
         }
         Format::Json => {

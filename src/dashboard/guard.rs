@@ -157,11 +157,23 @@ mod tests {
         };
         let own = "localhost:6006";
         assert_eq!(status(Method::GET, own, None), None);
-        assert_eq!(status(Method::HEAD, own, Some("http://localhost:6006")), None);
+        assert_eq!(
+            status(Method::HEAD, own, Some("http://localhost:6006")),
+            None
+        );
         assert_eq!(status(Method::POST, own, None), Some(405));
         assert_eq!(status(Method::GET, "evil.example:6006", None), Some(403));
-        for origin in ["http://evil.example", "null", "http://localhost:80", "file://"] {
-            assert_eq!(status(Method::GET, own, Some(origin)), Some(403), "{origin}");
+        for origin in [
+            "http://evil.example",
+            "null",
+            "http://localhost:80",
+            "file://",
+        ] {
+            assert_eq!(
+                status(Method::GET, own, Some(origin)),
+                Some(403),
+                "{origin}"
+            );
         }
         assert_eq!(
             refusal(&Method::GET, None, &HeaderMap::new()).map(|it| it.0.as_u16()),

@@ -115,9 +115,7 @@ impl Hub {
 
     fn tell(&self, event: &str, data: &Value) {
         // Without a page nobody listens.
-        let _ = self
-            .events
-            .send(format!("{event}\n{data}").into());
+        let _ = self.events.send(format!("{event}\n{data}").into());
     }
 }
 

@@ -293,7 +293,9 @@ impl Run {
             for (i, (_, _, values)) in rows.iter().enumerate() {
                 for (column, value) in values {
                     let name = table.names()[*column].as_str();
-                    let values = columns.entry(name).or_insert_with(|| vec![None; rows.len()]);
+                    let values = columns
+                        .entry(name)
+                        .or_insert_with(|| vec![None; rows.len()]);
                     values[i] = value.is_finite().then_some(*value);
                 }
             }
@@ -411,7 +413,10 @@ mod tests {
         assert!(run.news("a").is_none());
         run.apply(br#"{"kind":"resume","step":1}"#);
         let news = run.news("a").expect("a change");
-        assert_eq!((&news["all"], &news["generation"]), (&json!(true), &json!(1)));
+        assert_eq!(
+            (&news["all"], &news["generation"]),
+            (&json!(true), &json!(1))
+        );
         for step in 2..1000 {
             run.apply(&train(step, 1.0));
         }
@@ -424,21 +429,33 @@ mod tests {
         for step in 1..=50 {
             run.apply(&train(step, 3.0));
         }
-        run.apply(br#"{"kind":"skip","step":51,"reason":"nonfinite","in_a_row":1,"offsets":[1,2]}"#);
+        run.apply(
+            br#"{"kind":"skip","step":51,"reason":"nonfinite","in_a_row":1,"offsets":[1,2]}"#,
+        );
         run.apply(br#"{"kind":"save","step":50,"pause_seconds":0.1,"seconds":2,"bytes":9}"#);
         run.apply(br#"{"kind":"save","step":50,"pause_seconds":0.1,"seconds":2,"error":"full"}"#);
         run.apply(br#"{"kind":"rollback","step":40,"from":52,"reason":"3 skips in a row"}"#);
         let alarms: Vec<_> = run.alarms(false, 0.0).iter().map(|it| it.kind).collect();
         let expected = [AlarmKind::NotANumber, AlarmKind::Save, AlarmKind::Spike];
         assert_eq!(alarms, expected);
-        assert_eq!((run.train.rows(), run.save.rows(), run.bad_lines), (40, 0, 0));
+        assert_eq!(
+            (run.train.rows(), run.save.rows(), run.bad_lines),
+            (40, 0, 0)
+        );
         assert_eq!(run.marks.len(), 2);
     }
 
     #[test]
     fn what_is_no_record_is_counted_and_passed_over() {
         let mut run = Run::new(1 << 20);
-        for line in ["", "x", "{}", "{\"kind\":\"train\"}", "{\"kind\":\"sample\"}", "\0\0"] {
+        for line in [
+            "",
+            "x",
+            "{}",
+            "{\"kind\":\"train\"}",
+            "{\"kind\":\"sample\"}",
+            "\0\0",
+        ] {
             run.apply(line.as_bytes());
         }
         assert_eq!((run.bad_lines, run.train.rows()), (5, 0));

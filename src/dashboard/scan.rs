@@ -125,7 +125,9 @@ fn name(found: &mut [Found]) {
     for (i, run) in found.iter_mut().enumerate() {
         let longest = parts[i].len();
         let depth = (1..=longest)
-            .find(|&depth| (0..parts.len()).all(|other| other == i || at(other, depth) != at(i, depth)))
+            .find(|&depth| {
+                (0..parts.len()).all(|other| other == i || at(other, depth) != at(i, depth))
+            })
             .unwrap_or(longest);
         run.id = at(i, depth);
     }
@@ -263,7 +265,10 @@ mod tests {
             fs::write(file, "{\"bits_per_byte\":1.5}").expect("a file");
         }
         fs::write(root.path().join("eval-bad.json"), "{").expect("a file");
-        let names: Vec<String> = evaluations(root.path()).into_iter().map(|it| it.0).collect();
+        let names: Vec<String> = evaluations(root.path())
+            .into_iter()
+            .map(|it| it.0)
+            .collect();
         assert_eq!(names, ["eval-test.json", "step-5/eval.json"]);
     }
 

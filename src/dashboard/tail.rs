@@ -55,11 +55,7 @@ impl Tail {
     }
 
     /// Gives the lines of about the next `budget` bytes to `each`.
-    pub(super) fn read(
-        &mut self,
-        budget: u64,
-        mut each: impl FnMut(&[u8]),
-    ) -> io::Result<Outcome> {
+    pub(super) fn read(&mut self, budget: u64, mut each: impl FnMut(&[u8])) -> io::Result<Outcome> {
         let metadata = match std::fs::metadata(&self.path) {
             Ok(metadata) => metadata,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Outcome::Gone),
@@ -168,7 +164,10 @@ mod tests {
         let path = folder.path().join("a");
         fs::write(&path, "one\ntw").expect("written");
         let mut tail = Tail::new(&path);
-        assert_eq!(all(&mut tail), (vec!["one".to_owned()], Outcome::UpToDate(1)));
+        assert_eq!(
+            all(&mut tail),
+            (vec!["one".to_owned()], Outcome::UpToDate(1))
+        );
         let mut file = File::options().append(true).open(&path).expect("there");
         file.write_all(b"o\nthree\n").expect("written");
         assert_eq!(all(&mut tail).0, ["two", "three"]);
