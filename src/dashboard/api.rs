@@ -118,7 +118,7 @@ async fn run(State(app): State<App>, Query(which): Query<Which>) -> Response {
             "valid": table(&shown.run.valid),
             "save": table(&shown.run.save),
             "marks": shown.run.marks,
-            "alarms": shown.run.alarms(shown.at_work(now), now),
+            "alarms": shown.alarms(now),
             "bad_lines": shown.run.bad_lines,
             "complete": shown.complete,
         }))

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
-use super::alarms::AlarmKind;
+use super::alarms::{Alarm, AlarmKind};
 use super::run::Run;
 use super::scan::{self, Found};
 use super::tail::{Outcome, Tail};
@@ -121,7 +121,7 @@ impl Hub {
 
 impl Shown {
     /// Whether a trainer is at work, as far as can be told.
-    pub(super) fn at_work(&self, now: f64) -> bool {
+    fn at_work(&self, now: f64) -> bool {
         let Some(last) = self.run.train.last() else {
             return self.locked == Some(true);
         };
@@ -132,6 +132,11 @@ impl Shown {
         };
         let written = last.time.max(self.modified as f64);
         now - written < least.max(distances * self.run.watch.distance())
+    }
+
+    /// All alarms of the run. Silence is one only of a trainer that is known to be there.
+    pub(super) fn alarms(&self, now: f64) -> Vec<Alarm> {
+        self.run.alarms(self.locked == Some(true), now)
     }
 
     /// `train.steps`.
@@ -161,7 +166,7 @@ impl Shown {
         };
         let last = train.last();
         let step = last.map_or(0.0, |it| it.step);
-        let alarms = self.run.alarms(self.at_work(now), now);
+        let alarms = self.alarms(now);
         let newest_step = step;
         // What is long past is in the list of alarms, and no cause for alarm.
         let active: Vec<_> = alarms
