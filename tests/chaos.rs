@@ -39,6 +39,13 @@ fn rounds(usual: u64, mut round: impl FnMut(u64)) -> u64 {
     done
 }
 
+fn greatest_divisor(a: u64, b: u64) -> u64 {
+    match b {
+        0 => a,
+        b => greatest_divisor(b, a % b),
+    }
+}
+
 fn random() -> Random {
     Random(number("MAMBABYTE_CHAOS_SEED", 4740).wrapping_mul(2) | 1)
 }
@@ -103,8 +110,9 @@ fn killed_at_any_call_that_changes_a_file() {
     let calls: u64 = calls.trim().parse().expect("a number");
     assert!(calls > 80, "{calls}");
 
-    // A stride that has no factor in common with most numbers: over the rounds all calls are met.
-    let stride = 13;
+    // A stride without a common factor: over so many rounds as there are calls, all are met.
+    let stride = (13..).find(|stride| greatest_divisor(*stride, calls) == 1);
+    let stride = stride.expect("a prime, at the latest");
     let kills = rounds(calls.div_ceil(stride), |round| {
         let run = format!("run-{round}");
         let at = (1 + round * stride % calls).to_string();

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 const PART: usize = 12;
 
 /// Steps of an attempt: the second finds the allocator's pages as the first left them.
-const STEPS: u32 = 2;
+const STEPS: usize = 2;
 
 /// `settled` with as many layers recomputed as it takes, if `asked` leaves that open and there is a
 /// limit.

@@ -54,7 +54,11 @@ impl RunDir {
                     .to_owned(),
             });
         }
-        Self::locked(path)
+        let dir = Self::locked(path)?;
+        if let Err(error) = tidy(path) {
+            tracing::warn!("left over by a kill, and still there: {error}");
+        }
+        Ok(dir)
     }
 
     fn locked(path: &Path) -> Result<Self> {
@@ -84,6 +88,29 @@ impl RunDir {
     pub fn checkpoints(&self) -> Result<Vec<(u64, PathBuf)>> {
         checkpoints(&self.path)
     }
+}
+
+/// Deletes what a save that was killed has left in the run's folder. Where one was killed between two
+/// renames, the checkpoint gets its name back.
+fn tidy(run: &Path) -> Result<()> {
+    for entry in fs::read_dir(run).map_err(Error::io("read", run))? {
+        let path = entry.map_err(Error::io("read", run))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let Some((folder, state)) = name.rsplit_once('.') else {
+            continue;
+        };
+        let folder = run.join(folder);
+        match (name.starts_with("step-"), state) {
+            (true, "old") if !folder.exists() => {
+                fs::rename(&path, &folder).map_err(Error::io("rename", &path))?;
+            }
+            (true, "old" | "tmp") => {
+                fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// Deletes checkpoints of the run in `run` beyond those that `keep` names: the last few, every m-th,
@@ -170,4 +197,46 @@ pub fn resolve_checkpoint(path: &Path) -> Result<PathBuf> {
             },
             hint: "name a run, or one of its `step-…` folders, in `checkpoints/`".to_owned(),
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_killed_save_leaves_is_tidied_up() {
+        let run = tempfile::tempdir().expect("a folder");
+        let path = |name: &str| run.path().join(name);
+        for name in [
+            "step-10",
+            "step-10.old",
+            "step-15.tmp",
+            "step-20.old",
+            "mine.tmp",
+        ] {
+            fs::create_dir(path(name)).expect("a folder");
+            fs::write(path(name).join("from"), name).expect("a file");
+        }
+        fs::write(path("config.toml"), "").expect("a file");
+        drop(RunDir::open(run.path()).expect("a run"));
+        let mut left: Vec<String> = fs::read_dir(run.path())
+            .expect("a folder")
+            .map(|it| {
+                it.expect("an entry")
+                    .file_name()
+                    .to_string_lossy()
+                    .into_owned()
+            })
+            .collect();
+        left.sort();
+        assert_eq!(
+            left,
+            ["config.toml", "lock", "mine.tmp", "step-10", "step-20"]
+        );
+        let from = |name: &str| fs::read_to_string(path(name).join("from")).expect("a file");
+        assert_eq!(
+            (from("step-10"), from("step-20")),
+            ("step-10".into(), "step-20.old".into())
+        );
+    }
 }

@@ -22,6 +22,7 @@ const TRAINING_OVER_FORWARD: u64 = 3;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepTimes {
     /// Waiting for the batch.
+    #[serde(default)]
     pub wait_seconds: f64,
     /// Forward passes. On a GPU the parts are measured in the steps that look into the model
     /// (`train.inspect_every`): it has to be waited for between them.

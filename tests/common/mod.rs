@@ -198,17 +198,17 @@ impl Workspace {
         records
     }
 
-    /// What each step has measured, digit for digit.
+    /// What each step has measured, digit for digit, those that were not applied included.
     pub fn measured(&self, run: &str) -> Vec<String> {
         let train = self
             .records(run)
             .into_iter()
-            .filter(|it| it["kind"] == "train");
+            .filter(|it| it["kind"] == "train" || it["kind"] == "skip");
         train
             .map(|it| {
-                let [step, loss, bpb, lr, norm] =
-                    ["step", "loss_nats", "bpb", "lr", "grad_norm"].map(|key| &it[key]);
-                format!("step {step} loss {loss} bpb {bpb} lr {lr} norm {norm}")
+                let [kind, step, loss, bpb, lr, norm] =
+                    ["kind", "step", "loss_nats", "bpb", "lr", "grad_norm"].map(|key| &it[key]);
+                format!("{kind} {step} loss {loss} bpb {bpb} lr {lr} norm {norm}")
             })
             .collect()
     }
