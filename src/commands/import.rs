@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::time::Instant;
 
+use mambabyte_datasets::progress::Bar;
+
 use super::{ImportArgs, grouped, scaled};
 use crate::config::{Config, MambaConfig};
 use crate::error::{Error, Result, print_warning};
@@ -30,7 +32,7 @@ pub fn run(args: &ImportArgs) -> Result<()> {
         print_warning(warning);
     }
     let config = settings(&import.config)?;
-    Checkpoint::save_weights(&args.out, &config, |file| import.write(file))?;
+    Checkpoint::save_weights(&args.out, &config, |file| import.write(file, &Bar::new()))?;
     let model = &import.config;
     eprintln!(
         "imported {} parameters ({} wide, {} layers, {} norm, {} head, {} tokens) from {} in {:.1} s",

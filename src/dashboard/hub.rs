@@ -11,7 +11,7 @@ use tokio::sync::broadcast;
 
 use super::alarms::{Alarm, AlarmKind};
 use super::run::Run;
-use super::scan::{self, Found};
+use super::scan::{self, EvaluationFile, Found};
 use super::tail::{Outcome, Tail};
 
 /// Between two looks at the files.
@@ -53,6 +53,7 @@ pub(super) struct Shown {
     pub(super) config: BTreeMap<String, Value>,
     /// Name and content of evaluations.
     pub(super) evaluations: Vec<(String, Value)>,
+    evaluation_files: Vec<EvaluationFile>,
     pub(super) run: Run,
     /// Bytes read, and bytes there are.
     progress: (u64, u64),
@@ -285,16 +286,17 @@ impl Reader {
             }
             if let Some(shared) = hub.get(&found.id) {
                 let config = scan::config(&folder);
-                let evaluations = scan::evaluations(&folder);
+                let files = scan::evaluation_files(&folder);
                 let locked = scan::is_locked(&folder);
                 let mut shown = write(&shared);
-                if shown.evaluations != evaluations {
+                if shown.evaluation_files != files {
+                    shown.evaluations = scan::evaluations(&files);
+                    shown.evaluation_files = files;
                     let news = json!({ "id": shown.id, "changed": ["evaluations"] });
                     hub.tell("rows", &news);
                 }
                 self.changed |= shown.locked != locked || shown.config != config;
                 shown.config = config;
-                shown.evaluations = evaluations;
                 shown.locked = locked;
                 shown.modified = found.modified;
                 shown.run.row_limit = limit;
@@ -311,6 +313,7 @@ impl Shown {
             folder: found.folder().to_owned(),
             config: BTreeMap::new(),
             evaluations: Vec::new(),
+            evaluation_files: Vec::new(),
             run: Run::new(row_limit),
             progress: (0, 1),
             complete: false,

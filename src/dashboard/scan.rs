@@ -22,8 +22,8 @@ const MOST_FOLDERS: usize = 20_000;
 /// Longest config and evaluation that is read, in bytes.
 const LONGEST_FILE: u64 = 4 << 20;
 
-/// Evaluations shown of a run.
-const MOST_EVALUATIONS: usize = 64;
+/// Evaluations shown of a run, and their bytes.
+const MOST_EVALUATIONS: (usize, u64) = (32, 16 << 20);
 
 /// A run that was found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -158,9 +158,30 @@ pub(super) fn config(folder: &Path) -> BTreeMap<String, Value> {
     flat
 }
 
-/// What `mambabyte eval --json` printed, from `eval*.json` in the run's folder and in those of its
-/// checkpoints, with the file's name.
-pub(super) fn evaluations(folder: &Path) -> Vec<(String, Value)> {
+/// A file with an evaluation, and what changes when it is written.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct EvaluationFile {
+    name: String,
+    path: PathBuf,
+    modified: u64,
+    bytes: u64,
+}
+
+/// What `mambabyte eval --json` printed, by the files' names.
+pub(super) fn evaluations(files: &[EvaluationFile]) -> Vec<(String, Value)> {
+    files
+        .iter()
+        .filter_map(|it| {
+            Some((
+                it.name.clone(),
+                serde_json::from_str(&read(&it.path)?).ok()?,
+            ))
+        })
+        .collect()
+}
+
+/// Files `eval*.json` in the run's folder and in those of its checkpoints.
+pub(super) fn evaluation_files(folder: &Path) -> Vec<EvaluationFile> {
     let mut files = json_files(folder, "");
     if let Ok(entries) = fs::read_dir(folder) {
         for entry in entries.filter_map(Result::ok) {
@@ -171,21 +192,30 @@ pub(super) fn evaluations(folder: &Path) -> Vec<(String, Value)> {
         }
     }
     files.sort();
-    files.truncate(MOST_EVALUATIONS);
+    files.truncate(MOST_EVALUATIONS.0);
+    let mut bytes = 0;
+    files.retain(|it| {
+        bytes += it.bytes;
+        bytes <= MOST_EVALUATIONS.1
+    });
     files
-        .into_iter()
-        .filter_map(|(name, path)| Some((name, serde_json::from_str(&read(&path)?).ok()?)))
-        .collect()
 }
 
-fn json_files(folder: &Path, prefix: &str) -> Vec<(String, PathBuf)> {
+fn json_files(folder: &Path, prefix: &str) -> Vec<EvaluationFile> {
     let entries = fs::read_dir(folder).into_iter().flatten();
     entries
         .filter_map(|entry| {
             let path = entry.ok()?.path();
             let name = path.file_name()?.to_str()?.to_owned();
-            (name.starts_with("eval") && name.ends_with(".json"))
-                .then(|| (format!("{prefix}{name}"), path))
+            if !(name.starts_with("eval") && name.ends_with(".json")) {
+                return None;
+            }
+            Some(EvaluationFile {
+                name: format!("{prefix}{name}"),
+                modified: modified(&path)?,
+                bytes: fs::metadata(&path).ok()?.len(),
+                path,
+            })
         })
         .collect()
 }
@@ -265,10 +295,9 @@ mod tests {
             fs::write(file, "{\"bits_per_byte\":1.5}").expect("a file");
         }
         fs::write(root.path().join("eval-bad.json"), "{").expect("a file");
-        let names: Vec<String> = evaluations(root.path())
-            .into_iter()
-            .map(|it| it.0)
-            .collect();
+        let files = evaluation_files(root.path());
+        assert_eq!(files.len(), 3);
+        let names: Vec<String> = evaluations(&files).into_iter().map(|it| it.0).collect();
         assert_eq!(names, ["eval-test.json", "step-5/eval.json"]);
     }
 

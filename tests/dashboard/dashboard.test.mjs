@@ -381,12 +381,13 @@ test('a run that is deleted while it is shown goes away', async () => {
 
 test('pictures for the documentation', { skip: !figures && 'FIGURES is not set' }, async () => {
   const now = Date.now() / 1000;
-  for (const name of ['first', 'second', 'live']) rmSync(join(runs, name), { recursive: true });
+  for (const name of ['first', 'second', 'live', 'other-model']) rmSync(join(runs, name), { recursive: true, force: true });
   write(runs, '353m-lr4e-4', { steps: 6000, total: 80000, seed: 1, end: now - 1, spike: 5950, looks: true });
-  write(runs, '353m-lr8e-4', { steps: 4500, total: 80000, seed: 2, lr: 8e-4, base: 1.05, end: now - 7e4 });
-  write(runs, '353m-seed2', { steps: 5200, total: 80000, seed: 7, base: 0.98, end: now - 3e5 });
+  write(runs, '353m-lr8e-4', { steps: 4500, total: 80000, seed: 2, lr: 8e-4, base: 1.12, end: now - 7e4 });
+  write(runs, '353m-seed2', { steps: 5200, total: 80000, seed: 7, base: 0.92, end: now - 3e5 });
   evaluation(join(runs, '353m-lr4e-4'), 1);
-  const list = 'runs=353m-lr4e-4,353m-lr8e-4,353m-seed2&smooth=0.9';
+  await until('only these', async () => (await (await fetch(`${base}/api/runs`)).json()).runs.map(({ id }) => id).join() === '353m-lr4e-4,353m-lr8e-4,353m-seed2');
+  const list = 'runs=353m-lr4e-4,353m-lr8e-4,353m-seed2&smooth=0.9&ylog=bpb,loss';
   const shots = [
     ['dashboard_light', list, {}],
     ['dashboard_dark', 'runs=353m-lr4e-4&smooth=0.9&from=4200&to=6000', { colorScheme: 'dark' }],

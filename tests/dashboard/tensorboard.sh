@@ -63,6 +63,6 @@ quietly "$program" train --config config.toml --run run --stop-after 45
 rm -r checkpoints/run/step-45
 quietly "$program" resume checkpoints/run
 ls checkpoints/run | grep -c '^events.out.tfevents' | grep -qx 2
-"$work/venv/bin/python" "$here/tensorboard.py" checkpoints/run checkpoints/run
+"$work/venv/bin/python" "$here/read_events.py" checkpoints/run checkpoints/run
 quietly "$program" export-metrics checkpoints/run --format tensorboard --out exported
-"$work/venv/bin/python" "$here/tensorboard.py" checkpoints/run exported
+"$work/venv/bin/python" "$here/read_events.py" checkpoints/run exported

@@ -24,7 +24,7 @@ class Series {
     this.alarms = [];
     this.config = {};
     this.fresh = 0;
-    this.version = 0; // grows with every change
+    this.missed = []; // news that came while the series was on its way
     this.loaded = false;
   }
 
@@ -55,7 +55,14 @@ export class Store {
   /** Fetches a run that is not here yet, or one that has changed. */
   async load(id) {
     if (this.pending.has(id)) return this.pending.get(id);
-    const work = this.fetch(id).finally(() => this.pending.delete(id));
+    this.get(id).missed = [];
+    const work = this.fetch(id).finally(() => {
+      this.pending.delete(id);
+      // What has arrived since the server answered; rows that are there already are passed over.
+      const { missed } = this.get(id);
+      this.get(id).missed = [];
+      missed.forEach((news) => this.append(news));
+    });
     this.pending.set(id, work);
     return work;
   }
@@ -76,7 +83,6 @@ export class Store {
       series.fresh = 0;
       series.loaded = true;
       series.detail = null;
-      series.version++;
       this.changed(id);
       await this.loadDetail(id);
     } catch (error) {
@@ -93,7 +99,6 @@ export class Store {
       series.marks = about.marks;
       series.alarms = about.alarms;
       series.config = about.config;
-      series.version++;
       this.changed(id);
     } catch (error) {
       console.debug(error);
@@ -121,7 +126,6 @@ export class Store {
       const lines = await get('series', { run: id, x: axis, from, to, log_from, points: 3 * POINTS });
       if (lines.generation !== series.generation) return;
       series.detail = { axis, from, to, parts: Object.fromEntries(PARTS.map((part) => [part, lines[part]])) };
-      series.version++;
       this.changed(id);
     } catch (error) {
       console.debug(error);
@@ -131,8 +135,15 @@ export class Store {
   /** New rows of a run, as the server tells them. */
   append(news) {
     const series = this.series.get(news.id);
-    if (!series?.loaded) return;
-    if (news.all || (news.generation !== undefined && news.generation !== series.generation)) {
+    if (!series) return;
+    if (this.pending.has(news.id)) {
+      series.missed.push(news);
+      return;
+    }
+    if (!series.loaded) return;
+    // Older than what is here: part of it already.
+    if (news.generation !== undefined && news.generation < series.generation) return;
+    if (news.generation !== undefined && news.generation > series.generation) {
       this.load(news.id);
       return;
     }
@@ -144,7 +155,6 @@ export class Store {
       series.fresh += rows.step.length;
     }
     if (news.changed?.includes('marks')) this.loadMarks(news.id);
-    series.version++;
     if (series.fresh > MOST_NEW) this.load(news.id);
     else this.changed(news.id);
   }

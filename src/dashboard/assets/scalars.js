@@ -90,14 +90,20 @@ export function scalars(main, page) {
     for (const chart of charts()) chart?.refresh();
   }
 
+  let told = '';
   function header() {
+    summary.replaceChildren(tiles(page));
+    // Built anew only where something has changed: it is read out.
+    const shown = page.runs.selected().map(({ id, alarms, alarm_count: count }) => [id, alarms, count, store.get(id).alarms.length]);
+    const news = JSON.stringify([shown, Math.floor(page.runs.now / 60), document.documentElement.dataset.theme]);
+    if (news === told) return;
+    told = news;
     strip.replaceChildren(alarmStrip(page, drawn, (step, run) => {
       const series = run.series;
       const at = page.axis().place(series)(step);
       const width = (extent[1] - extent[0]) / 40;
       if (at !== null) shared.zoom(at - width, at + width);
     }));
-    summary.replaceChildren(tiles(page));
   }
 
   // Messages come one by one; pictures are drawn once for all of them.
