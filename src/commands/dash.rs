@@ -1,5 +1,6 @@
 //! The command `dash`: the dashboard.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -29,13 +30,12 @@ pub fn run(args: &DashArgs) -> Result<()> {
         std::fs::create_dir_all(RUNS).map_err(crate::error::Error::io("create", RUNS))?;
     }
     dashboard::serve(&paths, args.port, |address| {
-        eprintln!(
-            "dashboard: http://localhost:{}/  (Ctrl-C ends it)",
-            address.port()
-        );
-        eprintln!(
-            "from another machine: ssh -L {port}:localhost:{port} THIS_MACHINE",
-            port = address.port()
+        let port = address.port();
+        // Whoever started it may have closed standard error: no reason to end.
+        let _ = write!(
+            std::io::stderr(),
+            "dashboard: http://localhost:{port}/  (Ctrl-C ends it)\n\
+             from another machine: ssh -L {port}:localhost:{port} THIS_MACHINE\n"
         );
     })
 }
