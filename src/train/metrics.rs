@@ -370,7 +370,7 @@ mod tests {
         let always = "{\"kind\":\"train\",\"step\":3,\"loss_nats\":1.5,\"bpb\":2.164,\"lr\":0.0001,\
                       \"grad_norm\":0.25,\"bytes_per_second\":1000.0,\"bytes_seen\":4096,\
                       \"seconds\":0.5";
-        assert_eq!(line, format!("{always}}}"));
+        assert_eq!(line, format!("{always},\"wait_seconds\":0.0}}"));
         let MetricRecord::Train {
             memory_gib,
             memory_in_use_gib,
@@ -381,7 +381,9 @@ mod tests {
         };
         (*memory_gib, *memory_in_use_gib) = (Some(9.25), Some(4.0));
         let line = serde_json::to_string(&record).expect("serialisable");
-        let expected = format!("{always},\"memory_gib\":9.25,\"memory_in_use_gib\":4.0}}");
+        let expected = format!(
+            "{always},\"memory_gib\":9.25,\"memory_in_use_gib\":4.0,\"wait_seconds\":0.0}}"
+        );
         assert_eq!(line, expected);
     }
 
