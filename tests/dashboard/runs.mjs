@@ -23,15 +23,24 @@ function prose(step, draw) {
 }
 
 /** Writes a run of `steps` steps into `root/name`; returns its lines of training. */
-export function write(root, name, { steps, total = steps, seed, lr = 4e-4, base = 1, gpu = true, end = Date.now() / 1000, seconds = 3.9, spike = null, looks = false }) {
+export function write(root, name, { steps, total = steps, seed, lr = 4e-4, base = 1, gpu = true, end = Date.now() / 1000, seconds = 3.9, spike = null, looks = false, keep = true }) {
   const draw = random(seed);
   const noise = () => (draw() + draw() + draw() - 1.5) * 1.15;
   const folder = join(root, name);
   mkdirSync(folder, { recursive: true });
   writeFileSync(join(folder, 'config.toml'), `[model]\ndim = ${gpu ? 1024 : 160}\ndepth = ${gpu ? 53 : 6}\n[train]\nsteps = ${total}\nbatch = 4\nlength = 8192\nseed = ${seed}\n[optimizer]\nlr = ${lr}\nwarmup_steps = 500\n[data]\npath = "data/pg19"\n`);
-  const lines = [];
+  const file = join(folder, 'metrics.jsonl');
+  writeFileSync(file, '');
+  let lines = [];
   const rows = [];
-  const put = (record) => lines.push(JSON.stringify(record));
+  const flush = () => {
+    if (lines.length) appendFileSync(file, lines.join('\n') + '\n');
+    lines = [];
+  };
+  const put = (record) => {
+    lines.push(JSON.stringify(record));
+    if (lines.length === 20_000) flush();
+  };
   const bytes = gpu ? 393216 : 4096;
   const curve = (step) => base + 6.5 / (1 + step / 40) ** 0.9 + 0.5 / (1 + step / 2000);
   let time = end - steps * seconds;
@@ -54,7 +63,7 @@ export function write(root, name, { steps, total = steps, seed, lr = 4e-4, base 
       time: Number(time.toFixed(3)),
     };
     put(row);
-    rows.push(row);
+    if (keep) rows.push(row);
     if (step % 250 === 0 || step === steps) {
       const valid = Number((curve(step) + 0.03).toPrecision(6));
       put({ kind: 'valid', step, bpb: valid, bytes: 1048576, word_perplexity: 2 ** (valid * 5.9), seconds: 11, time });
@@ -63,8 +72,7 @@ export function write(root, name, { steps, total = steps, seed, lr = 4e-4, base 
     if (saved) put({ kind: 'save', step, pause_seconds: saved, seconds: 6 + draw(), bytes: 4.2e9, attempts: 1, time });
     if (looks && step % 100 === 0) put(look(step, steps, draw, time));
   }
-  const file = join(folder, 'metrics.jsonl');
-  writeFileSync(file, lines.join('\n') + '\n');
+  flush();
   utimesSync(file, end, end);
   return rows;
 }
