@@ -322,7 +322,7 @@ mod tests {
             grad_norm: Some(0.3 + 0.05 * noise),
             seconds: Some(0.1),
             wait: Some(0.001),
-            memory: Some(10.0 + if step % 10 == 0 { 3.0 } else { 0.0 }),
+            memory: Some(10.0 + if step.is_multiple_of(10) { 3.0 } else { 0.0 }),
             host_memory: Some(1.0),
         }
     }

@@ -55,10 +55,13 @@ pub(super) enum Part {
     Save,
 }
 
+/// Columns of a row with their values.
+type Values = Vec<(usize, f32)>;
+
 /// Rows that pages have not been told of.
 #[derive(Debug, Default)]
 pub(super) struct Fresh {
-    rows: Vec<(Part, Place, Vec<(usize, f32)>)>,
+    rows: Vec<(Part, Place, Values)>,
     /// Kinds of other records that came.
     kinds: Vec<&'static str>,
     /// Pages have to fetch everything again.
