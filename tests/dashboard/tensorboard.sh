@@ -66,3 +66,4 @@ ls checkpoints/run | grep -c '^events.out.tfevents' | grep -qx 2
 "$work/venv/bin/python" "$here/read_events.py" checkpoints/run checkpoints/run
 quietly "$program" export-metrics checkpoints/run --format tensorboard --out exported
 "$work/venv/bin/python" "$here/read_events.py" checkpoints/run exported
+"$work/venv/bin/python" "$here/ask_tensorboard.py" "$work/venv/bin/tensorboard" checkpoints run
