@@ -11,6 +11,7 @@ RUN :=
 SET :=
 PG19 :=
 PYTHON := python3
+PORT := 6006
 
 # Configs that are meant for an NVIDIA GPU; the others run anywhere.
 GPU_CONFIGS := pg19_353m pg19_972m pg19_1_6b
@@ -28,7 +29,7 @@ MAMBABYTE = cargo run --quiet --release --features $(FEATURES) --
 # How long `make chaos` goes on.
 SECONDS := 60
 
-.PHONY: help train resume data test chaos soak lint deny check-gpu bench-gpu parity lm-eval doctor
+.PHONY: help train resume data dashboard test chaos soak lint deny check-gpu bench-gpu parity lm-eval doctor
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s  %s\n", $$1, $$2 }'
@@ -39,6 +40,7 @@ help: ## Show this list
 	echo 'SET="a.b=1 c.d=2"   changes to the config'
 	echo 'SECONDS=600         how long chaos goes on'
 	echo 'PYTHON=python3      the Python that has PyTorch and mamba-ssm, for bench-gpu; for parity any of 3.11 or later'
+	echo 'PORT=6006           where the dashboard listens on this machine'
 	echo 'PG19=DIR            a copy of PG-19 that is already there'
 
 train: ## Train a model, then show where it is and what it writes [CONFIG, FEATURES, RUN, SET]
@@ -87,6 +89,9 @@ data: ## Download PG-19 (11.7 GB), or take the copy in PG19, and prepare it [PG1
 	fi
 	$(MAMBABYTE) data prepare --source pg19 --path "$(or $(PG19),data/pg19-raw)" --out data/pg19
 
+dashboard: ## Show the runs in a browser while they train [PORT, FEATURES]
+	@$(MAMBABYTE) dash $(RUNS) --port $(PORT)
+
 # Kernels are tested on Mesa's software Vulkan (lavapipe): results do not depend on the machine's
 # GPU. Set VK_DRIVER_FILES to another driver's JSON file to test on that one.
 test: ## Run all tests, those of the GPU kernels on software Vulkan
@@ -117,6 +122,9 @@ test: ## Run all tests, those of the GPU kernels on software Vulkan
 		echo "SKIPPED: kernel tests on software Vulkan ($$why)"
 	fi
 	cargo test --release --workspace --no-fail-fast --features $$features
+	target=$$(cargo metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
+	tests/dashboard/run.sh "$$target/release/mambabyte" "$$target/dashboard"
+	tests/dashboard/tensorboard.sh "$$target/release/mambabyte" "$$target/dashboard" $(PYTHON)
 
 # Half of the time for kills, the rest for faults and damaged files; each at least once.
 chaos: ## Kill runs, make disks fail, damage files, for a chosen time [SECONDS]

@@ -14,12 +14,14 @@
 //! | [`server`] | a model behind HTTP |
 //! | [`interop`] | checkpoints of other programs |
 //! | [`hub`] | checkpoints by name, from Hugging Face |
+//! | [`dashboard`] | runs in a browser |
 //! | [`commands`] | one file a command |
 //!
 //! The operations are in [`mambabyte_kernels`], the data in [`mambabyte_datasets`].
 
 pub mod commands;
 pub mod config;
+pub mod dashboard;
 pub mod device;
 pub mod error;
 pub mod eval;

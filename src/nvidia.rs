@@ -66,9 +66,8 @@ pub(crate) const DRIVER: [&str; 2] = if cfg!(windows) {
     ["libcuda.so.1", "libcuda.so"]
 };
 
-/// Free and total memory of a GPU, in bytes, without making a context on it, which takes some
-/// hundred MiB itself. None without NVML.
-pub(crate) fn memory_before_use(index: usize) -> Option<(u64, u64)> {
+/// Address of a CUDA device on the PCI bus, by which NVML knows it; makes no context.
+pub(crate) fn bus_address(index: usize) -> Option<String> {
     type Start = unsafe extern "C" fn(c_uint) -> c_int;
     type BusId = unsafe extern "C" fn(*mut c_char, c_int, c_int) -> c_int;
     let library = Shared::open(&DRIVER)?;
@@ -80,10 +79,15 @@ pub(crate) fn memory_before_use(index: usize) -> Option<(u64, u64)> {
         let bus_id = library.function::<BusId>("cuDeviceGetPCIBusId")?;
         start(0) == 0 && bus_id(pointer(&mut address), 32, c_int::try_from(index).ok()?) == 0
     };
-    let memory = found
-        .then(Nvml::start)
-        .flatten()
-        .and_then(|nvml| nvml.memory(&mut address))?;
+    found.then(|| text(&address))
+}
+
+/// Free and total memory of a GPU, in bytes, without making a context on it, which takes some
+/// hundred MiB itself. None without NVML.
+pub(crate) fn memory_before_use(index: usize) -> Option<(u64, u64)> {
+    let mut address = bus_address(index)?.into_bytes();
+    address.push(0);
+    let memory = Nvml::start()?.memory(&mut address)?;
     Some((memory.free, memory.total))
 }
 

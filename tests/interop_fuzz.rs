@@ -103,7 +103,10 @@ fn foreign_safetensors(folder: &Path) -> Vec<u8> {
 fn open(folder: &Path) -> Result<(), String> {
     let import = Import::open(folder, None).map_err(|e| e.report())?;
     import
-        .write(&folder.join("out.tmp"))
+        .write(
+            &folder.join("out.tmp"),
+            &mambabyte_datasets::progress::Silent,
+        )
         .map_err(|e| e.report())
 }
 

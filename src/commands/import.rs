@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use mambabyte_datasets::progress::Bar;
+
 use super::{ImportArgs, grouped, scaled, warn_unless_bytes};
 use crate::config::{Config, MambaConfig};
 use crate::error::{Error, Result, print_warning};
@@ -55,7 +57,7 @@ fn convert(from: &Path, given: Option<&Path>, source: Option<&str>, out: &Path) 
         print_warning(warning);
     }
     let config = settings(&import.config)?;
-    Checkpoint::save_weights(out, &config, source, |file| import.write(file))?;
+    Checkpoint::save_weights(out, &config, source, |file| import.write(file, &Bar::new()))?;
     let model = &import.config;
     eprintln!(
         "imported {} parameters ({} wide, {} layers, {} norm, {} head, {} tokens) from {} in {:.1} s",

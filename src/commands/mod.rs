@@ -3,6 +3,7 @@
 //! Standard output carries results; everything else goes to standard error.
 
 pub mod bench;
+pub mod dash;
 pub mod data;
 pub mod doctor;
 pub mod estimate;
@@ -11,6 +12,7 @@ pub mod eval_lengths;
 pub mod eval_noise;
 pub mod eval_tasks;
 pub mod export;
+pub mod export_metrics;
 pub mod generate;
 pub mod import;
 pub mod logits;
@@ -18,6 +20,7 @@ pub mod model_args;
 pub mod params;
 pub mod perplexity;
 pub mod resume;
+pub mod runs;
 pub mod serve;
 pub mod train;
 
@@ -80,6 +83,12 @@ pub enum Command {
     Import(ImportArgs),
     /// Write a checkpoint in the form of another program
     Export(ExportArgs),
+    /// Show runs in a browser while they train
+    Dash(dash::DashArgs),
+    /// List runs with their step, bits per byte, speed and state
+    Runs(runs::RunsArgs),
+    /// Write a run's metrics as CSV or for TensorBoard
+    ExportMetrics(export_metrics::ExportMetricsArgs),
     /// Fetch, prepare, check and describe data
     #[command(subcommand)]
     Data(data::DataCommand),
@@ -232,6 +241,9 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Logits(args) => logits::run(args),
         Command::Import(args) => import::run(args),
         Command::Export(args) => export::run(args),
+        Command::Dash(args) => dash::run(args),
+        Command::Runs(args) => runs::run(args),
+        Command::ExportMetrics(args) => export_metrics::run(args),
         Command::Data(command) => data::run(command),
         Command::Params(args) => params::run(args),
         Command::Estimate(args) => estimate::run(args),

@@ -46,6 +46,11 @@ pub struct TrainConfig {
     pub sample_prompt: String,
     /// Steps between lines of metrics. From 1, default 1.
     pub log_every: u64,
+    /// Steps between looks into the model (norms, step sizes, histograms) and, on GPUs, between
+    /// measurements of a step's parts; 0 is never. Default 100.
+    pub inspect_every: u64,
+    /// Whether metrics are also written as TensorBoard's event files. Default false.
+    pub tensorboard: bool,
     /// Layers whose input projection is computed again in the backward pass: `"auto"` (the default, as
     /// few as fit the memory), `"none"`, `"all"`, or how many of the first.
     pub recompute: Recompute,
@@ -111,6 +116,14 @@ impl TrainConfig {
             ),
             sample_prompt: section.string("sample_prompt", "The "),
             log_every: section.integer("log_every", 1, MOST_STEPS, Some(1), ""),
+            inspect_every: section.integer(
+                "inspect_every",
+                0,
+                MOST_STEPS,
+                Some(100),
+                "0 means never",
+            ),
+            tensorboard: section.boolean("tensorboard", false),
             recompute: section.recompute("recompute", Recompute::Auto),
             checkpoint_every: section.size(
                 "checkpoint_every",

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::Device;
+use mambabyte_datasets::Progress;
 
 use super::config::{self, Described};
 use super::names::{foreign_shape, layer_of, ours, reordered};
@@ -114,8 +115,8 @@ impl Import {
         Ok(reordered(name, &stored.shape, values))
     }
 
-    /// Writes the weights as a file of ours, one tensor at a time.
-    pub fn write(&self, path: &Path) -> Result<()> {
+    /// Writes the weights as a file of ours, one tensor at a time. `progress` is in bytes of it.
+    pub fn write(&self, path: &Path, progress: &dyn Progress) -> Result<()> {
         let table = self.config.parameter_table();
         let outgoing: Vec<Outgoing<'_>> = table
             .into_iter()
@@ -124,11 +125,18 @@ impl Import {
                 Outgoing {
                     name: parameter.name,
                     shape: parameter.shape,
-                    values: Box::new(move || self.values(&name)),
+                    values: Box::new(move || {
+                        let values = self.values(&name)?;
+                        progress.advance(4 * values.len() as u64);
+                        Ok(values)
+                    }),
                 }
             })
             .collect();
-        safetensors::write(path, &outgoing)
+        progress.start("import", outgoing.iter().map(Outgoing::bytes).sum());
+        let result = safetensors::write(path, &outgoing);
+        progress.finish();
+        result
     }
 
     /// That a small file does not stand for a huge model by naming the same bytes many times.

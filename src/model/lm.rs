@@ -179,6 +179,22 @@ impl MambaLm {
         self
     }
 
+    /// Mean and largest step size Δ of every layer on `bytes`, each a tensor of one element.
+    ///
+    /// # Shapes
+    ///
+    /// - bytes: `[B, L]`
+    pub(crate) fn step_sizes(&self, bytes: Tensor<2, Int>) -> Vec<(Tensor<1>, Tensor<1>)> {
+        let mut stream = self.embedding.forward(bytes);
+        let mut sizes = Vec::with_capacity(self.backbone.layers.len());
+        for layer in &self.backbone.layers {
+            let delta = layer.mixer.step_sizes(layer.norm.forward(stream.clone()));
+            sizes.push((delta.clone().mean(), delta.max()));
+            (stream, _) = layer.forward(stream, None, None);
+        }
+        sizes
+    }
+
     /// Loss of every position in nats, and the memory after the last.
     ///
     /// # Shapes

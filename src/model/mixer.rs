@@ -154,6 +154,27 @@ impl MambaBlock {
         (y.reshape([batch, width]), state)
     }
 
+    /// Step sizes Δ at every position, `[B, L, E]`, of a sequence that begins here.
+    ///
+    /// # Shapes
+    ///
+    /// - x: `[B, L, D]`, normalised
+    pub(crate) fn step_sizes(&self, x: Tensor<3>) -> Tensor<3> {
+        let [batch, length, _] = x.dims();
+        let rank = self.dt_proj.weight.val().dims()[0];
+        let inner = self.d.val().dims()[0];
+        let x = self
+            .in_proj
+            .forward(x)
+            .slice([0..batch, 0..length, 0..inner]);
+        let (u, _) = self.conv(x, None, None);
+        let dbc = self.x_proj.forward(u);
+        let delta = self
+            .dt_proj
+            .forward(dbc.slice([0..batch, 0..length, 0..rank]));
+        burn::tensor::activation::softplus(delta, 1.0)
+    }
+
     /// The block with its decay rates computed once instead of at every call: for weights that
     /// no longer change, as in generation.
     pub fn frozen(mut self) -> Self {

@@ -39,7 +39,7 @@ pub fn start(
         if let Some(checkpoint) = &init {
             load_weights(checkpoint, &mut learner)?;
         }
-        let metrics = MetricsWriter::append(&dir.metrics())?;
+        let metrics = open_metrics(&dir, &config, 0)?;
         let data = (sampler, validation);
         Run::new(&config, dir, learner, &budget, metrics, data, progress).go(stop_after)
     })
@@ -62,7 +62,7 @@ pub fn resume(path: &Path, stop_after: Option<u64>) -> Result<()> {
             );
             return Ok(());
         }
-        let mut metrics = MetricsWriter::append(&dir.metrics())?;
+        let mut metrics = open_metrics(&dir, &config, progress.step)?;
         check_metrics(&metrics, &progress);
         metrics.write(&MetricRecord::Resume {
             step: progress.step,
@@ -70,6 +70,15 @@ pub fn resume(path: &Path, stop_after: Option<u64>) -> Result<()> {
         })?;
         let data = (sampler, validation);
         Run::new(&config, dir, learner, &budget, metrics, data, progress).go(stop_after)
+    })
+}
+
+/// The run's metrics from `step` on, with event files where the config says so.
+fn open_metrics(dir: &RunDir, config: &Config, step: u64) -> Result<MetricsWriter> {
+    let metrics = MetricsWriter::append(&dir.metrics())?;
+    Ok(match config.train.tensorboard {
+        true => metrics.with_events(step),
+        false => metrics,
     })
 }
 

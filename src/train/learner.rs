@@ -5,9 +5,12 @@ use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use mambabyte_datasets::Batch;
 
+use super::inspect::Sketch;
 use super::optimizer::{AdamW, clip_factor, global_norm};
 use super::recompute;
+use super::telemetry::{Phase, Phases, StepTimes};
 use crate::config::{Config, Mode};
+use crate::device::budget::device_memory;
 use crate::model::{MambaLm, State};
 
 /// Bytes, targets and resets of one micro-batch, on the device.
@@ -72,6 +75,12 @@ pub struct Learner {
     pub(super) optimizer: AdamW,
     /// One for each micro-batch, in contiguous mode.
     pub(super) carried: Vec<Option<State>>,
+    /// Whether the next step is looked into.
+    look: bool,
+    /// Gradients of the last step, if it was.
+    sketch: Option<Sketch>,
+    /// Where the time of the last step went.
+    times: StepTimes,
 }
 
 impl Learner {
@@ -89,6 +98,9 @@ impl Learner {
             ),
             optimizer: AdamW::new(&config.optimizer),
             carried: vec![None; config.train.accumulation],
+            look: false,
+            sketch: None,
+            times: StepTimes::default(),
             device,
         }
     }
@@ -119,6 +131,22 @@ impl Learner {
         &self.config
     }
 
+    /// Whether the steps that come are looked into: their parts are timed, which a GPU has to be
+    /// waited for, and their gradients sketched.
+    pub(super) fn look(&mut self, look: bool) {
+        self.look = look;
+    }
+
+    /// Gradients of the last step, if it was looked into.
+    pub(super) fn sketch(&mut self) -> Option<Sketch> {
+        self.sketch.take()
+    }
+
+    /// Where the time of the last step went. On the CPU that costs nothing and is always known.
+    pub(super) fn times(&self) -> StepTimes {
+        self.times
+    }
+
     /// Applies `f` to the weights, as a checkpoint does.
     pub(super) fn map_model(&mut self, f: impl FnOnce(MambaLm) -> MambaLm) {
         self.model = self.model.take().map(f);
@@ -138,6 +166,9 @@ impl Learner {
         let micro = self.config.train.batch;
         let count = self.config.train.accumulation;
         let carried = self.config.train.mode == Mode::Contiguous;
+        let device = self.inner_device();
+        let waits_for_nothing = device_memory(&device).is_none();
+        let mut phases = Phases::start((self.look || waits_for_nothing).then_some(device));
         let mut accumulator = GradientsAccumulator::new();
         let mut losses = Vec::with_capacity(count);
         for i in 0..count {
@@ -145,16 +176,22 @@ impl Learner {
             let before = self.carried[i].take();
             let share = 1.0 / count as f64;
             let (loss, after) = match self.config.train.checkpoint_every {
-                0 => self.gradients(inputs, before, share, &mut accumulator),
-                every => {
-                    let model = self.weights();
-                    recompute::gradients(model, every, inputs, before, share, &mut accumulator)
-                }
+                0 => self.gradients(inputs, before, share, &mut accumulator, &mut phases),
+                every => recompute::gradients(
+                    self.weights(),
+                    every,
+                    inputs,
+                    before,
+                    share,
+                    &mut accumulator,
+                    &mut phases,
+                ),
             };
             losses.push(loss);
             self.carried[i] = carried.then_some(after);
         }
         let grads = accumulator.grads();
+        self.sketch = (self.look).then(|| Sketch::gradients(self.weights(), &grads));
         let norm = global_norm(self.weights(), &grads);
         let loss = Tensor::cat(losses, 0).sum();
         // Zero, or no number where one of the two is none: the update then changes nothing.
@@ -172,6 +209,8 @@ impl Learner {
         // The one wait for the device in a step, when all of its work has been handed over.
         let numbers = Tensor::cat(vec![loss, norm], 0).into_data();
         let numbers: Vec<f32> = numbers.iter().collect();
+        phases.end(Phase::Optimizer);
+        self.times = phases.times(0.0);
         let mut report = StepReport {
             loss_nats: numbers[0],
             grad_norm: numbers[1],
@@ -197,6 +236,7 @@ impl Learner {
         state: Option<State>,
         share: f64,
         sum: &mut GradientsAccumulator<MambaLm>,
+        phases: &mut Phases,
     ) -> (Tensor<1>, State) {
         let Inputs {
             bytes,
@@ -206,9 +246,11 @@ impl Learner {
         let state = state.map(State::lift);
         let (losses, state) = self.weights().losses(bytes, targets, state, resets);
         let loss = mean(losses).mul_scalar(share);
+        phases.end(Phase::Forward);
         let mut grads = loss.backward();
         let grads = GradientsParams::from_module(&mut grads, self.weights());
         sum.accumulate(self.weights(), grads);
+        phases.end(Phase::Backward);
         (loss.inner(), state.inner())
     }
 }

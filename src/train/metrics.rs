@@ -3,8 +3,13 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+
+use super::inspect::Inspection;
+use super::telemetry::{MachineReading, StepTimes};
+use super::tensorboard::EventWriter;
 
 use crate::error::{Error, Result};
 
@@ -37,6 +42,22 @@ pub enum MetricRecord {
         /// Of that, in tensors between this step and the next, in GiB.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         memory_in_use_gib: Option<f64>,
+        /// Where the time went.
+        #[serde(flatten)]
+        times: StepTimes,
+        /// How the machine is doing.
+        #[serde(flatten)]
+        machine: MachineReading,
+    },
+    /// A look into the model after a step.
+    Inspect {
+        /// Steps done.
+        step: u64,
+        /// Time it took.
+        seconds: f64,
+        /// What was found.
+        #[serde(flatten)]
+        inspection: Inspection,
     },
     /// A measurement on held-out bytes.
     Valid {
@@ -46,6 +67,9 @@ pub enum MetricRecord {
         bpb: f64,
         /// Bytes measured.
         bytes: u64,
+        /// Perplexity a word: bits per byte, with the bytes a word of the whole split.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        word_perplexity: Option<f64>,
         /// Time it took.
         seconds: f64,
     },
@@ -133,6 +157,37 @@ pub enum BadStep {
     Spike,
 }
 
+impl MetricRecord {
+    /// The step it is about.
+    pub fn step(&self) -> u64 {
+        match self {
+            Self::Train { step, .. }
+            | Self::Inspect { step, .. }
+            | Self::Valid { step, .. }
+            | Self::Sample { step, .. }
+            | Self::Skip { step, .. }
+            | Self::Rollback { step, .. }
+            | Self::Save { step, .. }
+            | Self::Resume { step, .. } => *step,
+        }
+    }
+}
+
+/// A record as a line, with the time at which it was written.
+#[derive(Serialize)]
+struct Line<'a> {
+    #[serde(flatten)]
+    record: &'a MetricRecord,
+    /// Seconds since 1970.
+    time: f64,
+}
+
+/// Seconds since 1970, to the millisecond.
+fn now() -> f64 {
+    let elapsed = SystemTime::now().duration_since(UNIX_EPOCH);
+    elapsed.map_or(0.0, |it| it.as_millis() as f64 / 1e3)
+}
+
 /// Bits for nats.
 pub fn bits(nats: f64) -> f64 {
     nats / std::f64::consts::LN_2
@@ -154,6 +209,8 @@ pub struct MetricsWriter {
     waiting: Vec<u8>,
     /// Lines that were given up.
     lost: u64,
+    /// TensorBoard's copy, for those who want it.
+    events: Option<EventWriter>,
 }
 
 impl MetricsWriter {
@@ -177,7 +234,19 @@ impl MetricsWriter {
             written,
             waiting,
             lost: 0,
+            events: None,
         })
+    }
+
+    /// Also writes records to event files for TensorBoard, beside this file. Steps after `step` in
+    /// older ones no longer count. Where that fails the run goes on without them.
+    pub fn with_events(mut self, step: u64) -> Self {
+        let folder = self.path.parent().unwrap_or(Path::new("."));
+        match EventWriter::create(folder, step, now()) {
+            Ok(events) => self.events = Some(events),
+            Err(error) => tracing::warn!("no event files for TensorBoard: {error}"),
+        }
+        self
     }
 
     /// Writes one line, whole or not at all; where it cannot be written now it waits.
@@ -186,8 +255,15 @@ impl MetricsWriter {
     ///
     /// None of the disk's: only what cannot be JSON.
     pub fn write(&mut self, record: &MetricRecord) -> Result<()> {
-        let mut line = serde_json::to_vec(record).map_err(anyhow::Error::from)?;
+        let time = now();
+        let mut line = serde_json::to_vec(&Line { record, time }).map_err(anyhow::Error::from)?;
         line.push(b'\n');
+        if let Some(events) = &mut self.events
+            && let Err(error) = events.write(record, time)
+        {
+            tracing::warn!("no more event files for TensorBoard: {error}");
+            self.events = None;
+        }
         let first = self.waiting.len() <= 1;
         self.waiting.extend_from_slice(&line);
         if let Err(error) = self.flush()
@@ -287,12 +363,14 @@ mod tests {
             seconds: 0.5,
             memory_gib: None,
             memory_in_use_gib: None,
+            times: StepTimes::default(),
+            machine: MachineReading::default(),
         };
         let line = serde_json::to_string(&record).expect("serialisable");
         let always = "{\"kind\":\"train\",\"step\":3,\"loss_nats\":1.5,\"bpb\":2.164,\"lr\":0.0001,\
                       \"grad_norm\":0.25,\"bytes_per_second\":1000.0,\"bytes_seen\":4096,\
                       \"seconds\":0.5";
-        assert_eq!(line, format!("{always}}}"));
+        assert_eq!(line, format!("{always},\"wait_seconds\":0.0}}"));
         let MetricRecord::Train {
             memory_gib,
             memory_in_use_gib,
@@ -303,7 +381,9 @@ mod tests {
         };
         (*memory_gib, *memory_in_use_gib) = (Some(9.25), Some(4.0));
         let line = serde_json::to_string(&record).expect("serialisable");
-        let expected = format!("{always},\"memory_gib\":9.25,\"memory_in_use_gib\":4.0}}");
+        let expected = format!(
+            "{always},\"memory_gib\":9.25,\"memory_in_use_gib\":4.0,\"wait_seconds\":0.0}}"
+        );
         assert_eq!(line, expected);
     }
 

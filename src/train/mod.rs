@@ -11,6 +11,7 @@
 pub mod checkpoint;
 pub mod fit;
 pub mod guard;
+pub mod inspect;
 mod interrupt;
 pub mod launch;
 pub mod learner;
@@ -24,6 +25,8 @@ mod run;
 pub mod run_dir;
 mod saver;
 mod schedule;
+pub mod telemetry;
+pub mod tensorboard;
 
 pub use checkpoint::Checkpoint;
 pub use launch::{resume, start};

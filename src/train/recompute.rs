@@ -26,6 +26,7 @@ use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Gradients, Tensor};
 
 use super::learner::{Inputs, mean};
+use super::telemetry::{Phase, Phases};
 use crate::model::{LayerState, MambaLm, State};
 
 /// Adds the gradients of one micro-batch to `sum`; returns its share of the mean loss, and the
@@ -37,6 +38,7 @@ pub(super) fn gradients(
     before: Option<State>,
     share: f64,
     sum: &mut GradientsAccumulator<MambaLm>,
+    phases: &mut Phases,
 ) -> (Tensor<1>, State) {
     let groups = Groups {
         model,
@@ -53,6 +55,7 @@ pub(super) fn gradients(
     let stream = leaf(streams.pop().expect("a stream for every group"));
     let (out, last_after) = groups.run(last, stream.clone());
     let loss = mean(model.losses_behind(out, inputs.targets.clone())).mul_scalar(share);
+    phases.end(Phase::Forward);
     let mut grads = loss.backward();
     let mut gradient = add_layers(model, &mut grads, &stream, sum);
     ends.accumulate(model, GradientsParams::from_module(&mut grads, model));
@@ -69,6 +72,7 @@ pub(super) fn gradients(
     let mut grads = sums(embedded * Tensor::from_inner(gradient)).backward();
     ends.accumulate(model, GradientsParams::from_module(&mut grads, model));
     sum.accumulate(model, ends.grads());
+    phases.end(Phase::Backward);
     (loss.inner(), State { layers: after })
 }
 

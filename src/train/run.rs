@@ -10,6 +10,7 @@ use mambabyte_datasets::{Batch, Loader, Sampler, Shards};
 
 use super::checkpoint::{Checkpoint, Manifest, Progress, Snapshot};
 use super::guard::Verdict;
+use super::inspect::inspect;
 use super::interrupt;
 use super::launch::put_back;
 use super::learner::{Learner, StepReport};
@@ -18,6 +19,7 @@ use super::progress::Display;
 use super::run_dir::{self, RunDir};
 use super::saver::{Saved, Saver};
 use super::schedule::learning_rate;
+use super::telemetry::{Machine, StepTimes};
 use crate::config::Config;
 use crate::device::budget::Budget;
 use crate::error::{Error, Result};
@@ -40,6 +42,9 @@ pub(super) struct Run<'a> {
     progress: Progress,
     /// Step of the newest save that was begun, or from which the run goes on.
     begun: Option<u64>,
+    machine: Machine,
+    /// Seconds that training stood still for checkpoints since the last line of metrics.
+    paused: f64,
 }
 
 impl<'a> Run<'a> {
@@ -65,6 +70,8 @@ impl<'a> Run<'a> {
             validation: data.1,
             begun: Some(progress.step),
             progress,
+            machine: Machine::watch(config, budget.on_gpu()),
+            paused: 0.0,
         }
     }
 
@@ -161,6 +168,10 @@ impl<'a> Run<'a> {
     ) -> Result<Verdict> {
         let lr = learning_rate(step, &self.config.optimizer, &self.config.train);
         let limit = self.progress.guard.limit(&self.config.guard);
+        let waited = started.elapsed().as_secs_f64();
+        let every = self.config.train.inspect_every;
+        let look = every > 0 && step.is_multiple_of(every);
+        self.learner.look(look);
         let report = self.learner.step(batch, lr, limit);
         let seconds = started.elapsed().as_secs_f64();
         let guard = &mut self.progress.guard;
@@ -188,10 +199,34 @@ impl<'a> Run<'a> {
                 seconds,
                 memory_gib: memory.map(|it| gib(it.reserved)),
                 memory_in_use_gib: memory.map(|it| gib(it.in_use)),
+                times: StepTimes {
+                    wait_seconds: waited,
+                    save_seconds: (self.paused > 0.0).then_some(self.paused),
+                    ..self.learner.times()
+                },
+                machine: self.machine.read(seconds),
             })?;
+            self.paused = 0.0;
+        }
+        if look {
+            self.inspect(step, batch)?;
         }
         display.step(step, bpb, lr, bytes_per_second);
         Ok(verdict)
+    }
+
+    /// Looks into the model and records what is there.
+    fn inspect(&mut self, step: u64, batch: &Batch) -> Result<()> {
+        let started = Instant::now();
+        let sketch = self.learner.sketch();
+        let device = self.learner.inner_device();
+        let bytes = &batch.inputs[batch.row(0)];
+        let inspection = inspect(&self.learner.model(), sketch, bytes, &device);
+        self.metrics.write(&MetricRecord::Inspect {
+            step,
+            seconds: started.elapsed().as_secs_f64(),
+            inspection,
+        })
     }
 
     /// Records that the step just made was not applied, and which bytes it had.
@@ -357,6 +392,10 @@ impl<'a> Run<'a> {
             step,
             bpb,
             bytes: score.bytes,
+            word_perplexity: shards
+                .info()
+                .bytes_per_word()
+                .map(|bytes| (bpb * bytes).exp2()),
             seconds: started.elapsed().as_secs_f64(),
         })?;
         display.note(&format!(
@@ -413,6 +452,7 @@ impl<'a> Run<'a> {
         self.progress.planned = self.checkpoint_due(self.progress.step);
         self.progress.metrics_bytes = Some(self.metrics.written());
         let snapshot = Snapshot::take(&self.learner, &self.progress);
+        self.paused += started.elapsed().as_secs_f64();
         self.saver
             .begin(snapshot, started.elapsed(), self.metrics.file())
     }
