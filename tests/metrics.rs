@@ -48,7 +48,19 @@ fn every_kind_of_line_has_its_keys() {
         ),
         ("valid", 2, &["kind", "step", "bpb", "bytes", "seconds"]),
         ("sample", 1, &["kind", "step", "prompt", "text"]),
-        ("resume", 1, &["kind", "step"]),
+        ("resume", 1, &["kind", "step", "offset"]),
+        (
+            "save",
+            2,
+            &[
+                "kind",
+                "step",
+                "pause_seconds",
+                "seconds",
+                "bytes",
+                "attempts",
+            ],
+        ),
     ] {
         let of_kind: Vec<_> = records.iter().filter(|it| it["kind"] == kind).collect();
         assert_eq!(of_kind.len(), count, "lines of {kind}");
@@ -60,7 +72,7 @@ fn every_kind_of_line_has_its_keys() {
         .iter()
         .filter_map(|it| it["kind"].as_str())
         .collect();
-    assert_eq!(kinds.len(), 4, "{kinds:?}");
+    assert_eq!(kinds.len(), 5, "{kinds:?}");
 }
 
 #[test]
@@ -95,6 +107,7 @@ fn values_have_their_meaning() {
                 assert!(record["text"].as_str().is_some_and(|it| !it.is_empty()));
             }
             Some("resume") => assert_eq!(step, 5),
+            Some("save") => assert!([5, 10].contains(&step), "{record}"),
             other => panic!("{other:?}"),
         }
     }
@@ -105,11 +118,9 @@ fn values_have_their_meaning() {
 fn lines_can_be_rarer_than_steps() {
     let workspace = Workspace::new();
     workspace.train("run", &["train.steps=10", "train.log_every=3"], "");
-    let steps: Vec<_> = workspace
-        .records("run")
-        .iter()
-        .filter_map(|it| it["step"].as_u64())
-        .collect();
+    let records = workspace.records("run");
+    let train = records.iter().filter(|it| it["kind"] == "train");
+    let steps: Vec<_> = train.filter_map(|it| it["step"].as_u64()).collect();
     assert_eq!(steps, [3, 6, 9]);
 }
 
