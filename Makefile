@@ -164,15 +164,18 @@ deny: ## Check licences, bans, sources and advisories of all dependencies (cargo
 		skipped 'licences, bans, sources and advisories of dependencies: no cargo-deny (`cargo install --locked cargo-deny`)'
 		exit 0
 	fi
-	cargo deny --log-level warn check licenses bans sources
-	if ! said=$$(cargo deny --color never check advisories 2>&1); then
-		if grep -q 'failed to fetch advisory database' <<<"$$said"; then
-			skipped 'advisories: the database, https://github.com/RustSec/advisory-db, cannot be reached'
+	check() {
+		if said=$$(cargo deny --color never --log-level warn check "$$@" 2>&1); then
+			echo "cargo deny check $$*: ok"
+		elif grep -q 'failed to fetch' <<<"$$said"; then
+			skipped "cargo deny check $$*: $$(grep -om1 'failed to fetch.*' <<<"$$said" | cut -c1-120)"
 		else
 			echo "$$said" >&2
 			exit 1
 		fi
-	fi
+	}
+	check licenses bans sources
+	check advisories
 
 check-gpu: ## Type-check the builds for NVIDIA GPUs (cuda) and for any GPU (wgpu)
 	@set -x
