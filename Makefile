@@ -119,23 +119,23 @@ test: ## Run all tests, those of the GPU kernels on software Vulkan
 	cargo test --release --workspace --no-fail-fast --features $$features
 
 # Half of the time for kills, the rest for faults and damaged files; each at least once.
-chaos: ## Kill runs, make disks fail, damage files, for a chosen time [SECONDS]
-	@cargo test --release --workspace --no-run
+chaos: ## Kill runs, make disks fail, damage files, for a chosen time [SECONDS, FEATURES]
+	@tests='cargo test --quiet --release --workspace --features $(FEATURES)'
+	cargo test --release --workspace --features $(FEATURES) --no-run --test chaos --test faults --test fuzz
 	end=$$(($$(date +%s) + $(SECONDS)))
-	export MAMBABYTE_CHAOS_SEED=$${MAMBABYTE_CHAOS_SEED:-$$RANDOM}
-	export MAMBABYTE_FUZZ_SEED=$$MAMBABYTE_CHAOS_SEED MAMBABYTE_FUZZ=10000
-	echo "seed $$MAMBABYTE_CHAOS_SEED (MAMBABYTE_CHAOS_SEED)"
-	MAMBABYTE_CHAOS_SECONDS=$$(($(SECONDS) / 10)) \
-		cargo test --quiet --release --workspace --test chaos -- --test-threads=1 --nocapture
+	seed=$${MAMBABYTE_CHAOS_SEED:-$$RANDOM}
+	echo "seed: MAMBABYTE_CHAOS_SEED=$$seed"
+	MAMBABYTE_CHAOS_SEED=$$seed MAMBABYTE_CHAOS_SECONDS=$$(($(SECONDS) / 10)) \
+		$$tests --test chaos -- --test-threads=1 --nocapture
 	while
-		cargo test --quiet --release --workspace --test faults --test fuzz -- --nocapture
+		MAMBABYTE_FUZZ_SEED=$$seed MAMBABYTE_FUZZ=10000 $$tests --test faults --test fuzz -- --nocapture
 		(($$(date +%s) < end))
 	do
-		MAMBABYTE_FUZZ_SEED=$$((MAMBABYTE_FUZZ_SEED + 1))
+		seed=$$((seed + 1))
 	done
 
-soak: ## Train 10,000 small steps and look whether memory, files, threads or time grow
-	@MAMBABYTE_SOAK=10000 cargo test --release --workspace --test soak -- --nocapture
+soak: ## Train 10,000 small steps and look whether memory, files, threads or time grow [FEATURES]
+	@MAMBABYTE_SOAK=10000 cargo test --release --workspace --features $(FEATURES) --test soak -- --nocapture
 
 # In the release profile, so that the build scripts and macros of `make test` serve here too.
 lint: ## Check format, lints and documentation, and type-check all builds
