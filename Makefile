@@ -127,23 +127,23 @@ test: ## Run all tests, those of the GPU kernels on software Vulkan
 	tests/dashboard/tensorboard.sh "$$target/release/mambabyte" "$$target/dashboard" $(PYTHON)
 
 # Half of the time for kills, the rest for faults and damaged files; each at least once.
-chaos: ## Kill runs, make disks fail, damage files, for a chosen time [SECONDS]
-	@cargo test --release --workspace --no-run
+chaos: ## Kill runs, make disks fail, damage files, for a chosen time [SECONDS, FEATURES]
+	@tests='cargo test --quiet --release --workspace --features $(FEATURES)'
+	cargo test --release --workspace --features $(FEATURES) --no-run --test chaos --test faults --test fuzz
 	end=$$(($$(date +%s) + $(SECONDS)))
-	export MAMBABYTE_CHAOS_SEED=$${MAMBABYTE_CHAOS_SEED:-$$RANDOM}
-	export MAMBABYTE_FUZZ_SEED=$$MAMBABYTE_CHAOS_SEED MAMBABYTE_FUZZ=10000
-	echo "seed $$MAMBABYTE_CHAOS_SEED (MAMBABYTE_CHAOS_SEED)"
-	MAMBABYTE_CHAOS_SECONDS=$$(($(SECONDS) / 8)) \
-		cargo test --quiet --release --workspace --test chaos -- --test-threads=1 --nocapture
+	seed=$${MAMBABYTE_CHAOS_SEED:-$$RANDOM}
+	echo "seed: MAMBABYTE_CHAOS_SEED=$$seed"
+	MAMBABYTE_CHAOS_SEED=$$seed MAMBABYTE_CHAOS_SECONDS=$$(($(SECONDS) / 10)) \
+		$$tests --test chaos -- --test-threads=1 --nocapture
 	while
-		cargo test --quiet --release --workspace --test faults --test fuzz -- --nocapture
+		MAMBABYTE_FUZZ_SEED=$$seed MAMBABYTE_FUZZ=10000 $$tests --test faults --test fuzz -- --nocapture
 		(($$(date +%s) < end))
 	do
-		MAMBABYTE_FUZZ_SEED=$$((MAMBABYTE_FUZZ_SEED + 1))
+		seed=$$((seed + 1))
 	done
 
-soak: ## Train 10,000 small steps and look whether memory, files, threads or time grow
-	@MAMBABYTE_SOAK=10000 cargo test --release --workspace --test soak -- --nocapture
+soak: ## Train 10,000 small steps and look whether memory, files, threads or time grow [FEATURES]
+	@MAMBABYTE_SOAK=10000 cargo test --release --workspace --features $(FEATURES) --test soak -- --nocapture
 
 # In the release profile, so that the build scripts and macros of `make test` serve here too.
 lint: ## Check format, lints and documentation, and type-check all builds
@@ -172,15 +172,18 @@ deny: ## Check licences, bans, sources and advisories of all dependencies (cargo
 		skipped 'licences, bans, sources and advisories of dependencies: no cargo-deny (`cargo install --locked cargo-deny`)'
 		exit 0
 	fi
-	cargo deny --log-level warn check licenses bans sources
-	if ! said=$$(cargo deny --color never check advisories 2>&1); then
-		if grep -q 'failed to fetch advisory database' <<<"$$said"; then
-			skipped 'advisories: the database, https://github.com/RustSec/advisory-db, cannot be reached'
+	check() {
+		if said=$$(cargo deny --color never --log-level warn check "$$@" 2>&1); then
+			echo "cargo deny check $$*: ok"
+		elif grep -q 'failed to fetch' <<<"$$said"; then
+			skipped "cargo deny check $$*: $$(grep -om1 'failed to fetch.*' <<<"$$said" | cut -c1-120)"
 		else
 			echo "$$said" >&2
 			exit 1
 		fi
-	fi
+	}
+	check licenses bans sources
+	check advisories
 
 check-gpu: ## Type-check the builds for NVIDIA GPUs (cuda) and for any GPU (wgpu)
 	@set -x

@@ -4,6 +4,8 @@
 //! `make chaos SECONDS=600` goes on for so long; a usual run of the tests does a few rounds.
 //! `MAMBABYTE_CHAOS_SEED` chooses other moments.
 
+#![cfg(unix)]
+
 mod common;
 
 use std::fs;
@@ -206,6 +208,33 @@ fn killed_at_random_moments() {
     workspace.train("whole", &settings, &format!("--stop-after {end}"));
     workspace.assert_same_runs("whole", "killed", end);
     eprintln!("killed {kills} times within {end} steps");
+}
+
+/// Signals as early as can be: there may be nothing to save yet, and the run begins again.
+#[test]
+fn stopped_before_the_first_step() {
+    let workspace = Workspace::new();
+    let settings = ["train.steps=12"];
+    workspace.train("whole", &settings, "");
+    let mut random = random();
+    let stops = rounds(4, |round| {
+        let run = format!("early-{round}");
+        let running = workspace.start(&train_line(&run, &settings, ""));
+        common::wait_until("the run has begun", || {
+            workspace.run(&run).join("metrics.jsonl").exists()
+        });
+        thread::sleep(Duration::from_micros(random.below(4000) as u64));
+        let code = running.signal("TERM");
+        // Before the program watches for signals it ends as any other does.
+        assert!(matches!(code, Some(130 | 0) | None), "{code:?}");
+        newest_whole(&workspace, &run);
+        if code != Some(0) {
+            workspace.ok(&format!("resume {run}"));
+        }
+        workspace.assert_same_runs("whole", &run, 12);
+        fs::remove_dir_all(workspace.run(&run)).expect("removed");
+    });
+    eprintln!("stopped {stops} times at the start");
 }
 
 /// Signals at random moments: the step is finished and saved, whatever else is going on.

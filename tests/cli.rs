@@ -217,8 +217,8 @@ mod data {
         fs::write(workspace.path("text/new.txt"), "something else ".repeat(20)).expect("writable");
         workspace.ok("data prepare --source text --path text --out data --overwrite");
         let words = [
-            "learnt from other data: 11 documents",
-            "`data/train` now holds 12 documents",
+            "learnt from other data: 9 documents of 2580 bytes",
+            "`data/train` now holds 11 documents of 3220 bytes",
             "hint:",
         ];
         workspace.fails("resume run", CONFIG, &words);

@@ -71,9 +71,16 @@ fn a_long_run_does_not_grow() {
         std::thread::sleep(Duration::from_millis(20));
     }
     let records = workspace.all_records("run");
-    let train = records.iter().filter(|it| it["kind"] == "train");
-    let seconds: Vec<f64> = train.filter_map(|it| it["seconds"].as_f64()).collect();
-    assert_eq!(seconds.len() as u64, steps, "the run has ended well");
+    let of_kind = |kind| records.iter().filter(move |it| it["kind"] == kind);
+    let seconds: Vec<f64> = of_kind("train")
+        .filter_map(|it| it["seconds"].as_f64())
+        .collect();
+    let skipped = of_kind("skip").count();
+    assert_eq!(
+        (seconds.len() + skipped) as u64,
+        steps,
+        "the run has ended well"
+    );
 
     // Without the start, in which caches fill, and the end.
     let length = samples.last().map_or(0, |it| it.step);
@@ -83,27 +90,25 @@ fn a_long_run_does_not_grow() {
     let (first, last) = (&samples[..part], &samples[samples.len() - part..]);
     let kib = [first, last].map(|it| median(it.iter().map(|it| it.kib)));
     // The fewest of each: a save has a thread and files of its own while it lasts.
-    // The fewest of each: a save has a thread and files of its own while it lasts.
-    let fewest = |part: &[Held], of: fn(&Held) -> u64| part.iter().map(of).min();
+    let fewest = |part: &[Held], of: fn(&Held) -> u64| part.iter().map(of).min().unwrap_or(0);
     let threads = [first, last].map(|it| fewest(it, |it| it.threads));
     let files = [first, last].map(|it| fewest(it, |it| it.files));
     let part = seconds.len() / 5;
     let [early, late] = [&seconds[part / 2..3 * part / 2], &seconds[4 * part..]]
         .map(|it| 1e3 * median(it.iter().copied()));
-    let shown = |pair: [Option<u64>; 2]| pair.map(|it| it.unwrap_or(0));
     eprintln!(
-        "{steps} steps, {} saves; first and last fifth: {kib:?} KiB of memory, {:?} threads, {:?} \
-         open files, {early:.2} and {late:.2} ms a step",
-        records.iter().filter(|it| it["kind"] == "save").count(),
-        shown(threads),
-        shown(files),
+        "{steps} steps ({skipped} not applied), {} saves; first and last fifth: {kib:?} KiB of memory, \
+         {threads:?} threads, {files:?} open files, {early:.2} and {late:.2} ms a step",
+        of_kind("save").count(),
     );
     assert!(
         kib[1] <= kib[0] + kib[0] / 50 + 1024,
         "memory grows: {kib:?} KiB"
     );
-    assert_eq!(threads[0], threads[1], "threads");
-    assert_eq!(files[0], files[1], "open files");
+    // In a short run there may be a save in every look. Were something left of each, it would be
+    // there a dozen times.
+    assert!(threads[1] <= threads[0] + 1, "threads: {threads:?}");
+    assert!(files[1] <= files[0] + 2, "open files: {files:?}");
     // Other programs disturb a short run.
     if steps >= 5000 {
         assert!(

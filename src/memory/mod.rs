@@ -670,9 +670,9 @@ mod tests {
         // 2048 norm, 1024 · 4096, 2048 · (4 + 1), 2048 · 96, (64 + 1) · 2048, 2048 · 16, 2048,
         // 2048 · 1024.
         assert_eq!(sizes.layer_parameters, 6_668_288);
-        // A chunk: 32 states, sums of 32 cubes, ends. All 64 of them fit 320 MiB.
+        // A chunk: 32 states, sums of 32 cubes, ends. All 64 of them fit 640 MiB.
         let (states, sums, ends) = (32 * 2048 * 16, 128 * 32 * 32, 17 * 2048);
-        assert!((320 << 20) / (4 * (states + sums)) >= 64);
+        assert!((640 << 20) / (4 * (states + sums)) >= 64);
         let inside = 2 * 8192 * (3 * 2048 + 2 * 1024 + 96 + 4096)
             + 4 * 8192 * 1024
             + 64 * 4 * (states + sums + ends)

@@ -39,7 +39,7 @@ pub(super) struct Run<'a> {
     sampler: Arc<Sampler>,
     validation: Option<Shards>,
     progress: Progress,
-    /// Step of the newest save that was begun.
+    /// Step of the newest save that was begun, or from which the run goes on.
     begun: Option<u64>,
     machine: Machine,
     /// Seconds that training stood still for checkpoints since the last line of metrics.
@@ -67,8 +67,8 @@ impl<'a> Run<'a> {
             dir,
             sampler: data.0,
             validation: data.1,
+            begun: Some(progress.step),
             progress,
-            begun: None,
             machine: Machine::watch(config, budget.on_gpu()),
             paused: 0.0,
         }
@@ -134,11 +134,13 @@ impl<'a> Run<'a> {
         self.metrics.finish()?;
         match self.progress.step < last {
             true => Err(Error::Interrupted {
-                state: format!(
-                    "saved step {}; go on with `mambabyte resume {}`",
-                    self.progress.step,
-                    self.dir.path().display()
-                ),
+                state: match self.progress.step {
+                    0 => "no step was done yet".to_owned(),
+                    step => format!(
+                        "saved step {step}; go on with `mambabyte resume {}`",
+                        self.dir.path().display()
+                    ),
+                },
             }),
             false => Ok(()),
         }

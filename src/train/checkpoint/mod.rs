@@ -9,7 +9,7 @@
 //!     manifest.json             written last: sizes and hashes of the others, and where training is
 //! ```
 //!
-//! A checkpoint is copied from the device ([`Snapshot`]), written by another thread into a folder of
+//! A checkpoint is copied from the device, written by another thread into a folder of
 //! another name, flushed to disk, read back, and then renamed: a `step-<n>` folder is complete or
 //! not there. Batches are a pure function of seed and step, so the step, and how many batches
 //! rollbacks went past, is all there is to know of the data's position.

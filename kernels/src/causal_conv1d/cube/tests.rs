@@ -27,7 +27,8 @@ impl View {
         let dims = [self.batch, self.length, self.wide];
         let wide = B::float(tensor(values, dims, device).cast(self.dtype));
         let view = columns(&wide, self.from, self.from + self.inner);
-        assert_eq!(row_stride(&view), Some(self.wide));
+        // CUDA pads rows.
+        assert!(row_stride(&view) >= Some(self.wide));
         view
     }
 
