@@ -354,7 +354,7 @@ mod run {
         let first = workspace.start("resume run");
         common::wait_until("the first trainer is at work", || {
             let records = workspace.all_records("run");
-            records.last().is_some_and(|it| it["kind"] == "train")
+            records.iter().any(|it| it["kind"] == "resume")
         });
         workspace.fails(
             "resume run",

@@ -154,7 +154,7 @@ fn only_this_machines_own_pages_are_answered() {
             "{bad}"
         );
     }
-    assert_eq!(status("GET", ""), 400, "no host");
+    assert_eq!(status("GET", ""), 403, "no host");
     let own = format!("Host: localhost:{port}\r\n");
     for origin in ["http://evil.example", "null", "http://localhost:1"] {
         assert_eq!(

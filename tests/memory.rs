@@ -46,9 +46,9 @@ mod estimate {
     #[test]
     fn auto_and_the_largest_batch_follow_the_limit() {
         let workspace = Workspace::new();
-        // Batch 2 with one layer recomputed is inside, but "auto" leaves a twenty-fifth unused.
+        // Batch 2 with one layer recomputed is inside, but "auto" leaves a fiftieth unused.
         let json = workspace.json(
-            "estimate --config config.toml --set train.memory_limit=590KB --batch 1 2 50 --json",
+            "estimate --config config.toml --set train.memory_limit=585KB --batch 1 2 50 --json",
         );
         let rows = json["estimates"].as_array().expect("rows");
         let column = |name: &str| -> Vec<_> { rows.iter().map(|row| row[name].clone()).collect() };

@@ -75,6 +75,8 @@ pub struct Learner {
     pub(super) optimizer: AdamW,
     /// One for each micro-batch, in contiguous mode.
     pub(super) carried: Vec<Option<State>>,
+    /// Whether operations are done when they return, as on the CPU.
+    synchronous: bool,
     /// Whether the next step is looked into.
     look: bool,
     /// Gradients of the last step, if it was.
@@ -98,6 +100,7 @@ impl Learner {
             ),
             optimizer: AdamW::new(&config.optimizer),
             carried: vec![None; config.train.accumulation],
+            synchronous: device_memory(&device.clone().inner()).is_none(),
             look: false,
             sketch: None,
             times: StepTimes::default(),
@@ -166,9 +169,8 @@ impl Learner {
         let micro = self.config.train.batch;
         let count = self.config.train.accumulation;
         let carried = self.config.train.mode == Mode::Contiguous;
-        let device = self.inner_device();
-        let waits_for_nothing = device_memory(&device).is_none();
-        let mut phases = Phases::start((self.look || waits_for_nothing).then_some(device));
+        let timed = self.look || self.synchronous;
+        let mut phases = Phases::start(timed.then(|| self.inner_device()));
         let mut accumulator = GradientsAccumulator::new();
         let mut losses = Vec::with_capacity(count);
         for i in 0..count {

@@ -9,7 +9,7 @@ use nvml_wrapper::Nvml;
 use nvml_wrapper::enum_wrappers::device::TemperatureSensor;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Config, Precision};
+use crate::config::{Config, DeviceKind, Precision};
 use crate::nvidia;
 
 /// Between two readings of the GPU.
@@ -142,7 +142,9 @@ struct Gpu {
 impl Machine {
     pub(super) fn watch(config: &Config, on_gpu: bool) -> Self {
         let flops = TRAINING_OVER_FORWARD * config.model.flops_per_byte();
-        let gpu = match cfg!(feature = "cuda") && on_gpu {
+        // Through Vulkan a device's number is not the one that NVIDIA's driver gives it.
+        let cuda = cfg!(feature = "cuda") && config.device.kind != DeviceKind::Wgpu;
+        let gpu = match cuda && on_gpu {
             true => Gpu::watch(config.device.index),
             false => None,
         };
