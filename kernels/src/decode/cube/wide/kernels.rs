@@ -249,7 +249,7 @@ pub(super) fn enter_wide<W: Float>(
                 for j in 0..comptime!(w.step.taps) {
                     value = fma(channels[at + j], inputs[j], value);
                 }
-                value = value * sigmoid(value * 1.0f32, w.step.ptx);
+                value = value * sigmoid(value, w.step.ptx);
                 #[unroll]
                 for j in 0..past {
                     window[state + j] = inputs[comptime!(j + 1)];
