@@ -17,10 +17,10 @@ const CONFIG: &str = "
 dim = 16
 depth = 1
 [train]
-steps = 800
+steps = 1200
 batch = 4
 length = 64
-validate_every = 800
+validate_every = 1200
 validate_bytes = 8000
 sample_every = 3
 sample_bytes = 2
