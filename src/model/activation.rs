@@ -148,7 +148,8 @@ impl ActivatedLinear {
 mod tests {
     use super::*;
 
-    /// What PyTorch gives for -30, -2, -0.5, 0, 0.5, 3 and 30.
+    /// What PyTorch gives for -30, -2, -0.5, 0, 0.5, 3 and 30, as it prints them.
+    #[allow(clippy::excessive_precision, clippy::approx_constant)]
     const EXPECTED: [(&str, [f32; 7]); 9] = [
         ("linear", [-30.0, -2.0, -0.5, 0.0, 0.5, 3.0, 30.0]),
         ("relu", [0.0, 0.0, 0.0, 0.0, 0.5, 3.0, 30.0]),
