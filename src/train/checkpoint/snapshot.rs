@@ -112,3 +112,58 @@ pub(super) fn save_weights(
         )
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device;
+    use crate::train::fit::meaningless_batch;
+
+    const CONFIG: &str = "model.dim = 16\nmodel.depth = 1\ntrain.steps = 9\ntrain.batch = 1\n\
+                          train.length = 32\ntrain.mode = \"contiguous\"\ndata.path = \"x\"";
+
+    /// The files of a snapshot after two steps; `later` more steps are made before it is written.
+    fn written(config: &Config, later: u64) -> Option<Vec<(String, Vec<u8>)>> {
+        let device = device::open(&config.device)
+            .map_err(|error| eprintln!("SKIPPED on {:?}: {error}", config.device.kind))
+            .ok()?;
+        let mut learner = Learner::new(config, &device);
+        let batch = meaningless_batch(config);
+        let train = |learner: &mut Learner, steps: u64| {
+            for _ in 0..steps {
+                learner.step(&batch, 1e-2, None);
+            }
+        };
+        train(&mut learner, 2);
+        let snapshot = Snapshot::take(&learner, &Progress::default());
+        train(&mut learner, later);
+        let run = tempfile::tempdir().expect("a folder");
+        let folder = snapshot.write(run.path()).expect("written");
+        let content = |name: &str| {
+            let bytes = std::fs::read(folder.join(name)).expect("there");
+            (name.to_owned(), bytes)
+        };
+        Some([WEIGHTS, OPTIMIZER, STATE].map(content).to_vec())
+    }
+
+    /// Burn's GPU backends copy a tensor when its bytes are first looked at: training goes on by then.
+    #[test]
+    fn a_snapshot_is_of_its_moment() {
+        for kind in ["cpu", "wgpu", "cuda"] {
+            if kind == "wgpu" && !cfg!(feature = "wgpu")
+                || kind == "cuda" && !cfg!(feature = "cuda")
+            {
+                continue;
+            }
+            let kind = format!("device.kind={kind}");
+            let config = Config::parse("config", CONFIG, &[kind]).expect("valid");
+            let Some(at_once) = written(&config, 0) else {
+                continue;
+            };
+            assert!(
+                at_once == written(&config, 3).expect("as before"),
+                "{config:?}"
+            );
+        }
+    }
+}
