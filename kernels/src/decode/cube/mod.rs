@@ -383,11 +383,12 @@ impl Session {
     fn step(&mut self, weights: &Weights) {
         let client = &weights.embedding.client;
         match &self.graph {
-            // SAFETY: the graph reads and writes the weights and buffers that this decoder holds and
-            // no other thread has; the replay is on the stream it was recorded on, as are all writes
-            // and reads of the buffers (the decoder stays on its thread).
             Recording::Graph(graph) => {
-                if let Err(error) = unsafe { graph.replay() } {
+                // SAFETY: the graph reads and writes the weights and buffers that this decoder holds
+                // and no other thread has; the replay is on the stream it was recorded on, as are
+                // all writes and reads of the buffers (the decoder stays on its thread).
+                let replayed = unsafe { graph.replay() };
+                if let Err(error) = replayed {
                     panic!("decode: the graph of a step: {error:?}");
                 }
             }

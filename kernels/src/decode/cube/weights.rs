@@ -68,8 +68,8 @@ impl Weights {
             let in_bias = or_zero(&layer.in_bias, 2 * inner);
             let columns = vec![
                 or_zero(&layer.conv_bias, inner),
-                in_bias.clone().slice([0..inner]),
-                in_bias.slice([inner..2 * inner]),
+                in_bias.clone().narrow(0, 0, inner),
+                in_bias.narrow(0, inner, inner),
                 or_zero(&layer.dt_bias, inner),
                 layer.d.clone(),
             ];

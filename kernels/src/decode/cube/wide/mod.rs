@@ -53,7 +53,8 @@ impl WideConfig {
     /// The division for `batch` sequences; `None` where a size is not one of whole tiles.
     pub fn new(step: StepConfig, batch: usize, tensor: bool) -> Option<Self> {
         let whole = [step.width, step.inner / HALVES, step.low()];
-        if !whole.iter().all(|size| size.is_multiple_of(TILE)) || step.inner % HALVES != 0 {
+        if !whole.iter().all(|size| size.is_multiple_of(TILE)) || !step.inner.is_multiple_of(HALVES)
+        {
             return None;
         }
         // Parts of the sum of `x_proj`, of at least a few tiles.
