@@ -129,14 +129,14 @@ test: ## Run all tests, those of the GPU kernels on software Vulkan
 # Half of the time for kills, the rest for faults and damaged files; each at least once.
 chaos: ## Kill runs, make disks fail, damage files, for a chosen time [SECONDS, FEATURES]
 	@tests='cargo test --quiet --release --workspace --features $(FEATURES)'
-	cargo test --release --workspace --features $(FEATURES) --no-run --test chaos --test faults --test fuzz
+	cargo test --release --workspace --features $(FEATURES) --no-run --test chaos --test faults --test damage --test fuzz
 	end=$$(($$(date +%s) + $(SECONDS)))
 	seed=$${MAMBABYTE_CHAOS_SEED:-$$RANDOM}
 	echo "seed: MAMBABYTE_CHAOS_SEED=$$seed"
 	MAMBABYTE_CHAOS_SEED=$$seed MAMBABYTE_CHAOS_SECONDS=$$(($(SECONDS) / 10)) \
 		$$tests --test chaos -- --test-threads=1 --nocapture
 	while
-		MAMBABYTE_FUZZ_SEED=$$seed MAMBABYTE_FUZZ=10000 $$tests --test faults --test fuzz -- --nocapture
+		MAMBABYTE_FUZZ_SEED=$$seed MAMBABYTE_FUZZ=10000 $$tests --test faults --test damage --test fuzz -- --nocapture
 		(($$(date +%s) < end))
 	do
 		seed=$$((seed + 1))

@@ -158,6 +158,17 @@ impl Workspace {
         self.run(run).join(format!("step-{step}"))
     }
 
+    /// Every file of a run's checkpoints with its content.
+    pub fn checkpoints(&self, run: &str) -> BTreeMap<PathBuf, Vec<u8>> {
+        let mut files = contents(&self.run(run));
+        let of_step = |part: &std::path::Component<'_>| {
+            let name = part.as_os_str().to_string_lossy();
+            name.starts_with("step-")
+        };
+        files.retain(|path, _| path.components().any(|part| of_step(&part)));
+        files
+    }
+
     /// The step of a run's newest checkpoint.
     #[track_caller]
     pub fn newest(&self, run: &str) -> u64 {
@@ -181,6 +192,13 @@ impl Workspace {
         text.lines()
             .filter_map(|line| serde_json::from_str(line).ok())
             .collect()
+    }
+
+    /// Every line of one kind.
+    pub fn of_kind(&self, run: &str, kind: &str) -> Vec<Value> {
+        let mut records = self.all_records(run);
+        records.retain(|it| it["kind"] == kind);
+        records
     }
 
     /// The lines in effect: without those that a later `resume` or `rollback` line supersedes, and
@@ -290,6 +308,15 @@ pub fn train_line(run: &str, settings: &[&str], arguments: &str) -> String {
         line += &format!(" --set {setting}");
     }
     line
+}
+
+/// What a program said that ended well.
+#[track_caller]
+pub fn well(output: &Output) -> String {
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{}\n{said}", output.status);
+    assert!(!said.contains("panicked at"), "{said}");
+    said
 }
 
 /// Fails unless the program ended with `code` and with one error message that has all of `words`.

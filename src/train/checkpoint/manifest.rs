@@ -244,6 +244,24 @@ mod tests {
     }
 
     #[test]
+    fn those_of_before_there_was_a_hash_are_read() {
+        let text = r#"{
+  "format": 1,
+  "program": "0.1.0",
+  "step": 20,
+  "bytes_seen": 2560,
+  "data": "ab",
+  "valid_bpb": null,
+  "files": []
+}
+"#;
+        let progress = Manifest::parse(text.as_bytes()).expect("read").progress;
+        assert_eq!((progress.step, progress.updates()), (20, 20));
+        assert_eq!(progress.batch_of(21), 20);
+        assert!(!progress.is_good(), "nothing says that it was planned");
+    }
+
+    #[test]
     fn every_flipped_bit_is_found() {
         let text = manifest().to_text().expect("written").into_bytes();
         for at in 0..text.len() {
