@@ -153,7 +153,7 @@ export class Chart {
 
   create(lines, data, log, axis) {
     this.plot?.destroy();
-    const faint = { raw: 0.32, min: 0, max: 0 };
+    const faint = { raw: 0.26, min: 0, max: 0 };
     const color = (hex, alpha) => hex + Math.round(alpha * 255).toString(16).padStart(2, '0');
     const few = lines.filter(({ role }) => role === 'main').length <= 12;
     const series = lines.map(({ run, line, role, fill, stroke }) => ({
