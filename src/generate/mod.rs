@@ -100,7 +100,7 @@ impl Generator {
     ///
     /// # Errors
     ///
-    /// [`Error::Usage`](crate::error::Error::Usage) if a setting is outside its range.
+    /// [`Error::Usage`] if a setting is outside its range.
     pub fn start(&mut self, requests: &[Request]) -> Result<Session<'_>> {
         Session::start(self, requests)
     }

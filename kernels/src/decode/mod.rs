@@ -109,6 +109,10 @@ pub enum Decoder {
 impl Decoder {
     /// Makes the weights ready, those of products in `dtype`; `None` where there are no kernels for
     /// the device or the shapes.
+    #[cfg_attr(
+        not(feature = "cube"),
+        expect(unused_variables, reason = "the CPU computes in fp32")
+    )]
     pub fn new(model: &DecodeModel, dtype: DType) -> Option<Self> {
         match model.embedding.clone().into_dispatch().kind {
             #[cfg(feature = "flex")]
