@@ -8,11 +8,12 @@
 //! Any Mamba-1 checkpoint over bytes that mamba_ssm or transformers has written will do.
 
 use std::error::Error;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
 use burn::tensor::Device;
-use mambabyte::generate::{Generator, SampleOptions};
+use mambabyte::generate::{Generator, GeneratorOptions, Request};
 use mambabyte::interop::Import;
 use mambabyte_datasets::text::lossy_text;
 
@@ -32,15 +33,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("{} parameters", released.config.num_params());
 
     // The prompt is read in one pass, and every byte after it in constant time and memory.
-    let options = SampleOptions {
-        temperature: 1.0,
-        top_k: 256,
-        top_p: 0.98,
-        seed: 4740,
+    let request = Request {
+        max_new_bytes: count,
+        ..Request::new(prompt.as_bytes())
     };
     let started = Instant::now();
-    let mut generator = Generator::new(&model, &device, prompt.as_bytes(), options);
-    let text: Vec<u8> = (0..count).map(|_| generator.next_byte()).collect();
+    let mut generator = Generator::new(model, &device, GeneratorOptions::default());
+    let texts = generator.generate(&[request], &mut |_| ControlFlow::Continue(()))?;
+    let text: Vec<u8> = texts.into_iter().flat_map(|text| text.bytes).collect();
     let seconds = started.elapsed().as_secs_f64();
     // A text may end inside a character; what is no UTF-8 is shown as such.
     println!(
