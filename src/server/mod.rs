@@ -30,6 +30,7 @@ use axum::middleware;
 use axum::routing::{get, post};
 use burn::tensor::Device;
 use tokio::net::TcpListener;
+use tokio::sync::watch::{self, Receiver};
 
 use crate::config::Precision;
 use crate::error::{Error, Result};
@@ -131,6 +132,7 @@ pub fn serve(
         .build()
         .map_err(|error| anyhow::anyhow!("could not start the server's threads: {error}"))?;
     runtime.block_on(async {
+        let signals = catch_signals()?;
         // The port first: it is taken in no time, and a model may load for minutes.
         let address = SocketAddr::new(options.host, options.port);
         let listener = TcpListener::bind(address)
@@ -139,14 +141,17 @@ pub fn serve(
                 message: format!("cannot listen on {address}: {error}"),
                 hint: "choose another --port, or end what uses this one".to_owned(),
             })?;
-        let worker = Worker::spawn(load, options.limits.queue).await?;
+        let worker = tokio::select! {
+            worker = Worker::spawn(load, options.limits.queue) => worker?,
+            () = told_to_end(signals.clone()) => return Ok(()),
+        };
         let address = listener.local_addr().map_err(anyhow::Error::from)?;
         ready(address)?;
-        let served =
-            axum::serve(listener, router(options, worker)).with_graceful_shutdown(told_to_end());
+        let served = axum::serve(listener, router(options, worker))
+            .with_graceful_shutdown(told_to_end(signals.clone()));
         tokio::select! {
             served = served.into_future() => Ok(served.map_err(anyhow::Error::from)?),
-            () = async { told_to_end().await; tokio::time::sleep(GRACE).await } => Ok(()),
+            () = async { told_to_end(signals).await; tokio::time::sleep(GRACE).await } => Ok(()),
         }
     })
 }
@@ -165,21 +170,35 @@ fn check(options: &ServerOptions) -> Result<()> {
     })
 }
 
-/// SIGINT or SIGTERM.
-async fn told_to_end() {
-    let interrupt = tokio::signal::ctrl_c();
+/// Catches SIGINT and SIGTERM from now on: true once one of them has come.
+fn catch_signals() -> Result<Receiver<bool>> {
+    let (sender, receiver) = watch::channel(false);
     #[cfg(unix)]
-    {
+    let came = {
         use tokio::signal::unix::{SignalKind, signal};
-        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(anyhow::Error::from)?;
+        let mut terminate = signal(SignalKind::terminate()).map_err(anyhow::Error::from)?;
+        async move {
             tokio::select! {
-                _ = interrupt => {}
+                _ = interrupt.recv() => {}
                 _ = terminate.recv() => {}
             }
-            return;
         }
-    }
-    let _ = interrupt.await;
+    };
+    #[cfg(not(unix))]
+    let came = async {
+        let _ = tokio::signal::ctrl_c().await;
+    };
+    tokio::spawn(async move {
+        came.await;
+        let _ = sender.send(true);
+    });
+    Ok(receiver)
+}
+
+/// Waits for the signal.
+async fn told_to_end(mut signals: Receiver<bool>) {
+    let _ = signals.wait_for(|came| *came).await;
 }
 
 /// All routes, behind all guards.
