@@ -208,11 +208,11 @@ fn sample(tensor: Tensor<1>) -> Tensor<1> {
     let rows = count / distance;
     if distance == 1 {
         let kept = count.min(SAMPLED);
-        return tensor.slice([0..kept]);
+        return tensor.narrow(0, 0, kept);
     }
     let rows = rows.min(SAMPLED);
     tensor
-        .slice([0..rows * distance])
+        .narrow(0, 0, rows * distance)
         .reshape([rows, distance])
         .slice([0..rows, 0..1])
         .reshape([rows])
