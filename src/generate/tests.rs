@@ -278,32 +278,3 @@ fn logits_are_those_of_the_next_byte() {
         assert_eq!(Some(usize::from(pieces[0].bytes[0])), best);
     }
 }
-
-/// Thousands of bytes leave the process no larger than some hundreds did.
-#[cfg(target_os = "linux")]
-#[test]
-fn memory_does_not_grow_with_the_text() {
-    let resident = || -> usize {
-        let statm = std::fs::read_to_string("/proc/self/statm").expect("Linux has it");
-        let pages = statm
-            .split(' ')
-            .nth(1)
-            .and_then(|it| it.parse::<usize>().ok());
-        4096 * pages.expect("a number of pages")
-    };
-    let mut generator = generator(&MambaConfig::new(16, 1), false);
-    let request = Request {
-        max_new_bytes: 20_000,
-        ..Request::new("x")
-    };
-    let mut session = generator.start(&[request]).expect("valid");
-    let mut after = Vec::new();
-    while !session.is_finished() {
-        let pieces = session.advance(1000).expect("no failure");
-        assert_eq!(pieces[0].bytes.len(), 1000);
-        after.push(resident());
-    }
-    // Other tests run beside this one and hold megabytes of their own for moments.
-    let later = after[10..].iter().min().expect("20 pieces");
-    assert!(*later < after[0] + (32 << 20), "{after:?}");
-}
