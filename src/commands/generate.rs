@@ -204,7 +204,13 @@ impl<'a> Output<'a> {
     }
 
     fn heading(&self, index: usize) -> Result<()> {
-        print(&format!("--- sample {} ---\n", index + 1))
+        // Text has a line's end behind it already.
+        let before = if index > 0 && self.text.is_none() {
+            "\n"
+        } else {
+            ""
+        };
+        print(&format!("{before}--- sample {} ---\n", index + 1))
     }
 
     fn begin(&mut self) -> Result<()> {

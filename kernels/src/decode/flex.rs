@@ -108,29 +108,12 @@ impl Layer {
         let hat = normalise(stream, &self.norm, norm, eps);
         let xz = product(&hat, batch, &self.in_proj, values(&self.in_bias));
         let mut u = vec![0.0; batch * inner];
-        let convolve = |(at, ((u, xz), window)): (usize, ((&mut [f32], &[f32]), &mut [f32]))| {
-            let _ = at;
-            conv_step(
-                u,
-                &xz[..inner],
-                window,
-                values(&self.conv),
-                values(&self.conv_bias),
-                taps,
-            );
-        };
-        // K = 1 has no window: chunks of nothing are no chunks.
-        if taps > 1 {
-            u.chunks_exact_mut(inner)
-                .zip(xz.chunks_exact(2 * inner))
-                .zip(self.window.chunks_exact_mut(inner * (taps - 1)))
-                .enumerate()
-                .for_each(convolve);
-        } else {
-            u.chunks_exact_mut(inner)
-                .zip(xz.chunks_exact(2 * inner))
-                .enumerate()
-                .for_each(|(at, pair)| convolve((at, (pair, &mut []))));
+        let (weight, bias) = (values(&self.conv), values(&self.conv_bias));
+        let past = inner * (taps - 1);
+        for b in 0..batch {
+            let x = &xz[2 * b * inner..][..inner];
+            let window = &mut self.window[b * past..][..past];
+            conv_step(&mut u[b * inner..][..inner], x, window, weight, bias, taps);
         }
         let low = product(&u, batch, &self.x_proj, &[]);
         let width = rank + 2 * states;
@@ -404,7 +387,7 @@ struct Channels<'a> {
 #[multiversion(targets = "simd")]
 fn advance(channels: &Channels<'_>, h: &mut [f32], y: &mut [f32]) {
     let states = channels.b.len();
-    for e in 0..y.len() {
+    for (e, y) in y.iter_mut().enumerate() {
         let delta = softplus(channels.delta[e]);
         let u = channels.u[e];
         let mut total = 0.0;
@@ -419,6 +402,6 @@ fn advance(channels: &Channels<'_>, h: &mut [f32], y: &mut [f32]) {
         }
         let value = channels.d[e].mul_add(u, total);
         let z = channels.z[e];
-        y[e] = value * z * sigmoid(z);
+        *y = value * z * sigmoid(z);
     }
 }

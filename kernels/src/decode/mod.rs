@@ -100,7 +100,7 @@ pub struct Start {
 pub enum Decoder {
     /// On the CPU.
     #[cfg(feature = "flex")]
-    Flex(flex::Decoder),
+    Flex(Box<flex::Decoder>),
     /// On a GPU.
     #[cfg(feature = "cube")]
     Cube(Box<cube::Decoder>),
@@ -112,7 +112,7 @@ impl Decoder {
     pub fn new(model: &DecodeModel, dtype: DType) -> Option<Self> {
         match model.embedding.clone().into_dispatch().kind {
             #[cfg(feature = "flex")]
-            DispatchTensorKind::Flex(_) => Some(Self::Flex(flex::Decoder::new(model))),
+            DispatchTensorKind::Flex(_) => Some(Self::Flex(Box::new(flex::Decoder::new(model)))),
             #[cfg(feature = "cube")]
             DispatchTensorKind::Cube(_) => {
                 let decoder = cube::Decoder::new(model, dtype)?;

@@ -244,10 +244,10 @@ fn sequences_do_not_depend_on_each_other() {
         decoder.begin(start.clone());
         assert_eq!(decoder.run(&draws), together, "again on {device:?}");
         for b in [0, 3] {
-            let row = |t: Tensor<3>| t.slice([b..b + 1]);
+            let row = |t: Tensor<3>| t.narrow(0, b, 1);
             let memory = start.memory.iter().cloned();
             decoder.begin(Start {
-                logits: start.logits.clone().slice([b..b + 1]),
+                logits: start.logits.clone().narrow(0, b, 1),
                 memory: memory.map(|(h, window)| (row(h), row(window))).collect(),
                 lanes: vec![start.lanes[b].clone()],
             });

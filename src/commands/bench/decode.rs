@@ -153,11 +153,10 @@ fn weight_bytes(opened: &Opened) -> f64 {
 /// Gigabytes a second at which all cores together read a buffer larger than every cache.
 fn memory_speed(repeat: usize) -> f64 {
     let buffer = vec![1.0f32; 256 << 20];
-    let part = buffer.len().div_ceil(rayon::current_num_threads());
     let mut best = f64::INFINITY;
-    for _ in 0..repeat + 1 {
+    for _ in 0..repeat + 5 {
         let started = Instant::now();
-        let sum: f32 = buffer.par_chunks(part).map(sum).sum();
+        let sum: f32 = buffer.par_chunks(1 << 20).map(sum).sum();
         std::hint::black_box(sum);
         best = best.min(started.elapsed().as_secs_f64());
     }

@@ -6,54 +6,26 @@ mod persistent;
 mod phases;
 mod plan;
 mod steps;
+mod weights;
 mod wide;
 
-use burn::backend::DispatchTensorKind;
-use burn::tensor::{DType, Tensor};
-use burn_cubecl::tensor::CubeTensor;
+use burn::tensor::DType;
 use cubecl::client::Graph;
 use cubecl::server::Handle;
 
 use self::plan::{Sizes, StepConfig};
+use self::weights::{Weights, raw};
 use self::wide::{WideBuffers, WideConfig};
 use super::{DecodeModel, Start};
 use crate::add_norm::NormKind;
-use crate::cube::math::LOG2E;
-use crate::cube::{DeviceTraits, contiguous};
-use crate::sampling::cube::CHOICE;
+use crate::cube::DeviceTraits;
+use crate::sampling::cube::{CHOICE, SETTINGS};
 use crate::sampling::{BYTES, Choice, Draw, Lane};
 
 /// Steps whose draws and choices are on the device at once.
 const AHEAD: usize = 64;
 /// Most sequences whose products are done row by row where there are tensor cores.
 const NARROW: usize = 8;
-
-/// The weights of all layers, each kind in one buffer.
-#[derive(Clone, Debug)]
-pub(super) struct Weights {
-    /// `[rows, D]`, f32.
-    pub embedding: CubeTensor,
-    /// `[layers, 2E, D]`.
-    pub in_proj: CubeTensor,
-    /// `[layers, E, R + 2N]`.
-    pub x_proj: CubeTensor,
-    /// `[layers, E, R]`.
-    pub dt_proj: CubeTensor,
-    /// `[layers, D, E]`.
-    pub out_proj: CubeTensor,
-    /// `[V, D]`.
-    pub head: CubeTensor,
-    /// `[2, D]`, f32: weight and bias of the last norm.
-    pub norm_f: CubeTensor,
-    /// `[layers, 3, D]`, f32: weight and bias of the norm, bias of `out_proj`.
-    pub widths: CubeTensor,
-    /// `[layers, E, K + 5]`, f32: taps and bias of the convolution, biases of x and z, of Δ, d.
-    pub channels: CubeTensor,
-    /// `[layers, E, N]`, f32: decay rates times log₂ e.
-    pub rates: CubeTensor,
-    pub layers: usize,
-    pub eps: f32,
-}
 
 /// What is written while decoding, for one number of sequences.
 #[derive(Clone, Debug)]
@@ -139,6 +111,8 @@ fn persistent_cubes(config: &StepConfig, batch: usize, traits: &DeviceTraits) ->
 #[derive(Debug)]
 struct Session {
     config: StepConfig,
+    /// Sequences; the buffers have places for more.
+    sequences: usize,
     buffers: Buffers,
     /// For many sequences.
     wide: Option<(WideConfig, WideBuffers)>,
@@ -155,78 +129,6 @@ enum Recording {
     Graph(Graph),
     /// This device records none.
     Impossible,
-}
-
-/// The raw tensor of a tensor on a GPU, without gaps.
-fn raw<const D: usize>(tensor: Tensor<D>) -> CubeTensor {
-    match tensor.into_dispatch().kind {
-        DispatchTensorKind::Cube(tensor) => contiguous(tensor.float()),
-        other => panic!("decode: a tensor of another backend: {other:?}"),
-    }
-}
-
-impl Weights {
-    fn new(model: &DecodeModel, dtype: DType) -> Self {
-        let layers = &model.layers;
-        let device = model.embedding.device();
-        let [_, width] = model.embedding.dims();
-        let [inner, _] = layers[0].rates.dims();
-        let zeros = |size: usize| Tensor::<1>::zeros([size], &device);
-        let or_zero =
-            |bias: &Option<Tensor<1>>, size: usize| bias.clone().unwrap_or_else(|| zeros(size));
-        // Layer by layer, so that no more than one of them is there twice.
-        let all = |part: &dyn Fn(&super::DecodeLayer) -> Tensor<2>| {
-            raw(Tensor::stack::<3>(layers.iter().map(part).collect(), 0))
-        };
-        let widths = |layer: &super::DecodeLayer| {
-            let rows = vec![
-                layer.norm.clone(),
-                or_zero(&layer.norm_bias, width),
-                or_zero(&layer.out_bias, width),
-            ];
-            Tensor::stack::<2>(rows, 0)
-        };
-        let channels = |layer: &super::DecodeLayer| {
-            let in_bias = or_zero(&layer.in_bias, 2 * inner);
-            let columns = vec![
-                or_zero(&layer.conv_bias, inner),
-                in_bias.clone().slice([0..inner]),
-                in_bias.slice([inner..2 * inner]),
-                or_zero(&layer.dt_bias, inner),
-                layer.d.clone(),
-            ];
-            Tensor::cat(vec![layer.conv.clone(), Tensor::stack::<2>(columns, 1)], 1)
-        };
-        let head = match &model.head {
-            Some(head) => head.clone().transpose(),
-            None => model.embedding.clone(),
-        };
-        let norm_f = match &model.norm_f {
-            Some((weight, bias)) => vec![weight.clone(), or_zero(bias, width)],
-            None => vec![zeros(width), zeros(width)],
-        };
-        Self {
-            embedding: raw(model.embedding.clone()),
-            in_proj: all(&|layer| layer.in_proj.clone().cast(dtype).transpose()),
-            x_proj: all(&|layer| layer.x_proj.clone().cast(dtype)),
-            dt_proj: all(&|layer| layer.dt_proj.clone().cast(dtype).transpose()),
-            out_proj: all(&|layer| layer.out_proj.clone().cast(dtype).transpose()),
-            head: raw(head.slice([0..model.vocabulary, 0..width]).cast(dtype)),
-            norm_f: raw(Tensor::stack::<2>(norm_f, 0)),
-            widths: all(&widths),
-            channels: all(&channels),
-            rates: all(&|layer| layer.rates.clone() * LOG2E),
-            layers: layers.len(),
-            eps: model.eps,
-        }
-    }
-
-    /// Bytes of the largest buffer.
-    fn largest(&self) -> usize {
-        let tensors = [&self.in_proj, &self.out_proj, &self.rates, &self.embedding];
-        let bytes = |tensor: &&CubeTensor| tensor.meta.num_elements() * tensor.dtype.size();
-        tensors.iter().map(bytes).max().unwrap_or(0)
-    }
 }
 
 impl Decoder {
@@ -270,12 +172,11 @@ impl Decoder {
 
     /// See [`super::Decoder::begin`].
     pub(super) fn begin(&mut self, start: Start) {
-        let batch = start.lanes.len();
-        if self
-            .session
-            .as_ref()
-            .is_none_or(|it| it.buffers.batch != batch)
-        {
+        // Kernels are compiled for a number of sequences: a power of two, so that there are few. The
+        // places beyond the last sequence are idle.
+        let batch = start.lanes.len().next_power_of_two();
+        let session = self.session.as_ref();
+        if session.is_none_or(|it| it.buffers.batch != batch) {
             // The old one's memory is free before the new one's is taken.
             self.session = None;
             self.session = Some(Session::new(
@@ -286,7 +187,7 @@ impl Decoder {
                 self.mode,
             ));
         }
-        if let Some(session) = &self.session {
+        if let Some(session) = &mut self.session {
             session.load(&self.weights, start);
         }
     }
@@ -296,8 +197,7 @@ impl Decoder {
         let Some(session) = &mut self.session else {
             panic!("decode: begin() comes first");
         };
-        let batch = session.buffers.batch;
-        let pieces = draws.chunks(AHEAD * batch);
+        let pieces = draws.chunks(AHEAD * session.sequences);
         pieces
             .flat_map(|draws| session.run(&self.weights, draws))
             .collect()
@@ -306,7 +206,11 @@ impl Decoder {
     /// See [`super::Decoder::logits`].
     pub(super) fn logits(&self) -> Vec<f32> {
         match &self.session {
-            Some(session) => session.read(&self.weights, &session.buffers.logits),
+            Some(session) => {
+                let mut logits = session.read(&self.weights, &session.buffers.logits);
+                logits.truncate(session.sequences * session.config.rows);
+                logits
+            }
             None => Vec::new(),
         }
     }
@@ -367,7 +271,7 @@ impl Session {
                 parts: floats(batch * parts * config.low()),
                 logits: floats(batch * sizes.rows),
                 seen: floats(batch * BYTES),
-                settings: floats(batch * crate::sampling::cube::SETTINGS),
+                settings: floats(batch * SETTINGS),
                 draws: floats(AHEAD * batch),
                 choices: floats(AHEAD * batch * CHOICE),
                 position: floats(1),
@@ -386,22 +290,28 @@ impl Session {
                 Mode::Persistent(cubes) => Recording::Persistent(cubes),
             },
             config,
+            sequences: 0,
             wide,
         }
     }
 
     /// Copies where the sequences stand into the buffers, which stay where they are: a graph that
     /// was recorded goes on with them.
-    fn load(&self, weights: &Weights, start: Start) {
+    fn load(&mut self, weights: &Weights, start: Start) {
+        self.sequences = start.lanes.len();
+        let batch = self.buffers.batch;
         let client = &weights.embedding.client;
+        let c = self.config;
         for (layer, (h, window)) in start.memory.into_iter().enumerate() {
-            steps::copy(&raw(h), &self.buffers.h, layer, weights.layers);
-            if self.config.taps > 1 {
-                steps::copy(&raw(window), &self.buffers.window, layer, weights.layers);
+            let place = layer * batch * c.inner;
+            steps::copy(&raw(h), &self.buffers.h, place * c.states);
+            if c.taps > 1 {
+                steps::copy(&raw(window), &self.buffers.window, place * (c.taps - 1));
             }
         }
-        steps::copy(&raw(start.logits), &self.buffers.logits, 0, 1);
-        let write = |handle: &Handle, values: Vec<f32>| {
+        steps::copy(&raw(start.logits), &self.buffers.logits, 0);
+        let write = |handle: &Handle, mut values: Vec<f32>, each: usize| {
+            values.resize(batch * each, 0.0);
             let bytes = cubecl::bytes::Bytes::from_elems(values);
             client.write(handle, bytes);
         };
@@ -416,27 +326,30 @@ impl Session {
             ]
         };
         let seen = |lane: &Lane| lane.seen.map(|seen| if seen { 1.0 } else { 0.0 });
+        let lanes = start.lanes.iter();
         write(
             &self.buffers.settings,
-            start.lanes.iter().flat_map(settings).collect(),
+            lanes.clone().flat_map(settings).collect(),
+            SETTINGS,
         );
-        write(
-            &self.buffers.seen,
-            start.lanes.iter().flat_map(seen).collect(),
-        );
+        write(&self.buffers.seen, lanes.flat_map(seen).collect(), BYTES);
     }
 
     /// At most [`AHEAD`] steps.
     fn run(&mut self, weights: &Weights, draws: &[Draw]) -> Vec<Choice> {
-        let batch = self.buffers.batch;
-        let steps = draws.len() / batch;
+        let (batch, sequences) = (self.buffers.batch, self.sequences);
+        let steps = draws.len() / sequences;
         let client = &weights.embedding.client;
         let number = |draw: &Draw| match draw.forced {
             Some(byte) => -1.0 - f32::from(byte),
             None => draw.number,
         };
-        let mut numbers: Vec<f32> = draws.iter().map(number).collect();
-        numbers.resize(AHEAD * batch, 0.0);
+        let mut numbers = vec![0.0; AHEAD * batch];
+        for (row, draws) in numbers.chunks_mut(batch).zip(draws.chunks(sequences)) {
+            row.iter_mut()
+                .zip(draws)
+                .for_each(|(it, draw)| *it = number(draw));
+        }
         client.write(
             &self.buffers.draws,
             cubecl::bytes::Bytes::from_elems(numbers),
@@ -460,9 +373,8 @@ impl Session {
             top: it[2] as u8,
             top_logprob: it[3],
         };
-        values
-            .chunks_exact(CHOICE)
-            .take(draws.len())
+        let rows = values.chunks_exact(CHOICE * batch).take(steps);
+        rows.flat_map(|row| row.chunks_exact(CHOICE).take(sequences))
             .map(choice)
             .collect()
     }
@@ -471,11 +383,12 @@ impl Session {
     fn step(&mut self, weights: &Weights) {
         let client = &weights.embedding.client;
         match &self.graph {
-            // SAFETY: the graph reads and writes the weights and buffers that this decoder holds and
-            // no other thread has; the replay is on the stream it was recorded on, as are all writes
-            // and reads of the buffers (the decoder stays on its thread).
             Recording::Graph(graph) => {
-                if let Err(error) = unsafe { graph.replay() } {
+                // SAFETY: the graph reads and writes the weights and buffers that this decoder holds
+                // and no other thread has; the replay is on the stream it was recorded on, as are
+                // all writes and reads of the buffers (the decoder stays on its thread).
+                let replayed = unsafe { graph.replay() };
+                if let Err(error) = replayed {
                     panic!("decode: the graph of a step: {error:?}");
                 }
             }

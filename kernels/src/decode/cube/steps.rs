@@ -16,20 +16,23 @@ use crate::sampling::cube::{CHOICE, SETTINGS, choose};
 /// Units of a cube of the copy.
 const UNITS: usize = 256;
 
-/// Copies a tensor of f32 into a buffer of its own size times `of`, as number `part` of so many.
-pub(super) fn copy(from: &CubeTensor, to: &Handle, part: usize, of: usize) {
+/// Copies a tensor of f32 into a buffer of f32, from number `first` on.
+pub(super) fn copy(from: &CubeTensor, to: &Handle, first: usize) {
     let count = from.meta.num_elements();
-    assert!(part < of, "decode: part {part} of {of}");
-    // SAFETY: the part is inside the buffer; units beyond its last number do nothing.
+    assert!(
+        4 * (first + count) as u64 <= to.size(),
+        "decode: a copy beyond the buffer"
+    );
+    // SAFETY: all of it is inside the buffer, as checked; units beyond the last number do nothing.
     unsafe {
         copy_numbers::launch_unchecked(
             &from.client,
             grid(count.div_ceil(UNITS)),
             cube_dim(UNITS),
-            AddressType::from_len(count * of),
+            AddressType::from_len(first + count),
             buffer(from),
-            BufferArg::from_raw_parts(to.clone(), count * of),
-            part * count,
+            BufferArg::from_raw_parts(to.clone(), first + count),
+            first,
             count,
         );
     }
@@ -216,7 +219,9 @@ pub(super) fn next_byte(
     for i in 0..comptime!(c.width.div_ceil(c.units)) {
         let column = i * comptime!(c.units) + UNIT_POS as usize;
         if column < comptime!(c.width) {
-            let number = embedding[byte * comptime!(c.width) + column];
+            // A byte that the vocabulary does not have reads its last row.
+            let place = min(byte * comptime!(c.width) + column, embedding.len() - 1);
+            let number = embedding[place];
             stream[sequence * comptime!(c.width) + column] = Vector::new(number);
         }
     }

@@ -1,0 +1,58 @@
+//! What follows the last layer.
+
+use cubecl::prelude::*;
+
+use super::{One, StepConfig, add_products, normalise, own_sum, read_row};
+
+/// The last norm and the logits.
+///
+/// - norm: `[2, D]`; head: `[V, D]`; logits: `[B, V]`
+#[cube]
+pub(in crate::decode::cube) fn head<W: Float, V: Size>(
+    stream: &mut [One],
+    norm: &[Vector<f32, V>],
+    head: &[Vector<W, V>],
+    logits: &mut [f32],
+    batch: usize,
+    cube: usize,
+    eps: f32,
+    #[comptime] c: StepConfig,
+) {
+    let unit = UNIT_POS as usize;
+    let lane = unit % comptime!(c.plane);
+    let plane = unit / comptime!(c.plane);
+    let vectors = comptime!(c.width / c.vector);
+    let loads = comptime!(c.loads(vectors)[0]);
+    let rounds = comptime!(c.loads(vectors)[1]);
+    let row = cube * comptime!(c.head_rows) + plane;
+    let inside = plane < comptime!(c.head_rows) && row < comptime!(c.rows);
+    let row = min(row, comptime!(c.rows - 1).runtime());
+    let mut hat = Shared::<[Vector<f32, V>]>::new_slice(comptime!(c.group * c.padded_width()));
+    let mut weights = Array::<Vector<W, V>>::new(loads);
+    read_row(head, &mut weights, row, vectors, 0usize, c);
+    for group in 0..batch.div_ceil(comptime!(c.group)) {
+        let first = group * comptime!(c.group);
+        sync_cube();
+        normalise(
+            stream, norm, &mut hat, first, batch, 0usize, eps, c.norm_f, c,
+        );
+        sync_cube();
+        let mut sums = Array::<f32>::new(comptime!(c.group));
+        #[unroll]
+        for b in 0..c.group {
+            sums[b] = 0.0f32;
+        }
+        #[unroll]
+        for round in 0..rounds {
+            if comptime!(rounds > 1) {
+                read_row(head, &mut weights, row, vectors, round, c);
+            }
+            add_products(&weights, &hat, &mut sums, 0usize, round, c);
+        }
+        let sum = own_sum(&sums, lane, 0usize, c);
+        let sequence = first + lane;
+        if inside && lane < comptime!(c.group) && sequence < batch {
+            logits[sequence * comptime!(c.rows) + row] = sum;
+        }
+    }
+}
