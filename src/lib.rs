@@ -19,6 +19,7 @@
 //!
 //! The operations are in [`mambabyte_kernels`], the data in [`mambabyte_datasets`].
 
+mod clock;
 pub mod commands;
 pub mod config;
 pub mod dashboard;
@@ -30,6 +31,7 @@ mod heap;
 pub mod hub;
 pub mod interop;
 mod library;
+mod loopback;
 pub mod memory;
 pub mod model;
 mod nvidia;

@@ -11,6 +11,8 @@ use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 
+use crate::loopback::{host_name, origin_host};
+
 /// Nothing from elsewhere, no scripts or styles in the page itself, no frames around it.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
                       img-src 'self' data: blob:; connect-src 'self'; worker-src 'self'; \
@@ -66,10 +68,7 @@ fn refusal(
         ));
     }
     let from_elsewhere = headers.get_all(header::ORIGIN).iter().any(|origin| {
-        let own = origin.to_str().ok().and_then(|it| {
-            it.strip_prefix("http://")
-                .or_else(|| it.strip_prefix("https://"))
-        });
+        let own = origin.to_str().ok().and_then(origin_host);
         // The same name and port as the page's.
         own != host
     });
@@ -84,29 +83,11 @@ fn refusal(
 
 /// Whether a `Host`, with or without a port, is a name of this machine for itself.
 fn is_own(host: &str) -> bool {
-    let name = match host.strip_prefix('[') {
-        Some(rest) => match rest.split_once(']') {
-            Some((name, port)) if is_port(port) => return name == "::1",
-            _ => return false,
-        },
-        None => match host.split_once(':') {
-            Some((name, port)) => match port.parse::<u16>() {
-                Ok(_) => name,
-                Err(_) => return false,
-            },
-            None => host,
-        },
-    };
-    name.eq_ignore_ascii_case("localhost")
-        || name.parse::<Ipv4Addr>().is_ok_and(|it| it.is_loopback())
-}
-
-/// Nothing, or a colon and a number.
-fn is_port(text: &str) -> bool {
-    text.is_empty()
-        || text
-            .strip_prefix(':')
-            .is_some_and(|it| it.parse::<u16>().is_ok())
+    host_name(host).is_some_and(|name| {
+        name.eq_ignore_ascii_case("localhost")
+            || name == "::1"
+            || name.parse::<Ipv4Addr>().is_ok_and(|it| it.is_loopback())
+    })
 }
 
 #[cfg(test)]

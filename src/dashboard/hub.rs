@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
@@ -13,6 +13,7 @@ use super::alarms::{Alarm, AlarmKind};
 use super::run::Run;
 use super::scan::{self, EvaluationFile, Found};
 use super::tail::{Outcome, Tail};
+use crate::clock::since_1970;
 
 /// Between two looks at the files.
 const TICK: Duration = Duration::from_millis(250);
@@ -365,9 +366,7 @@ fn follow(tail: &mut Tail, shared: &Shared, hub: &Hub, changed: &mut bool) -> bo
 
 /// Seconds since 1970.
 pub(super) fn now() -> f64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0.0, |it| it.as_secs_f64())
+    since_1970().as_secs_f64()
 }
 
 /// A thread that panicked leaves what it held as it was: numbers for a screen.

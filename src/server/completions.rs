@@ -14,10 +14,11 @@ use serde_json::{Map, Value, json};
 use tokio::sync::mpsc::{Receiver, Sender, UnboundedReceiver, channel};
 use tokio_stream::wrappers::ReceiverStream;
 
+use super::App;
 use super::api::{ApiError, CompletionRequest, LogProbs, Order, parse};
 use super::tokens::{text_offsets, token};
 use super::worker::{Failure, Outcome, Ticket};
-use super::{App, now};
+use crate::clock::since_1970;
 use crate::eval::{ByteLogProb, ByteScore, SequenceScore};
 use crate::generate::{Choice, Finish, Piece};
 
@@ -59,7 +60,7 @@ impl Header {
         let number = app.next.fetch_add(1, Ordering::Relaxed);
         Self {
             id: format!("cmpl-{:x}-{number}", app.started),
-            created: now(),
+            created: since_1970().as_secs(),
             model: app.options.name.clone(),
         }
     }

@@ -12,6 +12,7 @@ use axum::response::{IntoResponse, Response};
 
 use super::App;
 use super::api::ApiError;
+use crate::loopback::{host_name, origin_host};
 
 /// Checks a request, bounds its time, and marks its answer.
 pub(super) async fn guard(State(app): State<App>, request: Request, next: Next) -> Response {
@@ -86,29 +87,13 @@ fn check(app: &App, method: &Method, headers: &HeaderMap) -> Result<(), ApiError
 
 /// Whether a `Host`, with or without port, is a name of this machine for itself.
 fn is_local(host: &str) -> bool {
-    let name = match host.strip_prefix('[') {
-        Some(rest) => rest.split_once(']').and_then(|(name, port)| {
-            (port.is_empty() || is_port(port.strip_prefix(':')?)).then_some(name)
-        }),
-        None => match host.split_once(':') {
-            Some((name, port)) => is_port(port).then_some(name),
-            None => Some(host),
-        },
-    };
-    name.is_some_and(|name| {
+    host_name(host).is_some_and(|name| {
         name.eq_ignore_ascii_case("localhost") || name == "127.0.0.1" || name == "::1"
     })
 }
 
-fn is_port(text: &str) -> bool {
-    text.parse::<u16>().is_ok() && text.bytes().all(|byte| byte.is_ascii_digit())
-}
-
 fn is_local_origin(origin: &str) -> bool {
-    let host = origin
-        .strip_prefix("http://")
-        .or_else(|| origin.strip_prefix("https://"));
-    host.is_some_and(is_local)
+    origin_host(origin).is_some_and(is_local)
 }
 
 /// Equality in a time that does not tell where the difference is.

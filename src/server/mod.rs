@@ -22,7 +22,7 @@ mod worker;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -32,6 +32,7 @@ use burn::tensor::Device;
 use tokio::net::TcpListener;
 use tokio::sync::watch::{self, Receiver};
 
+use crate::clock::since_1970;
 use crate::config::Precision;
 use crate::error::{Error, Result};
 use crate::model::MambaLm;
@@ -208,7 +209,7 @@ fn router(options: ServerOptions, worker: Worker) -> Router {
         options,
         worker,
         next: AtomicU64::new(0),
-        started: now(),
+        started: since_1970().as_secs(),
     });
     Router::new()
         .route("/health", get(api::health))
@@ -223,10 +224,4 @@ fn router(options: ServerOptions, worker: Worker) -> Router {
         .layer(limit)
         .layer(middleware::from_fn_with_state(app.clone(), guard::guard))
         .with_state(app)
-}
-
-/// Seconds since 1970.
-fn now() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |it| it.as_secs())
 }

@@ -6,10 +6,10 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Read as _, Seek as _, Write as _};
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use crate::clock::since_1970;
 use crate::error::{Error, Result};
 
 /// A run that is locked while the value lives.
@@ -67,11 +67,10 @@ impl Lock {
 
     /// Writes down who holds it.
     fn sign(&mut self) -> std::io::Result<()> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let holder = Holder {
             process: std::process::id(),
             host: host(),
-            since: now.map_or(0, |it| it.as_secs()),
+            since: since_1970().as_secs(),
         };
         let text = serde_json::to_string(&holder)? + "\n";
         self.file.set_len(0)?;
@@ -98,8 +97,7 @@ impl Holder {
 
 fn held(run: &Path, holder: Option<Holder>) -> Error {
     let who = holder.map_or_else(String::new, |it| {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let minutes = now.map_or(0, |now| now.as_secs().saturating_sub(it.since) / 60);
+        let minutes = since_1970().as_secs().saturating_sub(it.since) / 60;
         format!(
             ": process {} on {}, for {minutes} minutes",
             it.process, it.host

@@ -3,7 +3,6 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
@@ -11,6 +10,7 @@ use super::inspect::Inspection;
 use super::telemetry::{MachineReading, StepTimes};
 use super::tensorboard::EventWriter;
 
+use crate::clock::since_1970;
 use crate::error::{Error, Result};
 
 /// One line of `metrics.jsonl`; the key `kind` names the variant.
@@ -184,8 +184,7 @@ struct Line<'a> {
 
 /// Seconds since 1970, to the millisecond.
 fn now() -> f64 {
-    let elapsed = SystemTime::now().duration_since(UNIX_EPOCH);
-    elapsed.map_or(0.0, |it| it.as_millis() as f64 / 1e3)
+    since_1970().as_millis() as f64 / 1e3
 }
 
 /// Bits for nats.
