@@ -14,7 +14,7 @@ use cubecl::client::Graph;
 use cubecl::server::Handle;
 
 use self::plan::{Sizes, StepConfig};
-use self::weights::{Weights, raw};
+use self::weights::{Weights, raw, whole_words};
 use self::wide::{WideBuffers, WideConfig};
 use super::{DecodeModel, Start};
 use crate::add_norm::NormKind;
@@ -140,7 +140,7 @@ impl Decoder {
             width: model.embedding.dims()[1],
             inner,
             states,
-            rank: layer.dt_proj.dims()[0],
+            rank: whole_words(layer.dt_proj.dims()[0], dtype),
             taps: layer.conv.dims()[1],
             rows: model.vocabulary,
             centred: model.norm == NormKind::Layer,

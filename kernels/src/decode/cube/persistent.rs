@@ -10,18 +10,18 @@
 //! in the same order: the results have the same bits.
 
 use burn_cubecl::tensor::CubeTensor;
-use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::phases::{
-    One, advance, enter, head, leave, load_advance, load_enter, load_leave, no_advance, no_enter,
-    no_leave,
+    One, Words, advance, enter, head, leave, load_advance, load_enter, load_leave, no_advance,
+    no_enter, no_leave,
 };
 use super::plan::StepConfig;
 use super::steps::next_byte;
+use super::weights::word_buffer;
 use super::{AHEAD, Buffers, Weights};
-use crate::cube::{address_type, buffer, cube_dim, elem};
+use crate::cube::{address_type, buffer, cube_dim};
 use crate::sampling::BYTES;
 use crate::sampling::cube::{CHOICE, SETTINGS};
 
@@ -44,6 +44,7 @@ pub(super) fn launch(
         unsafe { BufferArg::from_raw_parts(handle.clone(), count) }
     };
     let of = |tensor: &CubeTensor| buffer(tensor);
+    let [words, rank_words] = c.words();
     // SAFETY: the kernel indexes every buffer within the size its field documents; `cubes` is a number
     // that the device runs at the same time, and each phase has no more pieces than that.
     unsafe {
@@ -52,8 +53,9 @@ pub(super) fn launch(
             CubeCount::Static(cubes as u32, 1, 1),
             cube_dim(c.units),
             address_type(&[&weights.in_proj, &weights.rates]),
+            words,
             c.vector,
-            c.rank_vector,
+            rank_words,
             c.state_vector,
             all(&buffers.logits, batch * c.rows),
             all(&buffers.seen, batch * BYTES),
@@ -64,15 +66,14 @@ pub(super) fn launch(
             of(&weights.embedding),
             all(&buffers.stream, batch * c.width),
             of(&weights.widths),
-            of(&weights.widths),
             of(&weights.channels),
-            of(&weights.in_proj),
-            of(&weights.x_proj),
-            of(&weights.dt_proj),
+            word_buffer(&weights.in_proj),
+            word_buffer(&weights.x_proj),
+            word_buffer(&weights.dt_proj),
             of(&weights.rates),
-            of(&weights.out_proj),
+            word_buffer(&weights.out_proj),
             of(&weights.norm_f),
-            of(&weights.head),
+            word_buffer(&weights.head),
             all(&buffers.window, past.max(1)),
             all(&buffers.u, channels),
             all(&buffers.z, channels),
@@ -85,16 +86,26 @@ pub(super) fn launch(
             weights.eps,
             cubes as u32,
             c,
-            elem(weights.in_proj.dtype),
             c.low_vector,
         );
     }
 }
 
-/// Orders the memory accesses of a unit, and of those it has synchronised with, before and after.
+/// Arrives: what this unit, and those it has synchronised with, wrote before is there for all who
+/// see it.
 #[cube]
-fn fence() {
-    gpu_asm!("fence.acq_rel.gpu;");
+fn arrive(arrivals: &[Atomic<u32>]) {
+    let place = arrivals.as_ptr();
+    gpu_asm!("red.release.gpu.global.add.u32 [{}], {};", in(_) place, in(_) 1u32);
+}
+
+/// How many have arrived. What is read after it is as those left it.
+#[cube]
+fn arrived(arrivals: &[Atomic<u32>]) -> u32 {
+    let place = arrivals.as_ptr();
+    let count: u32;
+    gpu_asm!("ld.acquire.gpu.global.u32 {}, [{}];", out(_) count, in(_) place);
+    count
 }
 
 /// Waits until all cubes have arrived `target` times together; what they wrote before is then there
@@ -102,13 +113,11 @@ fn fence() {
 #[cube]
 fn meet(arrivals: &[Atomic<u32>], target: u32, #[comptime] ptx: bool) {
     if ptx {
-        // One unit's fences stand for those of its cube; the others' loads ahead go on meanwhile.
+        // One unit stands for those of its cube; the others' loads ahead go on meanwhile.
         sync_cube();
         if UNIT_POS == 0 {
-            fence();
-            arrivals[0].fetch_add(1u32);
-            while arrivals[0].load() < target {}
-            fence();
+            arrive(arrivals);
+            while arrived(arrivals) < target {}
         }
         sync_cube();
     } else {
@@ -123,7 +132,7 @@ fn meet(arrivals: &[Atomic<u32>], target: u32, #[comptime] ptx: bool) {
 
 /// See the module's documentation; buffers are those of the phases.
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn run_steps<W: Float, V: Size, T: Size, S: Size, Q: Size>(
+fn run_steps<P: Size, V: Size, T: Size, S: Size, Q: Size>(
     logits: &mut [f32],
     seen: &mut [f32],
     limits: &[f32],
@@ -132,16 +141,15 @@ fn run_steps<W: Float, V: Size, T: Size, S: Size, Q: Size>(
     arrivals: &[Atomic<u32>],
     embedding: &[f32],
     stream: &mut [One],
-    widths: &[Vector<f32, V>],
-    width_numbers: &[f32],
+    widths: &[f32],
     channels: &[f32],
-    in_proj: &[Vector<W, V>],
-    x_proj: &[W],
-    dt_proj: &[Vector<W, T>],
+    in_proj: &[Words<P>],
+    x_proj: &[u32],
+    dt_proj: &[Words<T>],
     rates: &[Vector<f32, S>],
-    out_proj: &[Vector<W, V>],
-    norm_f: &[Vector<f32, V>],
-    head_weights: &[Vector<W, V>],
+    out_proj: &[Words<P>],
+    norm_f: &[f32],
+    head_weights: &[Words<P>],
     window: &mut [f32],
     u: &mut [f32],
     z: &mut [f32],
@@ -154,15 +162,25 @@ fn run_steps<W: Float, V: Size, T: Size, S: Size, Q: Size>(
     eps: f32,
     cubes: u32,
     #[comptime] c: StepConfig,
-    #[define(W)] _type: ElemType,
     #[define(Q)] _size: usize,
 ) {
     let cube = CUBE_POS;
     let mut target = 0u32;
-    let mut entering = no_enter::<W, V>(c);
-    let mut advancing = no_advance::<W, T, S>(c);
-    let mut leaving = no_leave::<W, V>(c);
-    load_enter(&mut entering, in_proj, x_proj, 0usize.runtime(), cube, c);
+    let mut entering = no_enter::<P>(c);
+    let mut advancing = no_advance::<T, S>(c);
+    let mut leaving = no_leave::<P>(c);
+    load_enter(
+        &mut entering,
+        widths,
+        channels,
+        in_proj,
+        x_proj,
+        window,
+        0usize.runtime(),
+        batch,
+        cube,
+        c,
+    );
     for step in 0..steps {
         if cube < batch {
             next_byte(
@@ -173,10 +191,9 @@ fn run_steps<W: Float, V: Size, T: Size, S: Size, Q: Size>(
         meet(arrivals, target, c.ptx);
         for layer in 0..layers {
             if cube < comptime!(c.in_cubes()) {
-                enter(
+                enter::<P, V>(
                     &mut entering,
                     stream,
-                    widths,
                     channels,
                     in_proj,
                     window,
@@ -205,24 +222,28 @@ fn run_steps<W: Float, V: Size, T: Size, S: Size, Q: Size>(
             target += cubes;
             meet(arrivals, target, c.ptx);
             if cube < comptime!(c.blocks()) * batch {
-                advance::<W, f32, T, S, Q>(&advancing, parts, u, z, h, y, layer, batch, cube, c);
+                advance::<T, S, Q>(&advancing, parts, u, z, h, y, layer, batch, cube, c);
             }
             load_enter(
                 &mut entering,
+                widths,
+                channels,
                 in_proj,
                 x_proj,
+                window,
                 (layer + 1) % layers,
+                batch,
                 cube,
                 c,
             );
             target += cubes;
             meet(arrivals, target, c.ptx);
             if cube < comptime!(c.out_cubes()) {
-                leave(
+                leave::<P, V>(
                     &mut leaving,
                     y,
                     out_proj,
-                    width_numbers,
+                    widths,
                     stream,
                     layer,
                     batch,
@@ -234,7 +255,7 @@ fn run_steps<W: Float, V: Size, T: Size, S: Size, Q: Size>(
             meet(arrivals, target, c.ptx);
         }
         if cube < comptime!(c.head_cubes()) {
-            head(stream, norm_f, head_weights, logits, batch, cube, eps, c);
+            head::<P, V>(stream, norm_f, head_weights, logits, batch, cube, eps, c);
         }
         target += cubes;
         meet(arrivals, target, c.ptx);

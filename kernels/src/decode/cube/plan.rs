@@ -35,6 +35,8 @@ pub(super) struct StepConfig {
     pub centred: bool,
     /// Whether a norm follows the last layer.
     pub norm_f: bool,
+    /// Whether a word has two weights (bf16), not one.
+    pub halves: bool,
     /// Sequences together, where their normalised inputs are in shared memory.
     pub group: usize,
     /// Channels of a cube of the first phase.
@@ -86,6 +88,8 @@ impl StepConfig {
                 .unwrap_or(1)
         };
         let vector = widest(16 / sizes.weight_bytes, &[sizes.width, sizes.inner]);
+        let rank_vector = widest(vector, &[sizes.rank]);
+        let halves = sizes.weight_bytes == 2;
         let low = sizes.rank + 2 * sizes.states;
         // Half of the shared memory for the inputs of a product.
         let fitting = device.shared_bytes / 2 / (4 * sizes.width.next_multiple_of(vector * plane));
@@ -112,6 +116,7 @@ impl StepConfig {
             rows: sizes.rows,
             centred: sizes.centred,
             norm_f: sizes.norm_f,
+            halves,
             group: group.min(batch.next_power_of_two()),
             channels,
             parts: sizes.inner.div_ceil(channels),
@@ -121,11 +126,17 @@ impl StepConfig {
             split: power_of_two_below(planes / out_rows),
             head_rows: share(sizes.rows, planes),
             vector,
-            rank_vector: widest(vector, &[sizes.rank]),
+            rank_vector,
             state_vector: widest(4, &[sizes.states]),
             low_vector: widest(4, &[low]),
         };
+        // Weights are read as words of four bytes.
+        let per_word = 4 / sizes.weight_bytes;
+        let words = [vector, rank_vector, low]
+            .iter()
+            .all(|it| it.is_multiple_of(per_word));
         let fits = fitting > 0
+            && words
             && units >= 256
             && low <= units
             && config.taps <= 8
@@ -139,7 +150,8 @@ impl StepConfig {
 
     /// Bytes of shared memory of each phase: the choice, the three of a layer, the head.
     fn shared_bytes(&self) -> [usize; 5] {
-        let hat = self.group * self.padded_width() * self.vector;
+        let sums = 2 * self.planes() * self.group;
+        let hat = self.group * self.padded() + sums;
         [
             // Four numbers for each of 256 bytes, and sums.
             4 * 256 + 64,
@@ -160,9 +172,45 @@ impl StepConfig {
         self.units / self.plane
     }
 
-    /// Vectors of D, rounded up to whole planes.
-    pub const fn padded_width(&self) -> usize {
-        (self.width / self.vector).next_multiple_of(self.plane)
+    /// D, rounded up to whole planes of vectors.
+    pub const fn padded(&self) -> usize {
+        (self.width / self.vector).next_multiple_of(self.plane) * self.vector
+    }
+
+    /// Columns of D of a unit that normalises.
+    pub const fn columns(&self) -> usize {
+        self.padded().div_ceil(self.units)
+    }
+
+    /// Weights of a word.
+    const fn per_word(&self) -> usize {
+        if self.halves { 2 } else { 1 }
+    }
+
+    /// Words of a vector of weights along D and E, and of `dt_proj` along R.
+    pub const fn words(&self) -> [usize; 2] {
+        [
+            self.vector / self.per_word(),
+            self.rank_vector / self.per_word(),
+        ]
+    }
+
+    /// Words of a row of `x_proj`.
+    pub const fn low_words(&self) -> usize {
+        self.low() / self.per_word()
+    }
+
+    /// Units that share the sums of a word's columns of `x_proj`.
+    pub const fn low_slices(&self) -> usize {
+        let most = self.units / self.low_words();
+        let most = if most < self.plane { most } else { self.plane };
+        let most = if most < 8 { most } else { 8 };
+        1 << most.ilog2()
+    }
+
+    /// Rows of `x_proj` of one of them.
+    pub const fn low_rows(&self) -> usize {
+        self.channels.div_ceil(self.low_slices())
     }
 
     /// Lanes that share the states of a channel.

@@ -1,15 +1,15 @@
 //! The kernels of a step and their launches.
 
 use burn_cubecl::tensor::CubeTensor;
-use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use super::phases::One;
+use super::phases::{One, Words};
 use super::plan::StepConfig;
+use super::weights::word_buffer;
 use super::wide::{self, WideBuffers, WideConfig};
 use super::{Buffers, Weights, phases};
-use crate::cube::{address_type, buffer, cube_dim, elem, grid};
+use crate::cube::{address_type, buffer, cube_dim, grid};
 use crate::sampling::BYTES;
 use crate::sampling::cube::{CHOICE, SETTINGS, choose};
 
@@ -56,7 +56,7 @@ pub(super) fn launch(
     let c = *config;
     let client = &weights.embedding.client;
     let batch = buffers.batch;
-    let dtype = elem(weights.in_proj.dtype);
+    let [words, rank_words] = c.words();
     let dim = cube_dim(c.units);
     let address = address_type(&[&weights.in_proj, &weights.rates]);
     // SAFETY: every buffer has the size its field documents, which is what the kernels index by
@@ -99,12 +99,13 @@ pub(super) fn launch(
                 grid(c.in_cubes()),
                 dim,
                 address,
+                words,
                 c.vector,
                 all(&buffers.stream, batch * c.width),
                 buffer(&weights.widths),
                 buffer(&weights.channels),
-                buffer(&weights.in_proj),
-                buffer(&weights.x_proj),
+                word_buffer(&weights.in_proj),
+                word_buffer(&weights.x_proj),
                 all(&buffers.window, past.max(1)),
                 all(&buffers.u, channels),
                 all(&buffers.z, channels),
@@ -113,27 +114,25 @@ pub(super) fn launch(
                 batch,
                 weights.eps,
                 c,
-                dtype,
             );
             advance::launch_unchecked(
                 client,
                 grid(c.blocks() * batch),
                 dim,
                 address,
-                c.rank_vector,
+                rank_words,
                 c.state_vector,
                 all(&buffers.parts, parts),
                 all(&buffers.u, channels),
                 all(&buffers.z, channels),
                 buffer(&weights.channels),
-                buffer(&weights.dt_proj),
+                word_buffer(&weights.dt_proj),
                 buffer(&weights.rates),
                 all(&buffers.h, states),
                 all(&buffers.y, channels),
                 layer,
                 batch,
                 c,
-                dtype,
                 c.low_vector,
             );
             leave::launch_unchecked(
@@ -141,15 +140,15 @@ pub(super) fn launch(
                 grid(c.out_cubes()),
                 dim,
                 address,
+                words,
                 c.vector,
                 all(&buffers.y, channels),
-                buffer(&weights.out_proj),
+                word_buffer(&weights.out_proj),
                 buffer(&weights.widths),
                 all(&buffers.stream, batch * c.width),
                 layer,
                 batch,
                 c,
-                dtype,
             );
         }
     }
@@ -160,16 +159,16 @@ pub(super) fn launch(
             grid(c.head_cubes()),
             dim,
             address,
+            words,
             c.vector,
             all(&buffers.stream, batch * c.width),
             buffer(&weights.norm_f),
-            buffer(&weights.head),
+            word_buffer(&weights.head),
             all(&buffers.logits, batch * c.rows),
             all(&buffers.position, 1),
             batch,
             weights.eps,
             c,
-            dtype,
         );
     }
 }
@@ -228,12 +227,12 @@ pub(super) fn next_byte(
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn enter<W: Float, V: Size>(
+fn enter<P: Size, V: Size>(
     stream: &mut [One],
-    widths: &[Vector<f32, V>],
+    widths: &[f32],
     channels: &[f32],
-    in_proj: &[Vector<W, V>],
-    x_proj: &[W],
+    in_proj: &[Words<P>],
+    x_proj: &[u32],
     window: &mut [f32],
     u: &mut [f32],
     z: &mut [f32],
@@ -242,87 +241,84 @@ fn enter<W: Float, V: Size>(
     batch: usize,
     eps: f32,
     #[comptime] c: StepConfig,
-    #[define(W)] _type: ElemType,
 ) {
     let cube = CUBE_POS;
     if cube >= comptime!(c.in_cubes()) {
         terminate!();
     }
-    let mut ahead = phases::no_enter::<W, V>(c);
-    phases::load_enter(&mut ahead, in_proj, x_proj, layer, cube, c);
-    phases::enter(
-        &mut ahead, stream, widths, channels, in_proj, window, u, z, parts, layer, batch, cube,
-        eps, c,
+    let mut ahead = phases::no_enter::<P>(c);
+    phases::load_enter(
+        &mut ahead, widths, channels, in_proj, x_proj, window, layer, batch, cube, c,
+    );
+    phases::enter::<P, V>(
+        &mut ahead, stream, channels, in_proj, window, u, z, parts, layer, batch, cube, eps, c,
     );
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn advance<W: Float, T: Size, S: Size, Q: Size>(
+fn advance<T: Size, S: Size, Q: Size>(
     parts: &mut [One],
     u: &mut [f32],
     z: &mut [f32],
     channels: &[f32],
-    dt_proj: &[Vector<W, T>],
+    dt_proj: &[Words<T>],
     rates: &[Vector<f32, S>],
     h: &mut [Vector<f32, S>],
     y: &mut [One],
     layer: usize,
     batch: usize,
     #[comptime] c: StepConfig,
-    #[define(W)] _type: ElemType,
     #[define(Q)] _size: usize,
 ) {
     let cube = CUBE_POS;
     if cube >= comptime!(c.blocks()) * batch {
         terminate!();
     }
-    let mut ahead = phases::no_advance::<W, T, S>(c);
+    let mut ahead = phases::no_advance::<T, S>(c);
     phases::load_advance(
         &mut ahead, channels, dt_proj, rates, h, layer, batch, cube, c,
     );
-    phases::advance::<W, f32, T, S, Q>(&ahead, parts, u, z, h, y, layer, batch, cube, c);
+    phases::advance::<T, S, Q>(&ahead, parts, u, z, h, y, layer, batch, cube, c);
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn leave<W: Float, V: Size>(
+fn leave<P: Size, V: Size>(
     y: &mut [One],
-    out_proj: &[Vector<W, V>],
+    out_proj: &[Words<P>],
     widths: &[f32],
     stream: &mut [One],
     layer: usize,
     batch: usize,
     #[comptime] c: StepConfig,
-    #[define(W)] _type: ElemType,
 ) {
     let cube = CUBE_POS;
     if cube >= comptime!(c.out_cubes()) {
         terminate!();
     }
-    let mut ahead = phases::no_leave::<W, V>(c);
+    let mut ahead = phases::no_leave::<P>(c);
     phases::load_leave(&mut ahead, out_proj, layer, cube, c);
-    phases::leave(
+    phases::leave::<P, V>(
         &mut ahead, y, out_proj, widths, stream, layer, batch, cube, c,
     );
 }
 
 /// The logits; the step is over.
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn head<W: Float, V: Size>(
+fn head<P: Size, V: Size>(
     stream: &mut [One],
-    norm: &[Vector<f32, V>],
-    weights: &[Vector<W, V>],
+    norm: &[f32],
+    weights: &[Words<P>],
     logits: &mut [f32],
     position: &mut [u32],
     batch: usize,
     eps: f32,
     #[comptime] c: StepConfig,
-    #[define(W)] _type: ElemType,
 ) {
     let cube = CUBE_POS;
     if cube >= comptime!(c.head_cubes()) {
         terminate!();
     }
-    phases::head(stream, norm, weights, logits, batch, cube, eps, c);
+    phases::head::<P, V>(stream, norm, weights, logits, batch, cube, eps, c);
     if cube == 0 && UNIT_POS == 0 {
         position[0] += 1;
     }

@@ -3,6 +3,7 @@
 use burn::backend::DispatchTensorKind;
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::tensor::CubeTensor;
+use cubecl::prelude::BufferArg;
 
 use super::super::{DecodeLayer, DecodeModel};
 use crate::cube::contiguous;
@@ -15,7 +16,7 @@ pub(super) struct Weights {
     pub embedding: CubeTensor,
     /// `[layers, 2E, D]`.
     pub in_proj: CubeTensor,
-    /// `[layers, E, R + 2N]`.
+    /// `[layers, E, R + 2N]`; R is that of whole words, here and below.
     pub x_proj: CubeTensor,
     /// `[layers, E, R]`.
     pub dt_proj: CubeTensor,
@@ -43,6 +44,18 @@ pub(super) fn raw<const D: usize>(tensor: Tensor<D>) -> CubeTensor {
     }
 }
 
+/// A tensor of weights as a kernel's argument of words of four bytes.
+pub(super) fn word_buffer(tensor: &CubeTensor) -> BufferArg {
+    let count = tensor.meta.num_elements() * tensor.dtype.size() / 4;
+    // SAFETY: the tensor has no gaps, and rows of whole words.
+    unsafe { BufferArg::from_raw_parts(tensor.handle.clone(), count) }
+}
+
+/// The rank, rounded up to whole words of weights of the type.
+pub(super) fn whole_words(rank: usize, dtype: DType) -> usize {
+    rank.next_multiple_of((4 / dtype.size()).max(1))
+}
+
 impl Weights {
     pub(super) fn new(model: &DecodeModel, dtype: DType) -> Self {
         let layers = &model.layers;
@@ -50,6 +63,19 @@ impl Weights {
         let [_, width] = model.embedding.dims();
         let [inner, _] = layers[0].rates.dims();
         let zeros = |size: usize| Tensor::<1>::zeros([size], &device);
+        // The rank is rounded up to whole words of weights.
+        let rank = layers[0].dt_proj.dims()[0];
+        let more = whole_words(rank, dtype) - rank;
+        let x_proj = |layer: &DecodeLayer| {
+            let columns = layer.x_proj.dims()[1];
+            let own = layer.x_proj.clone().narrow(1, 0, rank);
+            let rest = layer.x_proj.clone().narrow(1, rank, columns - rank);
+            Tensor::cat(vec![own, Tensor::zeros([inner, more], &device), rest], 1)
+        };
+        let dt_proj = |layer: &DecodeLayer| {
+            let rows = layer.dt_proj.clone();
+            Tensor::cat(vec![rows, Tensor::zeros([more, inner], &device)], 0)
+        };
         let or_zero =
             |bias: &Option<Tensor<1>>, size: usize| bias.clone().unwrap_or_else(|| zeros(size));
         // Layer by layer, so that no more than one of them is there twice.
@@ -86,8 +112,14 @@ impl Weights {
         Self {
             embedding: raw(model.embedding.clone()),
             in_proj: all(&|layer| layer.in_proj.clone().cast(dtype).transpose()),
-            x_proj: all(&|layer| layer.x_proj.clone().cast(dtype)),
-            dt_proj: all(&|layer| layer.dt_proj.clone().cast(dtype).transpose()),
+            x_proj: match more {
+                0 => all(&|layer| layer.x_proj.clone().cast(dtype)),
+                _ => all(&|layer| x_proj(layer).cast(dtype)),
+            },
+            dt_proj: match more {
+                0 => all(&|layer| layer.dt_proj.clone().cast(dtype).transpose()),
+                _ => all(&|layer| dt_proj(layer).cast(dtype).transpose()),
+            },
             out_proj: all(&|layer| layer.out_proj.clone().cast(dtype).transpose()),
             head: raw(head.slice([0..model.vocabulary, 0..width]).cast(dtype)),
             norm_f: raw(Tensor::stack::<2>(norm_f, 0)),

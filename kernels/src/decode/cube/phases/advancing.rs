@@ -2,27 +2,29 @@
 
 use cubecl::prelude::*;
 
-use super::{CHANNEL_NUMBERS, DT_BIAS, One, SKIP, StepConfig, wide_at};
+use super::{
+    CHANNEL_NUMBERS, DT_BIAS, One, SKIP, StepConfig, Words, first_number, second_number, wide_at,
+};
 use crate::cube::math::{exp2, sigmoid, step_size};
 use crate::cube::reduce::lane_sum;
 
 /// What a unit loads for [`advance`] before it waits for u, z and the parts.
 #[derive(CubeType)]
-pub(in crate::decode::cube) struct AdvanceAhead<W: Float, T: Size, S: Size> {
+pub(in crate::decode::cube) struct AdvanceAhead<T: Size, S: Size> {
     /// The lane's states, their rates, and its weights of `dt_proj`.
-    state: Array<Vector<f32, S>>,
+    pub state: Array<Vector<f32, S>>,
     rate: Array<Vector<f32, S>>,
-    weights: Array<Vector<W, T>>,
+    weights: Array<Words<T>>,
     /// Bias of Δ, and d.
     numbers: Array<f32>,
 }
 
 /// An empty [`AdvanceAhead`].
 #[cube]
-pub(in crate::decode::cube) fn no_advance<W: Float, T: Size, S: Size>(
+pub(in crate::decode::cube) fn no_advance<T: Size, S: Size>(
     #[comptime] c: StepConfig,
-) -> AdvanceAhead<W, T, S> {
-    AdvanceAhead::<W, T, S> {
+) -> AdvanceAhead<T, S> {
+    AdvanceAhead::<T, S> {
         state: Array::new(comptime!(c.held())),
         rate: Array::new(comptime!(c.held())),
         weights: Array::new(comptime!(c.ranks())),
@@ -30,35 +32,41 @@ pub(in crate::decode::cube) fn no_advance<W: Float, T: Size, S: Size>(
     }
 }
 
-/// The channel of a unit in [`advance`], as a row of `[B, E]`, and whether there is one.
+/// A sequence and the channel of a unit, one of the lanes that share its states; `inside` is false
+/// where there is no such channel.
 #[derive(CubeType)]
-struct Place {
-    sequence: usize,
-    channel: usize,
-    lane: usize,
-    inside: bool,
+pub(in crate::decode::cube) struct Place {
+    pub sequence: usize,
+    pub channel: usize,
+    pub lane: usize,
+    pub inside: bool,
 }
 
+/// The place of this unit in the cube that has block `block` of a sequence's channels.
 #[cube]
-fn place(cube: usize, #[comptime] c: StepConfig) -> Place {
+pub(in crate::decode::cube) fn place(
+    sequence: usize,
+    block: usize,
+    #[comptime] c: StepConfig,
+) -> Place {
     let lanes = comptime!(c.lanes());
     let unit = UNIT_POS as usize;
     let place = unit / lanes;
-    let channel = cube % comptime!(c.blocks()) * comptime!(c.block) + place;
+    let channel = block * comptime!(c.block) + place;
     Place {
-        sequence: cube / comptime!(c.blocks()),
+        sequence,
         channel: min(channel, comptime!(c.inner - 1).runtime()),
         lane: unit % lanes,
         inside: place < comptime!(c.block) && channel < comptime!(c.inner),
     }
 }
 
-/// Loads ahead for [`advance`].
+/// Loads ahead for [`advance`]; `cube` counts blocks of channels within a sequence, then sequences.
 #[cube]
-pub(in crate::decode::cube) fn load_advance<W: Float, T: Size, S: Size>(
-    ahead: &mut AdvanceAhead<W, T, S>,
+pub(in crate::decode::cube) fn load_advance<T: Size, S: Size>(
+    ahead: &mut AdvanceAhead<T, S>,
     channels: &[f32],
-    dt_proj: &[Vector<W, T>],
+    dt_proj: &[Words<T>],
     rates: &[Vector<f32, S>],
     h: &mut [Vector<f32, S>],
     layer: usize,
@@ -66,28 +74,55 @@ pub(in crate::decode::cube) fn load_advance<W: Float, T: Size, S: Size>(
     cube: usize,
     #[comptime] c: StepConfig,
 ) {
-    let place = place(cube, c);
+    let blocks = comptime!(c.blocks());
+    let place = place(cube / blocks, cube % blocks, c);
+    load_parameters(ahead, channels, dt_proj, rates, layer, &place, c);
+    load_states(&mut ahead.state, h, layer, batch, &place, c);
+}
+
+/// Loads the states of the lane.
+#[cube]
+pub(in crate::decode::cube) fn load_states<S: Size>(
+    into: &mut Array<Vector<f32, S>>,
+    h: &mut [Vector<f32, S>],
+    layer: usize,
+    batch: usize,
+    place: &Place,
+    #[comptime] c: StepConfig,
+) {
+    let states = comptime!(c.states / c.state_vector);
+    let own = (layer * batch + place.sequence) * comptime!(c.inner) + place.channel;
+    #[unroll]
+    for i in 0..comptime!(c.held()) {
+        let vector = comptime!(i * c.lanes()) + place.lane;
+        into[i] = h[own * states + min(vector, comptime!(states - 1).runtime())];
+    }
+}
+
+/// Loads what a lane needs of its channel's parameters.
+#[cube]
+pub(in crate::decode::cube) fn load_parameters<T: Size, S: Size>(
+    ahead: &mut AdvanceAhead<T, S>,
+    channels: &[f32],
+    dt_proj: &[Words<T>],
+    rates: &[Vector<f32, S>],
+    layer: usize,
+    place: &Place,
+    #[comptime] c: StepConfig,
+) {
     let lanes = comptime!(c.lanes());
     let states = comptime!(c.states / c.state_vector);
     let ranks = comptime!(c.rank / c.rank_vector);
     let row = layer * comptime!(c.inner) + place.channel;
-    let own = (layer * batch + place.sequence) * comptime!(c.inner) + place.channel;
     #[unroll]
     for i in 0..comptime!(c.held()) {
-        let vector = min(
-            comptime!(i * lanes) + place.lane,
-            comptime!(states - 1).runtime(),
-        );
-        ahead.state[i] = h[own * states + vector];
-        ahead.rate[i] = rates[row * states + vector];
+        let vector = comptime!(i * lanes) + place.lane;
+        ahead.rate[i] = rates[row * states + min(vector, comptime!(states - 1).runtime())];
     }
     #[unroll]
     for i in 0..comptime!(c.ranks()) {
-        let vector = min(
-            comptime!(i * lanes) + place.lane,
-            comptime!(ranks - 1).runtime(),
-        );
-        ahead.weights[i] = dt_proj[row * ranks + vector];
+        let vector = comptime!(i * lanes) + place.lane;
+        ahead.weights[i] = dt_proj[row * ranks + min(vector, comptime!(ranks - 1).runtime())];
     }
     let numbers = row * comptime!(c.taps + CHANNEL_NUMBERS);
     ahead.numbers[0] = channels[numbers + comptime!(c.taps + DT_BIAS)];
@@ -98,76 +133,113 @@ pub(in crate::decode::cube) fn load_advance<W: Float, T: Size, S: Size>(
 ///
 /// `cube` counts blocks of channels within a sequence, then sequences.
 ///
-/// - dt_proj: `[layers, E, R]`; rates: `[layers, E, N]`, times log₂ e; h: `[layers, B, E, N]`
-/// - parts as [`enter`] leaves them; u, z, y: `[B, E]`
+/// - parts as [`enter`](super::enter) leaves them; u, z, y: `[B, E]`; h: `[layers, B, E, N]`
 #[cube]
-pub(in crate::decode::cube) fn advance<W: Float, Y: Float, T: Size, S: Size, Q: Size>(
-    ahead: &AdvanceAhead<W, T, S>,
+pub(in crate::decode::cube) fn advance<T: Size, S: Size, Q: Size>(
+    ahead: &AdvanceAhead<T, S>,
     parts: &mut [One],
     u: &mut [f32],
     z: &mut [f32],
     h: &mut [Vector<f32, S>],
-    y: &mut [Vector<Y, Const<1>>],
+    y: &mut [One],
     layer: usize,
     batch: usize,
     cube: usize,
     #[comptime] c: StepConfig,
 ) {
-    let place = place(cube, c);
-    let lanes = comptime!(c.lanes());
-    let held = comptime!(c.held());
-    let ranks = comptime!(c.ranks());
-    let state_vectors = comptime!(c.states / c.state_vector);
-    let rank_vectors = comptime!(c.rank / c.rank_vector);
-    let lane = place.lane;
-    let inside = place.inside;
+    let blocks = comptime!(c.blocks());
+    let place = place(cube / blocks, cube % blocks, c);
     let at = place.sequence * comptime!(c.inner) + place.channel;
-    let state_row = (layer * batch + place.sequence) * comptime!(c.inner) + place.channel;
     let input = u[at];
     let gate = z[at];
-
     let low = low_rank::<Q>(parts, place.sequence, c);
+    let value = recur(
+        ahead,
+        &low,
+        0usize.runtime(),
+        input,
+        gate,
+        h,
+        layer,
+        batch,
+        &place,
+        c,
+    );
+    if place.inside && place.lane == 0 {
+        y[at] = Vector::new(value);
+    }
+}
+
+/// One step of a channel's recurrence, and the gated output, in every lane; the low-rank product
+/// `[R + 2N]` begins at `from`.
+///
+/// - dt_proj: `[layers, E, R]`; rates: `[layers, E, N]`, times log₂ e; h: `[layers, B, E, N]`
+#[cube]
+pub(in crate::decode::cube) fn recur<T: Size, S: Size>(
+    ahead: &AdvanceAhead<T, S>,
+    low: &Shared<[f32]>,
+    from: usize,
+    input: f32,
+    gate: f32,
+    h: &mut [Vector<f32, S>],
+    layer: usize,
+    batch: usize,
+    place: &Place,
+    #[comptime] c: StepConfig,
+) -> f32 {
+    let lanes = comptime!(c.lanes());
+    let state_vectors = comptime!(c.states / c.state_vector);
+    let rank_vectors = comptime!(c.rank / c.rank_vector);
+    let state_row = (layer * batch + place.sequence) * comptime!(c.inner) + place.channel;
     let mut delta = 0.0f32;
     #[unroll]
-    for i in 0..ranks {
-        let vector = comptime!(i * lanes) + lane;
-        let weight = Vector::<f32, T>::cast_from(ahead.weights[i]);
+    for i in 0..comptime!(c.ranks()) {
+        let vector = comptime!(i * lanes) + place.lane;
+        let first = min(vector, comptime!(rank_vectors - 1).runtime());
+        let first = from + first * comptime!(c.rank_vector);
+        let mut term = 0.0f32;
         #[unroll]
         for k in 0..T::value() {
-            let index = min(vector, comptime!(rank_vectors - 1).runtime()) * T::value() + k;
-            let term = weight.extract(k) * low[index];
-            delta += select(vector < rank_vectors, term, 0.0f32);
+            let word = ahead.weights[i].extract(k);
+            if c.halves {
+                term = fma(
+                    first_number(word, true),
+                    low[first + comptime!(2 * k)],
+                    term,
+                );
+                term = fma(second_number(word), low[first + comptime!(2 * k + 1)], term);
+            } else {
+                term = fma(first_number(word, false), low[first + k], term);
+            }
         }
+        delta += select(vector < rank_vectors, term, 0.0f32);
     }
     let delta = lane_sum(delta, lanes, 1usize) + ahead.numbers[0];
     let delta = step_size(delta, true, c.ptx);
     let scaled = delta * input;
     let mut sum = 0.0f32;
     #[unroll]
-    for i in 0..held {
-        let vector = comptime!(i * lanes) + lane;
+    for i in 0..comptime!(c.held()) {
+        let vector = comptime!(i * lanes) + place.lane;
         let within = vector < state_vectors;
         let n = min(vector, comptime!(state_vectors - 1).runtime()) * S::value();
         let mut next = Vector::<f32, S>::new(0.0f32);
         #[unroll]
         for k in 0..S::value() {
-            let b = low[comptime!(c.rank) + n + k];
-            let out = low[comptime!(c.rank + c.states) + n + k];
+            let b = low[from + comptime!(c.rank) + n + k];
+            let out = low[from + comptime!(c.rank + c.states) + n + k];
             let exponent = delta * ahead.rate[i].extract(k);
             let decay = exp2(exponent, c.ptx);
             let value = fma(decay, ahead.state[i].extract(k), scaled * b);
             next.insert(k, value);
             sum += select(within, value * out, 0.0f32);
         }
-        if inside && within {
+        if place.inside && within {
             h[state_row * state_vectors + vector] = next;
         }
     }
     let value = fma(ahead.numbers[1], input, lane_sum(sum, lanes, 1usize));
-    let value = value * gate * sigmoid(gate, c.ptx);
-    if inside && lane == 0 {
-        y[at] = Vector::new(Y::cast_from(value));
-    }
+    value * gate * sigmoid(gate, c.ptx)
 }
 
 /// The low-rank product of a sequence, `[R + 2N]`, from its parts.
@@ -181,35 +253,52 @@ fn low_rank<Q: Size>(
     let columns = comptime!(c.low() / c.low_vector);
     let slices = comptime!(c.slices());
     let rounds = comptime!(c.parts.div_ceil(slices));
-    let mut scratch = Shared::<[Vector<f32, Q>]>::new_slice(comptime!(columns * slices));
+    let mut scratch = Shared::<[f32]>::new_slice(comptime!(c.low() * slices));
     let mut low = Shared::<[f32]>::new_slice(comptime!(c.low()));
     let column = unit % columns;
     let slice = unit / columns;
     // Others may still read what came before.
     sync_cube();
     if slice < slices {
-        let mut sum = Vector::<f32, Q>::new(0.0f32);
+        // All loads before the first use.
+        let mut own = Array::<Vector<f32, Q>>::new(rounds);
         #[unroll]
         for i in 0..rounds {
             let part = comptime!(i * slices) + slice;
-            if part < comptime!(c.parts) {
-                let at = (sequence * comptime!(c.parts) + part) * columns + column;
-                sum += wide_at::<Q>(parts, at, c.ptx);
-            }
+            let part = min(part, comptime!(c.parts - 1).runtime());
+            let at = (sequence * comptime!(c.parts) + part) * columns + column;
+            own[i] = wide_at::<Q>(parts, at, c.ptx);
         }
-        scratch[slice * columns + column] = sum;
-    }
-    sync_cube();
-    if unit < columns {
-        let mut sum = Vector::<f32, Q>::new(0.0f32);
+        let mut sum = own[0];
         #[unroll]
-        for i in 0..slices {
-            sum += scratch[comptime!(i * columns) + unit];
+        for i in 1..rounds {
+            let inside = comptime!(i * slices) + slice < comptime!(c.parts);
+            sum += select(inside, own[i], Vector::new(0.0f32));
         }
         #[unroll]
         for k in 0..Q::value() {
-            low[unit * Q::value() + k] = sum.extract(k);
+            scratch[slice * comptime!(c.low()) + column * Q::value() + k] = sum.extract(k);
         }
+    }
+    sync_cube();
+    if unit < comptime!(c.low()) {
+        // Four sums, so that an addition need not wait for the one before.
+        let mut sums = Array::<f32>::new(4usize);
+        #[unroll]
+        for i in 0..4usize {
+            sums[i] = 0.0f32;
+        }
+        for i in 0..comptime!(slices / 4) {
+            #[unroll]
+            for k in 0..4usize {
+                sums[k] += scratch[(4 * i + k) * comptime!(c.low()) + unit];
+            }
+        }
+        #[unroll]
+        for k in 0..comptime!(slices % 4) {
+            sums[k] += scratch[comptime!((slices / 4 * 4 + k) * c.low()) + unit];
+        }
+        low[unit] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     }
     sync_cube();
     low

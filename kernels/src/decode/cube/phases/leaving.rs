@@ -6,29 +6,27 @@
 
 use cubecl::prelude::*;
 
-use super::{OUT_BIAS, One, StepConfig, WIDTH_NUMBERS, dot, own_sum, wide_at};
+use super::{OUT_BIAS, One, StepConfig, WIDTH_NUMBERS, Words, dot, own_sum, wide_at};
 
 /// What a unit loads for [`leave`] before it waits for y.
 #[derive(CubeType)]
-pub(in crate::decode::cube) struct LeaveAhead<W: Float, V: Size> {
-    weights: Array<Vector<W, V>>,
+pub(in crate::decode::cube) struct LeaveAhead<P: Size> {
+    weights: Array<Words<P>>,
 }
 
 /// An empty [`LeaveAhead`].
 #[cube]
-pub(in crate::decode::cube) fn no_leave<W: Float, V: Size>(
-    #[comptime] c: StepConfig,
-) -> LeaveAhead<W, V> {
-    LeaveAhead::<W, V> {
+pub(in crate::decode::cube) fn no_leave<P: Size>(#[comptime] c: StepConfig) -> LeaveAhead<P> {
+    LeaveAhead::<P> {
         weights: Array::new(comptime!(c.loads(c.out_vectors())[0])),
     }
 }
 
 /// Reads the plane's part of a row of `out_proj`, as [`read_row`] does.
 #[cube]
-fn read_part<W: Float, V: Size>(
-    out_proj: &[Vector<W, V>],
-    weights: &mut Array<Vector<W, V>>,
+fn read_part<P: Size>(
+    out_proj: &[Words<P>],
+    weights: &mut Array<Words<P>>,
     layer: usize,
     cube: usize,
     #[comptime] round: usize,
@@ -50,9 +48,9 @@ fn read_part<W: Float, V: Size>(
 
 /// Loads ahead for [`leave`].
 #[cube]
-pub(in crate::decode::cube) fn load_leave<W: Float, V: Size>(
-    ahead: &mut LeaveAhead<W, V>,
-    out_proj: &[Vector<W, V>],
+pub(in crate::decode::cube) fn load_leave<P: Size>(
+    ahead: &mut LeaveAhead<P>,
+    out_proj: &[Words<P>],
     layer: usize,
     cube: usize,
     #[comptime] c: StepConfig,
@@ -64,10 +62,10 @@ pub(in crate::decode::cube) fn load_leave<W: Float, V: Size>(
 ///
 /// - y: `[B, E]`; out_proj: `[layers, D, E]`; stream: `[B, D]`
 #[cube]
-pub(in crate::decode::cube) fn leave<W: Float, V: Size>(
-    ahead: &mut LeaveAhead<W, V>,
+pub(in crate::decode::cube) fn leave<P: Size, V: Size>(
+    ahead: &mut LeaveAhead<P>,
     y: &mut [One],
-    out_proj: &[Vector<W, V>],
+    out_proj: &[Words<P>],
     widths: &[f32],
     stream: &mut [One],
     layer: usize,
@@ -89,6 +87,7 @@ pub(in crate::decode::cube) fn leave<W: Float, V: Size>(
     let column = min(column, comptime!(c.width - 1).runtime());
     let first_place = part * per_part;
     let end = min(first_place + per_part, vectors);
+    let whole = comptime!(vectors == c.split * rounds * loads * c.plane);
     let bias = widths[(layer * WIDTH_NUMBERS + OUT_BIAS) * comptime!(c.width) + column];
     for group in 0..batch.div_ceil(comptime!(c.group)) {
         let first = group * comptime!(c.group);
@@ -108,16 +107,25 @@ pub(in crate::decode::cube) fn leave<W: Float, V: Size>(
                 }
             }
             #[unroll]
-            for i in 0..loads {
-                let place = first_place + comptime!((round * loads + i) * c.plane) + lane;
-                let weight = Vector::<f32, V>::cast_from(ahead.weights[i]);
-                if place < end {
-                    #[unroll]
-                    for b in 0..c.group {
-                        let row = min(first + b, batch - 1) * vectors;
-                        let x = wide_at::<V>(y, row + place, c.ptx);
-                        sums[b] = dot(weight, x, sums[b]);
-                    }
+            for b in 0..c.group {
+                let row = min(first + b, batch - 1) * vectors;
+                // All loads before the first use: the phase is as long as it takes them to come.
+                let mut inputs = Array::<Vector<f32, V>>::new(loads);
+                #[unroll]
+                for i in 0..loads {
+                    let place = first_place + comptime!((round * loads + i) * c.plane) + lane;
+                    let at = row + min(place, comptime!(vectors - 1).runtime());
+                    inputs[i] = wide_at::<V>(y, at, c.ptx);
+                }
+                #[unroll]
+                for i in 0..loads {
+                    let place = first_place + comptime!((round * loads + i) * c.plane) + lane;
+                    let sum = dot::<P, V>(ahead.weights[i], inputs[i], sums[b], c.halves);
+                    sums[b] = if comptime!(whole) {
+                        sum
+                    } else {
+                        select(place < end, sum, sums[b])
+                    };
                 }
             }
         }

@@ -2,16 +2,18 @@
 
 use cubecl::prelude::*;
 
-use super::{One, StepConfig, add_products, normalise, own_sum, read_row};
+use super::{
+    One, StepConfig, Words, add_products, load_norm, no_norm, normalise, own_sum, read_row,
+};
 
 /// The last norm and the logits.
 ///
 /// - norm: `[2, D]`; head: `[V, D]`; logits: `[B, V]`
 #[cube]
-pub(in crate::decode::cube) fn head<W: Float, V: Size>(
+pub(in crate::decode::cube) fn head<P: Size, V: Size>(
     stream: &mut [One],
-    norm: &[Vector<f32, V>],
-    head: &[Vector<W, V>],
+    norm: &[f32],
+    head: &[Words<P>],
     logits: &mut [f32],
     batch: usize,
     cube: usize,
@@ -27,15 +29,15 @@ pub(in crate::decode::cube) fn head<W: Float, V: Size>(
     let row = cube * comptime!(c.head_rows) + plane;
     let inside = plane < comptime!(c.head_rows) && row < comptime!(c.rows);
     let row = min(row, comptime!(c.rows - 1).runtime());
-    let mut hat = Shared::<[Vector<f32, V>]>::new_slice(comptime!(c.group * c.padded_width()));
-    let mut weights = Array::<Vector<W, V>>::new(loads);
+    let mut hat = Shared::<[One]>::new_slice(comptime!(c.group * c.padded()));
+    let mut weights = Array::<Words<P>>::new(loads);
+    let mut ahead = no_norm(c);
+    load_norm(&mut ahead, norm, 0usize, c);
     read_row(head, &mut weights, row, vectors, 0usize, c);
     for group in 0..batch.div_ceil(comptime!(c.group)) {
         let first = group * comptime!(c.group);
         sync_cube();
-        normalise(
-            stream, norm, &mut hat, first, batch, 0usize, eps, c.norm_f, c,
-        );
+        normalise(stream, &ahead, &mut hat, first, batch, eps, c.norm_f, c);
         sync_cube();
         let mut sums = Array::<f32>::new(comptime!(c.group));
         #[unroll]
@@ -47,7 +49,7 @@ pub(in crate::decode::cube) fn head<W: Float, V: Size>(
             if comptime!(rounds > 1) {
                 read_row(head, &mut weights, row, vectors, round, c);
             }
-            add_products(&weights, &hat, &mut sums, 0usize, round, c);
+            add_products::<P, V>(&weights, &mut hat, &mut sums, 0usize, round, c);
         }
         let sum = own_sum(&sums, lane, 0usize, c);
         let sequence = first + lane;

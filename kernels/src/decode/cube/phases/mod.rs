@@ -21,8 +21,10 @@ mod logits;
 use cubecl::prelude::*;
 
 use super::plan::StepConfig;
-use crate::cube::reduce::{lane_sum, total};
-pub(super) use advancing::{advance, load_advance, no_advance};
+use crate::cube::reduce::lane_sum;
+pub(super) use advancing::{
+    Place, advance, load_advance, load_parameters, load_states, no_advance, place, recur,
+};
 pub(super) use entering::{enter, load_enter, no_enter};
 pub(super) use leaving::{leave, load_leave, no_leave};
 pub(super) use logits::head;
@@ -42,13 +44,50 @@ pub(super) const CHANNEL_NUMBERS: usize = 5;
 pub(super) const OUT_BIAS: usize = 2;
 pub(super) const WIDTH_NUMBERS: usize = 3;
 
-/// `Σ a · b` over the numbers of a vector, added to `sum`.
+/// Words of 32 bits that hold the weights of a vector: one f32 or two bf16 each.
+///
+/// Weights are read and kept as words, and turned into numbers where they are used: a compiler that
+/// sees numbers of 16 bits takes words apart as soon as they come, which means waiting for them.
+pub(super) type Words<P> = Vector<u32, P>;
+
+/// The first number of a word of weights.
 #[cube]
-fn dot<V: Size>(a: Vector<f32, V>, b: Vector<f32, V>, sum: f32) -> f32 {
+fn first_number(word: u32, #[comptime] halves: bool) -> f32 {
+    let mut bits = word;
+    if halves {
+        bits = word << 16u32;
+    }
+    f32::reinterpret(bits)
+}
+
+/// The second number of a word of two.
+#[cube]
+fn second_number(word: u32) -> f32 {
+    f32::reinterpret(word & 0xffff_0000u32)
+}
+
+/// `Σ weights · x`, added to `sum`.
+#[cube]
+fn dot<P: Size, V: Size>(
+    weights: Words<P>,
+    x: Vector<f32, V>,
+    sum: f32,
+    #[comptime] halves: bool,
+) -> f32 {
     let mut result = sum;
     #[unroll]
-    for i in 0..V::value() {
-        result = fma(a.extract(i), b.extract(i), result);
+    for i in 0..P::value() {
+        let word = weights.extract(i);
+        if halves {
+            result = fma(
+                first_number(word, true),
+                x.extract(comptime!(2 * i)),
+                result,
+            );
+            result = fma(second_number(word), x.extract(comptime!(2 * i + 1)), result);
+        } else {
+            result = fma(first_number(word, false), x.extract(i), result);
+        }
     }
     result
 }
@@ -69,80 +108,156 @@ fn wide_at<V: Size>(buffer: &mut [One], at: usize, #[comptime] ptx: bool) -> Vec
     value
 }
 
-/// Normalises the sequences `first ..` of a group into shared memory, one a plane; places beyond
-/// D and sequences beyond the last are zero. `at` is where the parameters begin, in vectors.
+/// A norm's weights and biases of a unit's columns.
+#[derive(CubeType)]
+pub(super) struct NormAhead {
+    weight: Array<f32>,
+    bias: Array<f32>,
+}
+
 #[cube]
-fn normalise<V: Size>(
+fn no_norm(#[comptime] c: StepConfig) -> NormAhead {
+    NormAhead {
+        weight: Array::new(comptime!(c.columns())),
+        bias: Array::new(comptime!(c.columns())),
+    }
+}
+
+/// Reads a norm's parameters, which begin at `at`.
+#[cube]
+fn load_norm(ahead: &mut NormAhead, widths: &[f32], at: usize, #[comptime] c: StepConfig) {
+    #[unroll]
+    for i in 0..comptime!(c.columns()) {
+        let column = UNIT_POS as usize + comptime!(i * c.units);
+        let column = min(column, comptime!(c.width - 1).runtime());
+        ahead.weight[i] = widths[at + column];
+        ahead.bias[i] = widths[at + comptime!(c.width) + column];
+    }
+}
+
+/// Normalises the sequences `first ..` of a group into shared memory; places beyond D and sequences
+/// beyond the last are zero.
+#[cube]
+fn normalise(
     stream: &mut [One],
-    weight: &[Vector<f32, V>],
-    hat: &mut Shared<[Vector<f32, V>]>,
+    ahead: &NormAhead,
+    hat: &mut Shared<[One]>,
     first: usize,
     batch: usize,
-    at: usize,
     eps: f32,
     #[comptime] norm: bool,
     #[comptime] c: StepConfig,
 ) {
-    let vectors = comptime!(c.width / c.vector);
-    let padded = comptime!(c.padded_width());
-    let lane = UNIT_POS as usize % comptime!(c.plane);
-    let plane = UNIT_POS as usize / comptime!(c.plane);
-    let rounds = comptime!(c.group.div_ceil(c.planes()));
-    let loads = comptime!(padded / c.plane);
+    let columns = comptime!(c.columns());
+    let unit = UNIT_POS as usize;
+    let mut scratch = Shared::<[f32]>::new_slice(comptime!(2 * c.planes() * c.group));
+    let mut values = Array::<f32>::new(comptime!(columns * c.group));
+    let mut sums = Array::<f32>::new(comptime!(c.group));
+    let mut scales = Array::<f32>::new(comptime!(c.group));
     #[unroll]
-    for round in 0..rounds {
-        let member = plane + comptime!(round * c.planes());
-        if member < comptime!(c.group) {
-            let sequence = first + member;
-            let row = min(sequence, batch - 1) * vectors;
-            let mut centre = 0.0f32;
-            let mut scale = 1.0f32;
-            if norm {
-                if c.centred {
-                    let mut own = Vector::<f32, V>::new(0.0f32);
-                    for i in 0..loads {
-                        let column = i * comptime!(c.plane) + lane;
-                        if column < vectors {
-                            own += wide_at::<V>(stream, row + column, c.ptx);
-                        }
-                    }
-                    let sum = lane_sum(total(own), comptime!(c.plane), 1usize);
-                    centre = sum / comptime!(c.width as f32);
-                }
-                let mut squares = Vector::<f32, V>::new(0.0f32);
-                for i in 0..loads {
-                    let column = i * comptime!(c.plane) + lane;
-                    if column < vectors {
-                        let value = wide_at::<V>(stream, row + column, c.ptx) - Vector::new(centre);
-                        squares = fma(value, value, squares);
-                    }
-                }
-                let sum = lane_sum(total(squares), comptime!(c.plane), 1usize);
-                scale = 1.0f32 / (sum / comptime!(c.width as f32) + eps).sqrt();
+    for b in 0..c.group {
+        let row = min(first + b, batch - 1) * comptime!(c.width);
+        #[unroll]
+        for i in 0..columns {
+            let column = unit + comptime!(i * c.units);
+            let mut value = 0.0f32;
+            if column < comptime!(c.width) {
+                value = stream[row + column].extract(0usize);
             }
-            for i in 0..loads {
-                let column = i * comptime!(c.plane) + lane;
-                let mut value = Vector::<f32, V>::new(0.0f32);
-                if column < vectors && sequence < batch {
-                    value = wide_at::<V>(stream, row + column, c.ptx) - Vector::new(centre);
-                    value *= Vector::new(scale);
-                    if norm {
-                        let bias = weight[at + vectors + column];
-                        value = fma(value, weight[at + column], bias);
-                    }
+            values[comptime!(b * columns + i)] = value;
+        }
+        scales[b] = 1.0f32;
+    }
+    if norm {
+        if c.centred {
+            #[unroll]
+            for b in 0..c.group {
+                sums[b] = 0.0f32;
+                #[unroll]
+                for i in 0..columns {
+                    sums[b] += values[comptime!(b * columns + i)];
                 }
-                hat[member * padded + column] = value;
+            }
+            group_sums(&mut sums, &mut scratch, 0usize, c);
+            #[unroll]
+            for b in 0..c.group {
+                #[unroll]
+                for i in 0..columns {
+                    values[comptime!(b * columns + i)] -= sums[b] / comptime!(c.width as f32);
+                }
             }
         }
+        #[unroll]
+        for b in 0..c.group {
+            sums[b] = 0.0f32;
+            #[unroll]
+            for i in 0..columns {
+                if unit + comptime!(i * c.units) < comptime!(c.width) {
+                    let value = values[comptime!(b * columns + i)];
+                    sums[b] = fma(value, value, sums[b]);
+                }
+            }
+        }
+        group_sums(&mut sums, &mut scratch, comptime!(c.planes() * c.group), c);
+        #[unroll]
+        for b in 0..c.group {
+            scales[b] = 1.0f32 / (sums[b] / comptime!(c.width as f32) + eps).sqrt();
+        }
+    }
+    #[unroll]
+    for b in 0..c.group {
+        #[unroll]
+        for i in 0..columns {
+            let column = unit + comptime!(i * c.units);
+            let mut value = values[comptime!(b * columns + i)];
+            if norm {
+                value = fma(value * scales[b], ahead.weight[i], ahead.bias[i]);
+            }
+            let inside = column < comptime!(c.width) && first + b < batch;
+            if column < comptime!(c.padded()) {
+                hat[comptime!(b * c.padded()) + column] =
+                    Vector::new(select(inside, value, 0.0f32));
+            }
+        }
+    }
+}
+
+/// Sums over the cube, one for each sequence of a group; every unit gets them. The scratch from
+/// `from` on is used by nobody else until the cube has been synchronised.
+#[cube]
+fn group_sums(
+    sums: &mut Array<f32>,
+    scratch: &mut Shared<[f32]>,
+    #[comptime] from: usize,
+    #[comptime] c: StepConfig,
+) {
+    let lane = UNIT_POS as usize % comptime!(c.plane);
+    let plane = UNIT_POS as usize / comptime!(c.plane);
+    #[unroll]
+    for b in 0..c.group {
+        let sum = lane_sum(sums[b], comptime!(c.plane), 1usize);
+        if lane == 0 {
+            scratch[from + plane * comptime!(c.group) + b] = sum;
+        }
+    }
+    sync_cube();
+    #[unroll]
+    for b in 0..c.group {
+        let mut sum = 0.0f32;
+        #[unroll(c.planes() <= 32)]
+        for p in 0..comptime!(c.planes()) {
+            sum += scratch[from + p * comptime!(c.group) + b];
+        }
+        sums[b] = sum;
     }
 }
 
 /// Reads vectors of a row of weights: the lane's number `round` of loads. Vectors beyond the row
 /// are its last one, which meets zeros.
 #[cube]
-fn read_row<W: Float, V: Size>(
-    weights: &[Vector<W, V>],
-    into: &mut Array<Vector<W, V>>,
+fn read_row<P: Size>(
+    weights: &[Words<P>],
+    into: &mut Array<Words<P>>,
     row: usize,
     #[comptime] vectors: usize,
     #[comptime] round: usize,
@@ -159,26 +274,26 @@ fn read_row<W: Float, V: Size>(
 
 /// Adds the products of the weights with a group's normalised inputs to `sums[from ..]`.
 #[cube]
-fn add_products<W: Float, V: Size>(
-    weights: &Array<Vector<W, V>>,
-    hat: &Shared<[Vector<f32, V>]>,
+fn add_products<P: Size, V: Size>(
+    weights: &Array<Words<P>>,
+    hat: &mut Shared<[One]>,
     sums: &mut Array<f32>,
     #[comptime] from: usize,
     #[comptime] round: usize,
     #[comptime] c: StepConfig,
 ) {
-    let padded = comptime!(c.padded_width());
+    let padded = comptime!(c.padded() / c.vector);
     let loads = comptime!(c.loads(c.width / c.vector)[0]);
     let lane = UNIT_POS as usize % comptime!(c.plane);
     #[unroll]
     for i in 0..loads {
         let column = comptime!((round * loads + i) * c.plane) + lane;
         if comptime!((round * loads + i) * c.plane < padded) {
-            let weight = Vector::<f32, V>::cast_from(weights[i]);
             #[unroll]
             for b in 0..c.group {
-                let x = hat[comptime!(b * padded) + column];
-                sums[comptime!(from + b)] = dot(weight, x, sums[comptime!(from + b)]);
+                let x = wide_at::<V>(hat, comptime!(b * padded) + column, c.ptx);
+                let sum = sums[comptime!(from + b)];
+                sums[comptime!(from + b)] = dot::<P, V>(weights[i], x, sum, c.halves);
             }
         }
     }

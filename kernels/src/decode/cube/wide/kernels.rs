@@ -5,11 +5,12 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::super::phases::{
-    CHANNEL_NUMBERS, CONV_BIAS, OUT_BIAS, One, WIDTH_NUMBERS, X_BIAS, Z_BIAS, advance,
-    load_advance, no_advance,
+    CHANNEL_NUMBERS, CONV_BIAS, OUT_BIAS, Place, WIDTH_NUMBERS, Words, X_BIAS, Z_BIAS,
+    load_parameters, load_states, no_advance, place, recur,
 };
 use super::super::plan::StepConfig;
-use super::{AHEAD, HALVES, NORM_UNITS, TILE, WideConfig};
+use super::product::{number, product};
+use super::{AHEAD, NORM_UNITS, TILE, WideConfig};
 use crate::cube::math::sigmoid;
 use crate::cube::reduce::cube_sum;
 
@@ -171,9 +172,9 @@ pub(super) fn normalise_rows<W: Float>(
 
 /// `in_proj`, one step of the convolution, SiLU. A cube has 16 channels of some tiles of sequences.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(super) fn enter_wide<W: Float>(
-    hat: &[W],
-    in_proj: &[W],
+pub(super) fn enter_wide<W: Float, V: Size>(
+    hat: &[Vector<W, V>],
+    in_proj: &[Vector<W, V>],
     channels: &[f32],
     window: &mut [f32],
     u: &mut [f32],
@@ -184,69 +185,43 @@ pub(super) fn enter_wide<W: Float>(
     #[comptime] w: WideConfig,
     #[define(W)] _type: ElemType,
 ) {
-    let width = comptime!(w.step.width);
+    let t = comptime!(w.in_tiles());
     let inner = comptime!(w.step.inner);
+    let taps = comptime!(w.step.taps);
     let blocks = comptime!(w.step.inner / TILE);
-    let numbers = comptime!(w.step.taps + CHANNEL_NUMBERS);
-    let past = comptime!(w.step.taps - 1);
+    let numbers = comptime!(taps + CHANNEL_NUMBERS);
+    let past = comptime!(taps - 1);
     let square = comptime!(TILE * TILE);
     let first = CUBE_POS % blocks * TILE;
-    let plane = UNIT_POS as usize / comptime!(w.step.plane);
-    let lane = UNIT_POS as usize % comptime!(w.step.plane);
-    let tile = CUBE_POS / blocks * comptime!(w.tall()) + plane;
-    let mut sums = Shared::<[f32]>::new_slice(comptime!(2 * square * w.tall()));
-    let own = plane * comptime!(2 * square);
-    if tile < comptime!(w.tiles) {
-        let a_at = tile * comptime!(TILE * width);
-        let row = layer * comptime!(2 * inner) + first;
-        tile_product(
-            hat,
-            in_proj,
-            &mut sums,
-            a_at,
-            row * width,
-            own,
-            width,
-            width,
-            true,
-            width,
-            w,
-        );
-        tile_product(
-            hat,
-            in_proj,
-            &mut sums,
-            a_at,
-            (row + inner) * width,
-            own + square,
-            width,
-            width,
-            true,
-            width,
-            w,
-        );
+    let first_tile = CUBE_POS / blocks * comptime!(t.tall);
+    if first_tile >= comptime!(w.tiles) {
+        terminate!();
     }
-    sync_cube();
-    for i in 0..comptime!(square.div_ceil(w.step.plane)) {
-        let place = i * comptime!(w.step.plane) + lane;
-        let sequence = tile * TILE + place / TILE;
-        let channel = first + place % TILE;
-        if tile < comptime!(w.tiles) {
+    let mut sums = Shared::<[f32]>::new_slice(comptime!(t.sums()));
+    let row = layer * comptime!(2 * inner) + first;
+    product(hat, in_proj, &mut sums, first_tile * TILE, row, inner, t);
+    for i in 0..comptime!((t.tall * square).div_ceil(t.units())) {
+        let place = i * comptime!(t.units()) + UNIT_POS as usize;
+        let tile = min(place / square, comptime!(t.tall - 1).runtime());
+        let within = place % square;
+        let sequence = (first_tile + tile) * TILE + within / TILE;
+        let channel = first + within % TILE;
+        if place < comptime!(t.tall * square) && sequence < comptime!(w.rows()) {
             let mut value = 0.0f32;
             if sequence < batch {
                 let at = (layer * inner + channel) * numbers;
                 let state = ((layer * batch + sequence) * inner + channel) * past;
-                let x = sums[own + place] + channels[at + comptime!(w.step.taps + X_BIAS)];
-                let gate = sums[own + square + place];
-                value = channels[at + comptime!(w.step.taps + CONV_BIAS)];
-                let mut inputs = Array::<f32>::new(comptime!(w.step.taps));
+                let x = number(&sums, tile, 0usize, within, t);
+                let gate = number(&sums, tile, 1usize, within, t);
+                value = channels[at + comptime!(taps + CONV_BIAS)];
+                let mut inputs = Array::<f32>::new(taps);
                 #[unroll]
                 for j in 0..past {
                     inputs[j] = window[state + j];
                 }
-                inputs[past] = x;
+                inputs[past] = x + channels[at + comptime!(taps + X_BIAS)];
                 #[unroll]
-                for j in 0..comptime!(w.step.taps) {
+                for j in 0..taps {
                     value = fma(channels[at + j], inputs[j], value);
                 }
                 value = value * sigmoid(value, w.step.ptx);
@@ -255,8 +230,7 @@ pub(super) fn enter_wide<W: Float>(
                     window[state + j] = inputs[comptime!(j + 1)];
                 }
                 u[sequence * inner + channel] = value;
-                z[sequence * inner + channel] =
-                    gate + channels[at + comptime!(w.step.taps + Z_BIAS)];
+                z[sequence * inner + channel] = gate + channels[at + comptime!(taps + Z_BIAS)];
             }
             rounded_u[sequence * inner + channel] = W::cast_from(value);
         }
@@ -304,40 +278,91 @@ pub(super) fn low_wide<W: Float>(
     }
 }
 
-/// [`advance`] with y rounded.
+/// The recurrence and the gate, y rounded. A cube has a block of channels of a few sequences, one
+/// after the other: what it loads of the channels' parameters serves all of them.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(super) fn advance_wide<W: Float, T: Size, S: Size, Q: Size>(
-    parts: &mut [One],
-    u: &mut [f32],
-    z: &mut [f32],
+pub(super) fn advance_wide<W: Float, T: Size, S: Size>(
+    parts: &[f32],
+    u: &[f32],
+    z: &[f32],
     channels: &[f32],
-    dt_proj: &[Vector<W, T>],
+    dt_proj: &[Words<T>],
     rates: &[Vector<f32, S>],
     h: &mut [Vector<f32, S>],
-    y: &mut [Vector<W, Const<1>>],
+    y: &mut [W],
     layer: usize,
     batch: usize,
-    #[comptime] c: StepConfig,
+    #[comptime] w: WideConfig,
     #[define(W)] _type: ElemType,
-    #[define(Q)] _size: usize,
 ) {
-    let cube = CUBE_POS;
-    if cube >= comptime!(c.blocks()) * batch {
+    let c = comptime!(w.step);
+    let inner = comptime!(c.inner);
+    let blocks = comptime!(w.advance_blocks());
+    let count = comptime!(w.advance_sequences());
+    let first = CUBE_POS / blocks * count;
+    if first >= batch {
         terminate!();
     }
-    let mut ahead = no_advance::<W, T, S>(c);
-    load_advance(
-        &mut ahead, channels, dt_proj, rates, h, layer, batch, cube, c,
-    );
-    advance::<W, W, T, S, Q>(&ahead, parts, u, z, h, y, layer, batch, cube, c);
+    let mut place = w_place(first, CUBE_POS % blocks, w);
+    let mut ahead = no_advance::<T, S>(c);
+    load_parameters(&mut ahead, channels, dt_proj, rates, layer, &place, c);
+    let mut low = Shared::<[f32]>::new_slice(comptime!(count * c.low()));
+    for i in 0..comptime!((count * c.low()).div_ceil(c.units)) {
+        let at = i * comptime!(c.units) + UNIT_POS as usize;
+        let sequence = min(first + at / comptime!(c.low()), batch - 1);
+        let column = at % comptime!(c.low());
+        let from = sequence * comptime!(c.parts * c.low()) + column;
+        let mut sum = 0.0f32;
+        #[unroll]
+        for part in 0..c.parts {
+            sum += parts[from + comptime!(part * c.low())];
+        }
+        if at < comptime!(count * c.low()) {
+            low[at] = sum;
+        }
+    }
+    let mut next = Array::<Vector<f32, S>>::new(comptime!(c.held()));
+    load_states(&mut next, h, layer, batch, &place, c);
+    let mut next_input = u[first * inner + place.channel];
+    let mut next_gate = z[first * inner + place.channel];
+    sync_cube();
+    for i in 0..min(comptime!(count).runtime(), batch - first) {
+        let sequence = first + i;
+        let input = next_input;
+        let gate = next_gate;
+        #[unroll]
+        for j in 0..comptime!(c.held()) {
+            ahead.state[j] = next[j];
+        }
+        // The next sequence's numbers are on their way while this one is worked on.
+        place.sequence = min(sequence + 1, batch - 1);
+        load_states(&mut next, h, layer, batch, &place, c);
+        next_input = u[place.sequence * inner + place.channel];
+        next_gate = z[place.sequence * inner + place.channel];
+        place.sequence = sequence;
+        let from = i * comptime!(c.low());
+        let value = recur(&ahead, &low, from, input, gate, h, layer, batch, &place, c);
+        if place.inside && place.lane == 0 {
+            y[sequence * inner + place.channel] = W::cast_from(value);
+        }
+    }
 }
 
-/// `out_proj`, added to the stream. A cube has 16 columns of some tiles of sequences; two planes
-/// share a tile's sum.
+/// The unit's place in a block of channels of a cube of [`advance_wide`].
+#[cube]
+fn w_place(sequence: usize, block: usize, #[comptime] w: WideConfig) -> Place {
+    let c = comptime!(StepConfig {
+        block: w.advance_channels(),
+        ..w.step
+    });
+    place(sequence, block, c)
+}
+
+/// `out_proj`, added to the stream. A cube has 16 columns of some tiles of sequences.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(super) fn leave_wide<W: Float>(
-    y: &[W],
-    out_proj: &[W],
+pub(super) fn leave_wide<W: Float, V: Size>(
+    y: &[Vector<W, V>],
+    out_proj: &[Vector<W, V>],
     widths: &[f32],
     stream: &mut [f32],
     layer: usize,
@@ -345,40 +370,27 @@ pub(super) fn leave_wide<W: Float>(
     #[comptime] w: WideConfig,
     #[define(W)] _type: ElemType,
 ) {
+    let t = comptime!(w.out_tiles());
     let width = comptime!(w.step.width);
-    let inner = comptime!(w.step.inner);
     let blocks = comptime!(w.step.width / TILE);
     let square = comptime!(TILE * TILE);
-    let depth = comptime!(w.step.inner / HALVES);
-    let tall = comptime!(w.out_tall());
     let first = CUBE_POS % blocks * TILE;
-    let plane = UNIT_POS as usize / comptime!(w.step.plane);
-    let lane = UNIT_POS as usize % comptime!(w.step.plane);
-    let half = plane / tall;
-    let tile = CUBE_POS / blocks * tall + plane % tall;
-    let mut sums = Shared::<[f32]>::new_slice(comptime!(square * w.out_tall() * HALVES));
-    let own = plane * square;
-    if tile < comptime!(w.tiles) {
-        let a_at = tile * comptime!(TILE * inner) + half * depth;
-        let b_at = (layer * width + first) * inner + half * depth;
-        tile_product(
-            y, out_proj, &mut sums, a_at, b_at, own, inner, inner, true, depth, w,
-        );
+    let first_tile = CUBE_POS / blocks * comptime!(t.tall);
+    if first_tile >= comptime!(w.tiles) {
+        terminate!();
     }
-    sync_cube();
-    if half == 0 {
-        for i in 0..comptime!(square.div_ceil(w.step.plane)) {
-            let place = i * comptime!(w.step.plane) + lane;
-            let sequence = tile * TILE + place / TILE;
-            let column = first + place % TILE;
-            if sequence < batch {
-                let mut sum = widths[(layer * WIDTH_NUMBERS + OUT_BIAS) * width + column];
-                #[unroll]
-                for part in 0..HALVES {
-                    sum += sums[own + comptime!(part * square * w.out_tall()) + place];
-                }
-                stream[sequence * width + column] += sum;
-            }
+    let mut sums = Shared::<[f32]>::new_slice(comptime!(t.sums()));
+    let row = layer * width + first;
+    product(y, out_proj, &mut sums, first_tile * TILE, row, TILE, t);
+    for i in 0..comptime!((t.tall * square).div_ceil(t.units())) {
+        let place = i * comptime!(t.units()) + UNIT_POS as usize;
+        let tile = min(place / square, comptime!(t.tall - 1).runtime());
+        let within = place % square;
+        let sequence = (first_tile + tile) * TILE + within / TILE;
+        let column = first + within % TILE;
+        if place < comptime!(t.tall * square) && sequence < batch {
+            let bias = widths[(layer * WIDTH_NUMBERS + OUT_BIAS) * width + column];
+            stream[sequence * width + column] += number(&sums, tile, 0usize, within, t) + bias;
         }
     }
 }

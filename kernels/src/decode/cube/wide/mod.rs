@@ -5,6 +5,7 @@
 //! by number: the same kernels, for tests.
 
 mod kernels;
+mod product;
 
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
@@ -13,7 +14,9 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use self::kernels::{advance_wide, enter_wide, leave_wide, low_wide, normalise_rows};
+use self::product::Tiles;
 use super::plan::StepConfig;
+use super::weights::word_buffer;
 use super::{Buffers, Weights};
 use crate::cube::{address_type, buffer, cube_dim, elem, grid};
 
@@ -25,8 +28,10 @@ const TALL: usize = 8;
 const NORM_UNITS: usize = 256;
 /// Tiles along the inner sum that are loaded together.
 const AHEAD: usize = 8;
-/// Parts of the inner sum of `out_proj`.
-const HALVES: usize = 2;
+/// Most tiles of sequences in a cube of `out_proj`, which has fewer columns.
+const OUT_TALL: usize = 4;
+/// Most sequences of a cube that runs the recurrence.
+const SEQUENCES: usize = 8;
 
 /// Compile-time sizes of the kernels here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -52,9 +57,8 @@ pub(super) struct WideBuffers {
 impl WideConfig {
     /// The division for `batch` sequences; `None` where a size is not one of whole tiles.
     pub fn new(step: StepConfig, batch: usize, tensor: bool) -> Option<Self> {
-        let whole = [step.width, step.inner / HALVES, step.low()];
-        if !whole.iter().all(|size| size.is_multiple_of(TILE)) || !step.inner.is_multiple_of(HALVES)
-        {
+        let whole = [step.width, step.inner, step.low()];
+        if !whole.iter().all(|size| size.is_multiple_of(TILE)) {
             return None;
         }
         // Parts of the sum of `x_proj`, of at least a few tiles.
@@ -81,10 +85,46 @@ impl WideConfig {
         if self.tiles < TALL { self.tiles } else { TALL }
     }
 
-    /// The same in a cube of `out_proj`.
-    const fn out_tall(&self) -> usize {
-        let most = TALL / HALVES;
-        if self.tiles < most { self.tiles } else { most }
+    /// The product of `in_proj`: a tile of x's columns and one of z's.
+    const fn in_tiles(&self) -> Tiles {
+        self.tiles_of(self.step.width, self.tall(), 2)
+    }
+
+    /// The product of `out_proj`.
+    const fn out_tiles(&self) -> Tiles {
+        let tall = if self.tiles < OUT_TALL {
+            self.tiles
+        } else {
+            OUT_TALL
+        };
+        self.tiles_of(self.step.inner, tall, 1)
+    }
+
+    const fn tiles_of(&self, depth: usize, tall: usize, blocks: usize) -> Tiles {
+        Tiles {
+            plane: self.step.plane,
+            vector: self.step.vector,
+            depth,
+            rows: self.rows(),
+            tall,
+            blocks,
+            split: 1,
+            tensor: self.tensor,
+        }
+        .divided()
+    }
+
+    /// Channels, and sequences, of a cube that runs the recurrence, and such cubes for a sequence.
+    const fn advance_channels(&self) -> usize {
+        self.step.units / self.step.lanes()
+    }
+
+    const fn advance_sequences(&self) -> usize {
+        SEQUENCES
+    }
+
+    const fn advance_blocks(&self) -> usize {
+        self.step.inner.div_ceil(self.advance_channels())
     }
 }
 
@@ -143,9 +183,10 @@ pub(super) fn launch(
             );
             enter_wide::launch_unchecked(
                 client,
-                grid(c.inner / TILE * w.tiles.div_ceil(w.tall())),
-                cube_dim(w.tall() * c.plane),
+                grid(c.inner / TILE * w.tiles.div_ceil(w.in_tiles().tall)),
+                cube_dim(w.in_tiles().units()),
                 address,
+                c.vector,
                 all(&wide.hat, hat),
                 buffer(&weights.in_proj),
                 buffer(&weights.channels),
@@ -173,30 +214,30 @@ pub(super) fn launch(
             );
             advance_wide::launch_unchecked(
                 client,
-                grid(c.blocks() * batch),
+                grid(w.advance_blocks() * batch.div_ceil(w.advance_sequences())),
                 cube_dim(c.units),
                 address,
-                c.rank_vector,
+                c.words()[1],
                 c.state_vector,
                 all(&buffers.parts, parts),
                 all(&buffers.u, channels),
                 all(&buffers.z, channels),
                 buffer(&weights.channels),
-                buffer(&weights.dt_proj),
+                word_buffer(&weights.dt_proj),
                 buffer(&weights.rates),
                 all(&buffers.h, weights.layers * channels * c.states),
                 all(&wide.y, y),
                 layer,
                 batch,
-                c,
+                w,
                 dtype,
-                c.low_vector,
             );
             leave_wide::launch_unchecked(
                 client,
-                grid(c.width / TILE * w.tiles.div_ceil(w.out_tall())),
-                cube_dim(w.out_tall() * HALVES * c.plane),
+                grid(c.width / TILE * w.tiles.div_ceil(w.out_tiles().tall)),
+                cube_dim(w.out_tiles().units()),
                 address,
+                c.vector,
                 all(&wide.y, y),
                 buffer(&weights.out_proj),
                 buffer(&weights.widths),
