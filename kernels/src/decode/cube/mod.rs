@@ -238,7 +238,7 @@ impl Session {
         let floats = |count: usize| client.empty(4 * count.max(1));
         let channels = batch * sizes.inner;
         let dtype = weights.in_proj.dtype;
-        let tensor = wide::has_tensor_cores(&weights.embedding, dtype);
+        let tensor = traits.ptx && wide::has_tensor_cores(&weights.embedding, dtype);
         let wide = match mode {
             #[cfg(test)]
             Mode::Wide => WideConfig::new(config, batch, tensor),

@@ -88,10 +88,9 @@ pub(super) fn launch(
         );
     }
     if let Some((config, wide)) = wide {
-        wide::launch(weights, buffers, wide, config);
+        return wide::launch(weights, buffers, wide, config);
     }
-    let narrow = if wide.is_some() { 0 } else { weights.layers };
-    for layer in 0..narrow {
+    for layer in 0..weights.layers {
         // SAFETY: as above.
         unsafe {
             enter::launch_unchecked(

@@ -149,7 +149,7 @@ pub(in crate::decode::cube) fn enter<P: Size, V: Size>(
     let past = comptime!(c.taps - 1);
     let first_channel = cube * comptime!(c.channels);
 
-    let mut hat = Shared::<[One]>::new_slice(comptime!(c.group * c.padded()));
+    let mut hat = Shared::<[One]>::new_aligned_slice(comptime!(c.group * c.padded()), 32usize);
     let mut us = Shared::<[f32]>::new_slice(comptime!(c.group * c.channels));
     for group in 0..batch.div_ceil(comptime!(c.group)) {
         let first = group * comptime!(c.group);

@@ -29,7 +29,7 @@ pub(in crate::decode::cube) fn head<P: Size, V: Size>(
     let row = cube * comptime!(c.head_rows) + plane;
     let inside = plane < comptime!(c.head_rows) && row < comptime!(c.rows);
     let row = min(row, comptime!(c.rows - 1).runtime());
-    let mut hat = Shared::<[One]>::new_slice(comptime!(c.group * c.padded()));
+    let mut hat = Shared::<[One]>::new_aligned_slice(comptime!(c.group * c.padded()), 32usize);
     let mut weights = Array::<Words<P>>::new(loads);
     let mut ahead = no_norm(c);
     load_norm(&mut ahead, norm, 0usize, c);

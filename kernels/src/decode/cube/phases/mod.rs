@@ -52,7 +52,7 @@ pub(super) type Words<P> = Vector<u32, P>;
 
 /// The first number of a word of weights.
 #[cube]
-fn first_number(word: u32, #[comptime] halves: bool) -> f32 {
+pub(super) fn first_number(word: u32, #[comptime] halves: bool) -> f32 {
     let mut bits = word;
     if halves {
         bits = word << 16u32;
@@ -62,7 +62,7 @@ fn first_number(word: u32, #[comptime] halves: bool) -> f32 {
 
 /// The second number of a word of two.
 #[cube]
-fn second_number(word: u32) -> f32 {
+pub(super) fn second_number(word: u32) -> f32 {
     f32::reinterpret(word & 0xffff_0000u32)
 }
 

@@ -9,7 +9,7 @@ use super::super::phases::{
     load_parameters, load_states, no_advance, place, recur,
 };
 use super::super::plan::StepConfig;
-use super::product::{number, product};
+use super::product::{Sixteen, number, product};
 use super::{AHEAD, NORM_UNITS, TILE, WideConfig};
 use crate::cube::math::sigmoid;
 use crate::cube::reduce::cube_sum;
@@ -106,15 +106,17 @@ fn tile_product<W: Float>(
     }
 }
 
-/// The norm of every row, rounded; rows beyond the last sequence are zero. A cube a row.
+/// The norm of every row, rounded; rows beyond the last sequence are zero. A cube a row. The norm's
+/// parameters begin at `at`.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(super) fn normalise_rows<W: Float>(
     stream: &[f32],
     widths: &[f32],
     hat: &mut [W],
-    layer: usize,
+    at: usize,
     batch: usize,
     eps: f32,
+    #[comptime] norm: bool,
     #[comptime] w: WideConfig,
     #[define(W)] _type: ElemType,
 ) {
@@ -139,32 +141,33 @@ pub(super) fn normalise_rows<W: Float>(
         }
         own += values[i];
     }
-    if comptime!(w.step.centred) {
+    if comptime!(norm && w.step.centred) {
         let mean = cube_sum(own, &mut scratch, NORM_UNITS, plane) / comptime!(width as f32);
         #[unroll]
         for i in 0..held {
             values[i] -= mean;
         }
     }
-    let mut squares = 0.0f32;
-    #[unroll]
-    for i in 0..held {
-        if unit + comptime!(i * NORM_UNITS) < width {
-            squares = fma(values[i], values[i], squares);
+    let mut scale = 1.0f32;
+    if norm {
+        let mut squares = 0.0f32;
+        #[unroll]
+        for i in 0..held {
+            if unit + comptime!(i * NORM_UNITS) < width {
+                squares = fma(values[i], values[i], squares);
+            }
         }
+        let sum = cube_sum(squares, &mut scratch, NORM_UNITS, plane);
+        scale = 1.0f32 / (sum / comptime!(width as f32) + eps).sqrt();
     }
-    let sum = cube_sum(squares, &mut scratch, NORM_UNITS, plane);
-    let scale = 1.0f32 / (sum / comptime!(width as f32) + eps).sqrt();
-    let at = layer * comptime!(WIDTH_NUMBERS * width);
     #[unroll]
     for i in 0..held {
         let column = unit + comptime!(i * NORM_UNITS);
         if column < width {
-            let value = fma(
-                values[i] * scale,
-                widths[at + column],
-                widths[at + width + column],
-            );
+            let mut value = values[i] * scale;
+            if norm {
+                value = fma(value, widths[at + column], widths[at + width + column]);
+            }
             hat[row * width + column] = W::cast_from(select(row < batch, value, 0.0f32));
         }
     }
@@ -172,9 +175,9 @@ pub(super) fn normalise_rows<W: Float>(
 
 /// `in_proj`, one step of the convolution, SiLU. A cube has 16 channels of some tiles of sequences.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(super) fn enter_wide<W: Float, V: Size>(
-    hat: &[Vector<W, V>],
-    in_proj: &[Vector<W, V>],
+pub(super) fn enter_wide<W: Float>(
+    hat: &[Sixteen],
+    in_proj: &[Sixteen],
     channels: &[f32],
     window: &mut [f32],
     u: &mut [f32],
@@ -360,15 +363,14 @@ fn w_place(sequence: usize, block: usize, #[comptime] w: WideConfig) -> Place {
 
 /// `out_proj`, added to the stream. A cube has 16 columns of some tiles of sequences.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(super) fn leave_wide<W: Float, V: Size>(
-    y: &[Vector<W, V>],
-    out_proj: &[Vector<W, V>],
+pub(super) fn leave_wide(
+    y: &[Sixteen],
+    out_proj: &[Sixteen],
     widths: &[f32],
     stream: &mut [f32],
     layer: usize,
     batch: usize,
     #[comptime] w: WideConfig,
-    #[define(W)] _type: ElemType,
 ) {
     let t = comptime!(w.out_tiles());
     let width = comptime!(w.step.width);
@@ -392,5 +394,41 @@ pub(super) fn leave_wide<W: Float, V: Size>(
             let bias = widths[(layer * WIDTH_NUMBERS + OUT_BIAS) * width + column];
             stream[sequence * width + column] += number(&sums, tile, 0usize, within, t) + bias;
         }
+    }
+}
+
+/// The logits; the step is over. A cube has 16 of them of some tiles of sequences.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub(super) fn head_wide(
+    hat: &[Sixteen],
+    head: &[Sixteen],
+    logits: &mut [f32],
+    position: &mut [u32],
+    batch: usize,
+    #[comptime] w: WideConfig,
+) {
+    let t = comptime!(w.head_tiles());
+    let rows = comptime!(w.step.rows);
+    let blocks = comptime!(w.step.rows / TILE);
+    let square = comptime!(TILE * TILE);
+    let first = CUBE_POS % blocks * TILE;
+    let first_tile = CUBE_POS / blocks * comptime!(t.tall);
+    if first_tile >= comptime!(w.tiles) {
+        terminate!();
+    }
+    let mut sums = Shared::<[f32]>::new_slice(comptime!(t.sums()));
+    product(hat, head, &mut sums, first_tile * TILE, first, TILE, t);
+    for i in 0..comptime!((t.tall * square).div_ceil(t.units())) {
+        let place = i * comptime!(t.units()) + UNIT_POS as usize;
+        let tile = min(place / square, comptime!(t.tall - 1).runtime());
+        let within = place % square;
+        let sequence = (first_tile + tile) * TILE + within / TILE;
+        if place < comptime!(t.tall * square) && sequence < batch {
+            let value = number(&sums, tile, 0usize, within, t);
+            logits[sequence * rows + first + within % TILE] = value;
+        }
+    }
+    if CUBE_POS == 0 && UNIT_POS == 0 {
+        position[0] += 1;
     }
 }

@@ -13,8 +13,9 @@ use cubecl::ir::features::MmaConfig;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use self::kernels::{advance_wide, enter_wide, leave_wide, low_wide, normalise_rows};
+use self::kernels::{advance_wide, enter_wide, head_wide, leave_wide, low_wide, normalise_rows};
 use self::product::Tiles;
+use super::phases::WIDTH_NUMBERS;
 use super::plan::StepConfig;
 use super::weights::word_buffer;
 use super::{Buffers, Weights};
@@ -30,6 +31,8 @@ const NORM_UNITS: usize = 256;
 const AHEAD: usize = 8;
 /// Most tiles of sequences in a cube of `out_proj`, which has fewer columns.
 const OUT_TALL: usize = 4;
+/// The same of the head, which has fewer still.
+const HEAD_TALL: usize = 1;
 /// Most sequences of a cube that runs the recurrence.
 const SEQUENCES: usize = 8;
 
@@ -57,7 +60,7 @@ pub(super) struct WideBuffers {
 impl WideConfig {
     /// The division for `batch` sequences; `None` where a size is not one of whole tiles.
     pub fn new(step: StepConfig, batch: usize, tensor: bool) -> Option<Self> {
-        let whole = [step.width, step.inner, step.low()];
+        let whole = [step.width, step.inner, step.low(), step.rows];
         if !whole.iter().all(|size| size.is_multiple_of(TILE)) {
             return None;
         }
@@ -100,10 +103,21 @@ impl WideConfig {
         self.tiles_of(self.step.inner, tall, 1)
     }
 
+    /// The product of the head.
+    const fn head_tiles(&self) -> Tiles {
+        let tall = if self.tiles < HEAD_TALL {
+            self.tiles
+        } else {
+            HEAD_TALL
+        };
+        self.tiles_of(self.step.width, tall, 1)
+    }
+
     const fn tiles_of(&self, depth: usize, tall: usize, blocks: usize) -> Tiles {
         Tiles {
             plane: self.step.plane,
             vector: self.step.vector,
+            halves: self.step.halves,
             depth,
             rows: self.rows(),
             tall,
@@ -142,7 +156,7 @@ pub(super) fn has_tensor_cores(tensor: &CubeTensor, dtype: DType) -> bool {
     features.matmul.cmma.contains(&config)
 }
 
-/// Launches the kernels of all layers.
+/// Launches the kernels of all layers and of the head.
 pub(super) fn launch(
     weights: &Weights,
     buffers: &Buffers,
@@ -159,13 +173,18 @@ pub(super) fn launch(
         // SAFETY: `count` is the size that the buffer's field documents.
         unsafe { BufferArg::from_raw_parts(handle.clone(), count) }
     };
+    let words = |handle: &Handle, count: usize| {
+        // SAFETY: as above; rows are of whole words.
+        unsafe {
+            BufferArg::from_raw_parts(handle.clone(), count * weights.in_proj.dtype.size() / 4)
+        }
+    };
     let channels = batch * c.inner;
     let past = (weights.layers * channels * (c.taps - 1)).max(1);
     let [hat, u, y] = [c.width, c.inner, c.inner].map(|width| w.rows() * width);
     let parts = batch * c.parts * c.low();
-    for layer in 0..weights.layers {
-        // SAFETY: the kernels index every buffer within the size its field documents; cubes and
-        // units beyond the last piece of work do nothing.
+    let normalise = |parameters: &CubeTensor, at: usize, norm: bool| {
+        // SAFETY: the kernel indexes every buffer within the size its field documents.
         unsafe {
             normalise_rows::launch_unchecked(
                 client,
@@ -173,22 +192,29 @@ pub(super) fn launch(
                 cube_dim(NORM_UNITS),
                 address,
                 all(&buffers.stream, batch * c.width),
-                buffer(&weights.widths),
+                buffer(parameters),
                 all(&wide.hat, hat),
-                layer,
+                at,
                 batch,
                 weights.eps,
+                norm,
                 w,
                 dtype,
             );
+        }
+    };
+    for layer in 0..weights.layers {
+        // SAFETY: the kernels index every buffer within the size its field documents; cubes and
+        // units beyond the last piece of work do nothing.
+        unsafe {
+            normalise(&weights.widths, layer * WIDTH_NUMBERS * c.width, true);
             enter_wide::launch_unchecked(
                 client,
                 grid(c.inner / TILE * w.tiles.div_ceil(w.in_tiles().tall)),
                 cube_dim(w.in_tiles().units()),
                 address,
-                c.vector,
-                all(&wide.hat, hat),
-                buffer(&weights.in_proj),
+                words(&wide.hat, hat),
+                word_buffer(&weights.in_proj),
                 buffer(&weights.channels),
                 all(&buffers.window, past),
                 all(&buffers.u, channels),
@@ -237,16 +263,30 @@ pub(super) fn launch(
                 grid(c.width / TILE * w.tiles.div_ceil(w.out_tiles().tall)),
                 cube_dim(w.out_tiles().units()),
                 address,
-                c.vector,
-                all(&wide.y, y),
-                buffer(&weights.out_proj),
+                words(&wide.y, y),
+                word_buffer(&weights.out_proj),
                 buffer(&weights.widths),
                 all(&buffers.stream, batch * c.width),
                 layer,
                 batch,
                 w,
-                dtype,
             );
         }
+    }
+    normalise(&weights.norm_f, 0, c.norm_f);
+    // SAFETY: as above.
+    unsafe {
+        head_wide::launch_unchecked(
+            client,
+            grid(c.rows / TILE * w.tiles.div_ceil(w.head_tiles().tall)),
+            cube_dim(w.head_tiles().units()),
+            address,
+            words(&wide.hat, hat),
+            word_buffer(&weights.head),
+            all(&buffers.logits, batch * c.rows),
+            all(&buffers.position, 1),
+            batch,
+            w,
+        );
     }
 }

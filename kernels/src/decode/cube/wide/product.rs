@@ -3,10 +3,13 @@
 //! The cube copies a piece of all its rows into shared memory, and its planes multiply tiles there;
 //! the next two pieces are on their way meanwhile.
 
-use cubecl::cmma;
 use cubecl::prelude::*;
 
+use super::super::phases::{first_number, second_number};
 use super::TILE;
+
+/// Elements of the inputs, as words of 32 bits: see [`Words`](super::super::phases::Words).
+pub(super) type Sixteen = Vector<u32, Const<4>>;
 
 /// Vectors of a row that are in shared memory at a time, at most.
 const CHUNK: usize = 8;
@@ -16,8 +19,9 @@ const CHUNK: usize = 8;
 pub(super) struct Tiles {
     /// Lanes of a plane.
     pub plane: usize,
-    /// Elements of a vector of 16 bytes.
+    /// Elements of a vector of 16 bytes, and whether a word of it has two of them.
     pub vector: usize,
+    pub halves: bool,
     /// Elements of a row.
     pub depth: usize,
     /// Rows of `a`; a cube's rows beyond them are the last one.
@@ -27,7 +31,7 @@ pub(super) struct Tiles {
     pub blocks: usize,
     /// Planes that share a tile's sum.
     pub split: usize,
-    /// Whether tiles go to tensor cores.
+    /// Whether tiles go to tensor cores, as numbers in bf16.
     pub tensor: bool,
 }
 
@@ -74,9 +78,9 @@ impl Tiles {
 /// Reads a unit's vectors of a piece of `tiles` tiles of rows, from row `first` on; after each tile
 /// it goes on `jump` rows further down.
 #[cube]
-fn read<W: Float, V: Size>(
-    from: &[Vector<W, V>],
-    into: &mut Array<Vector<W, V>>,
+fn read(
+    from: &[Sixteen],
+    into: &mut Array<Sixteen>,
     first: usize,
     jump: usize,
     last: usize,
@@ -87,7 +91,7 @@ fn read<W: Float, V: Size>(
     let chunk = comptime!(t.chunk());
     let vectors = comptime!(t.depth / t.vector);
     let pieces = comptime!(vectors / chunk);
-    let piece = min(piece, comptime!(pieces - 1).runtime());
+    let piece = piece % pieces;
     #[unroll]
     for i in 0..comptime!(t.copies(tiles)) {
         let place = comptime!(i * t.units()) + UNIT_POS as usize;
@@ -100,9 +104,9 @@ fn read<W: Float, V: Size>(
 
 /// Puts what [`read`] has read into shared memory.
 #[cube]
-fn write<W: Float, V: Size>(
-    from: &Array<Vector<W, V>>,
-    into: &mut Shared<[Vector<W, V>]>,
+fn write(
+    from: &Array<Sixteen>,
+    into: &mut Shared<[Sixteen]>,
     #[comptime] tiles: usize,
     #[comptime] t: Tiles,
 ) {
@@ -116,57 +120,63 @@ fn write<W: Float, V: Size>(
     }
 }
 
-/// Sums of a plane for one tile of `a` and one or two of `b`.
+/// A shared-memory address as the instructions below take it.
+#[cube]
+fn address(of: *const Sixteen) -> u32 {
+    let address: u32;
+    gpu_asm!(
+        "{{ .reg .u64 at; cvta.to.shared.u64 at, {of}; cvt.u32.u64 {address}, at; }}",
+        of = in(_) of, address = out(_) address, options(nomem),
+    );
+    address
+}
+
+/// Four matrices of 8 × 8 numbers of 16 bits, spread over the plane as tensor cores take them; each
+/// lane names the place of a row of one of them.
+#[cube]
+fn matrices(row: u32) -> Sixteen {
+    let numbers: Sixteen;
+    gpu_asm!(
+        "ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {}, [{}];",
+        out(_) numbers, in(_) row,
+    );
+    numbers
+}
+
+/// `sum + a · b` of 16 × 16 and 16 × 8 numbers in bf16; `b` is in the words `at` and `at + 1`.
+#[cube]
+fn multiply(
+    a: Sixteen,
+    b: Sixteen,
+    sum: Vector<f32, Const<4>>,
+    #[comptime] at: usize,
+) -> Vector<f32, Const<4>> {
+    let next: Vector<f32, Const<4>>;
+    gpu_asm!(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 ",
+        "{next}, {{{a0}, {a1}, {a2}, {a3}}}, {{{b0}, {b1}}}, {{{c0}, {c1}, {c2}, {c3}}};",
+        next = out(_) next,
+        a0 = in(_) a.extract(0usize), a1 = in(_) a.extract(1usize),
+        a2 = in(_) a.extract(2usize), a3 = in(_) a.extract(3usize),
+        b0 = in(_) b.extract(at), b1 = in(_) b.extract(comptime!(at + 1)),
+        c0 = in(_) sum.extract(0usize), c1 = in(_) sum.extract(1usize),
+        c2 = in(_) sum.extract(2usize), c3 = in(_) sum.extract(3usize),
+        options(nomem),
+    );
+    next
+}
+
+/// Sums of a plane for one tile of `a` and one or two of `b`: of the lane, as [`multiply`] spreads
+/// them, eight columns after the other; or, without tensor cores, every so many numbers one.
 #[derive(CubeType)]
 struct Sums {
-    tiles: Sequence<cmma::Matrix<f32>>,
-    /// The same where there are no tensor cores: the lane's numbers.
+    spread: Array<Vector<f32, Const<4>>>,
     plain: Array<f32>,
-}
-
-#[cube]
-fn zero() -> cmma::Matrix<f32> {
-    cmma::Matrix::<f32>::from_value(
-        cmma::MatrixIdent::Accumulator,
-        TILE,
-        TILE,
-        TILE,
-        cmma::MatrixLayout::Undefined,
-        0.0f32,
-    )
-}
-
-/// Reads a tile from shared memory.
-#[cube]
-fn tile<W: Float, V: Size>(
-    from: &Shared<[Vector<W, V>]>,
-    at: usize,
-    #[comptime] ident: cmma::MatrixIdent,
-    #[comptime] t: Tiles,
-) -> cmma::Matrix<W> {
-    let layout = comptime!(match ident {
-        cmma::MatrixIdent::A => cmma::MatrixLayout::RowMajor,
-        _ => cmma::MatrixLayout::ColMajor,
-    });
-    // SAFETY: it is loaded in the next line.
-    let mut tile = unsafe { cmma::Matrix::<W>::uninitialized(ident, TILE, TILE, TILE, layout) };
-    let end = from.len();
-    cmma::load(
-        &mut tile,
-        &from[at..end],
-        comptime!((t.pitch() * t.vector) as u32).runtime(),
-    );
-    tile
 }
 
 /// Adds the products of a piece in shared memory.
 #[cube]
-fn add<W: Float, V: Size>(
-    a: &Shared<[Vector<W, V>]>,
-    b: &Shared<[Vector<W, V>]>,
-    sums: &mut Sums,
-    #[comptime] t: Tiles,
-) {
+fn add(a: &Shared<[Sixteen]>, b: &Shared<[Sixteen]>, sums: &mut Sums, #[comptime] t: Tiles) {
     let plane = UNIT_POS as usize / comptime!(t.plane);
     let lane = UNIT_POS as usize % comptime!(t.plane);
     let pitch = comptime!(t.pitch());
@@ -174,14 +184,23 @@ fn add<W: Float, V: Size>(
     let each = comptime!(t.chunk() / t.split);
     let start = plane / comptime!(t.tall) * each;
     if t.tensor {
+        // Rows 0-7 and 8-15 of the first eight numbers of the sum, then of the second; of `b`, the
+        // first and second eight numbers of rows 0-7, then of rows 8-15.
+        let a_at = a_row + lane % 16 * pitch + lane / 16 + start;
+        let b_at = (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 + start;
+        let a_from = address(a.as_ptr()) + (a_at * 16) as u32;
+        let b_from = address(b.as_ptr()) + (b_at * 16) as u32;
         #[unroll]
-        for i in 0..comptime!(each * t.vector / TILE) {
-            let at = start + comptime!(i * TILE / t.vector);
-            let left = tile(a, a_row + at, cmma::MatrixIdent::A, t);
+        for i in 0..comptime!(each / 2) {
+            let left = matrices(a_from + comptime!(i as u32 * 32));
             #[unroll]
             for j in 0..t.blocks {
-                let right = tile(b, comptime!(j * TILE * pitch) + at, cmma::MatrixIdent::B, t);
-                cmma::execute(&left, &right, &sums.tiles[j], &sums.tiles[j]);
+                let right = matrices(b_from + comptime!((j * TILE * pitch * 16 + i * 32) as u32));
+                #[unroll]
+                for half in 0..2usize {
+                    let at = comptime!(2 * j + half);
+                    sums.spread[at] = multiply(left, right, sums.spread[at], comptime!(2 * half));
+                }
             }
         }
     } else {
@@ -194,12 +213,12 @@ fn add<W: Float, V: Size>(
                 let x = a[left + start + k];
                 let y = b[right + start + k];
                 #[unroll]
-                for e in 0..V::value() {
-                    sum = fma(
-                        f32::cast_from(x.extract(e)),
-                        f32::cast_from(y.extract(e)),
-                        sum,
-                    );
+                for e in 0..4usize {
+                    let (p, q) = (x.extract(e), y.extract(e));
+                    sum = fma(first_number(p, t.halves), first_number(q, t.halves), sum);
+                    if t.halves {
+                        sum = fma(second_number(p), second_number(q), sum);
+                    }
                 }
             }
             sums.plain[i] = sum;
@@ -213,9 +232,9 @@ fn add<W: Float, V: Size>(
 /// The rows of `a` begin at `a_row`, those of `b` at `b_row`; its second tile's are `b_jump` rows
 /// below the first's.
 #[cube]
-pub(super) fn product<W: Float, V: Size>(
-    a: &[Vector<W, V>],
-    b: &[Vector<W, V>],
+pub(super) fn product(
+    a: &[Sixteen],
+    b: &[Sixteen],
     out: &mut Shared<[f32]>,
     a_row: usize,
     b_row: usize,
@@ -224,38 +243,85 @@ pub(super) fn product<W: Float, V: Size>(
 ) {
     let pieces = comptime!(t.depth / t.vector / t.chunk());
     let rows = comptime!(TILE * t.pitch());
-    let mut a_here = Shared::<[Vector<W, V>]>::new_slice(comptime!(t.tall * rows));
-    let mut b_here = Shared::<[Vector<W, V>]>::new_slice(comptime!(t.blocks * rows));
-    let mut a_even = Array::<Vector<W, V>>::new(comptime!(t.copies(t.tall)));
-    let mut a_odd = Array::<Vector<W, V>>::new(comptime!(t.copies(t.tall)));
-    let mut b_even = Array::<Vector<W, V>>::new(comptime!(t.copies(t.blocks)));
-    let mut b_odd = Array::<Vector<W, V>>::new(comptime!(t.copies(t.blocks)));
+    let mut a_here = Shared::<[Sixteen]>::new_slice(comptime!(t.tall * rows));
+    let mut b_here = Shared::<[Sixteen]>::new_slice(comptime!(t.blocks * rows));
+    let mut a_even = Array::<Sixteen>::new(comptime!(t.copies(t.tall)));
+    let mut a_odd = Array::<Sixteen>::new(comptime!(t.copies(t.tall)));
+    let mut b_even = Array::<Sixteen>::new(comptime!(t.copies(t.blocks)));
+    let mut b_odd = Array::<Sixteen>::new(comptime!(t.copies(t.blocks)));
     let a_last = comptime!(t.rows - 1).runtime();
     let b_last = b_row + b_jump * comptime!(t.blocks - 1) + comptime!(TILE - 1);
     let mut sums = Sums {
-        tiles: Sequence::new(),
+        spread: Array::new(comptime!(2 * t.blocks)),
         plain: Array::new(comptime!(t.blocks * TILE * TILE / t.plane)),
     };
     if t.tensor {
         #[unroll]
-        for _ in 0..t.blocks {
-            sums.tiles.push(zero());
+        for i in 0..comptime!(2 * t.blocks) {
+            sums.spread[i] = Vector::new(0.0f32);
         }
     } else {
         for i in 0..comptime!(t.blocks * TILE * TILE / t.plane) {
             sums.plain[i] = 0.0f32;
         }
     }
-    read(a, &mut a_even, a_row, TILE, a_last, 0usize, t.tall, t);
-    read(b, &mut b_even, b_row, b_jump, b_last, 0usize, t.blocks, t);
-    read(a, &mut a_odd, a_row, TILE, a_last, 1usize, t.tall, t);
-    read(b, &mut b_odd, b_row, b_jump, b_last, 1usize, t.blocks, t);
+    // Cubes begin at different pieces: they do not all ask for the same rows of `a` at a time.
+    let begin = CUBE_POS % pieces;
+    read(
+        a,
+        &mut a_even,
+        a_row,
+        TILE,
+        a_last,
+        begin + 0usize,
+        t.tall,
+        t,
+    );
+    read(
+        b,
+        &mut b_even,
+        b_row,
+        b_jump,
+        b_last,
+        begin + 0usize,
+        t.blocks,
+        t,
+    );
+    read(
+        a,
+        &mut a_odd,
+        a_row,
+        TILE,
+        a_last,
+        begin + 1usize,
+        t.tall,
+        t,
+    );
+    read(
+        b,
+        &mut b_odd,
+        b_row,
+        b_jump,
+        b_last,
+        begin + 1usize,
+        t.blocks,
+        t,
+    );
     for pair in 0..comptime!(pieces / 2) {
         let piece = 2 * pair;
         write(&a_even, &mut a_here, t.tall, t);
         write(&b_even, &mut b_here, t.blocks, t);
         sync_cube();
-        read(a, &mut a_even, a_row, TILE, a_last, piece + 2, t.tall, t);
+        read(
+            a,
+            &mut a_even,
+            a_row,
+            TILE,
+            a_last,
+            begin + piece + 2,
+            t.tall,
+            t,
+        );
         read(
             b,
             &mut b_even,
@@ -271,8 +337,26 @@ pub(super) fn product<W: Float, V: Size>(
         write(&a_odd, &mut a_here, t.tall, t);
         write(&b_odd, &mut b_here, t.blocks, t);
         sync_cube();
-        read(a, &mut a_odd, a_row, TILE, a_last, piece + 3, t.tall, t);
-        read(b, &mut b_odd, b_row, b_jump, b_last, piece + 3, t.blocks, t);
+        read(
+            a,
+            &mut a_odd,
+            a_row,
+            TILE,
+            a_last,
+            begin + piece + 3,
+            t.tall,
+            t,
+        );
+        read(
+            b,
+            &mut b_odd,
+            b_row,
+            b_jump,
+            b_last,
+            begin + piece + 3,
+            t.blocks,
+            t,
+        );
         add(&a_here, &b_here, &mut sums, t);
         sync_cube();
     }
@@ -284,19 +368,17 @@ pub(super) fn product<W: Float, V: Size>(
     }
     let square = comptime!(TILE * TILE);
     let own = UNIT_POS as usize / comptime!(t.plane) * comptime!(t.blocks * square);
+    let lane = UNIT_POS as usize % comptime!(t.plane);
     if t.tensor {
         #[unroll]
-        for j in 0..t.blocks {
-            let at = own + comptime!(j * square);
-            cmma::store(
-                &mut out[at..at + square],
-                &sums.tiles[j],
-                comptime!(TILE as u32).runtime(),
-                cmma::MatrixLayout::RowMajor,
-            );
+        for i in 0..comptime!(2 * t.blocks) {
+            let at = own + comptime!(i / 2 * square + i % 2 * 8) + lane / 4 * TILE + lane % 4 * 2;
+            #[unroll]
+            for k in 0..4usize {
+                out[at + comptime!(k / 2 * 8 * TILE + k % 2)] = sums.spread[i].extract(k);
+            }
         }
     } else {
-        let lane = UNIT_POS as usize % comptime!(t.plane);
         for i in 0..comptime!(t.blocks * square / t.plane) {
             out[own + i * comptime!(t.plane) + lane] = sums.plain[i];
         }
