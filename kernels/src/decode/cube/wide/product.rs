@@ -267,61 +267,16 @@ pub(super) fn product(
     }
     // Cubes begin at different pieces: they do not all ask for the same rows of `a` at a time.
     let begin = CUBE_POS % pieces;
-    read(
-        a,
-        &mut a_even,
-        a_row,
-        TILE,
-        a_last,
-        begin + 0usize,
-        t.tall,
-        t,
-    );
-    read(
-        b,
-        &mut b_even,
-        b_row,
-        b_jump,
-        b_last,
-        begin + 0usize,
-        t.blocks,
-        t,
-    );
-    read(
-        a,
-        &mut a_odd,
-        a_row,
-        TILE,
-        a_last,
-        begin + 1usize,
-        t.tall,
-        t,
-    );
-    read(
-        b,
-        &mut b_odd,
-        b_row,
-        b_jump,
-        b_last,
-        begin + 1usize,
-        t.blocks,
-        t,
-    );
+    read(a, &mut a_even, a_row, TILE, a_last, begin, t.tall, t);
+    read(b, &mut b_even, b_row, b_jump, b_last, begin, t.blocks, t);
+    read(a, &mut a_odd, a_row, TILE, a_last, begin + 1, t.tall, t);
+    read(b, &mut b_odd, b_row, b_jump, b_last, begin + 1, t.blocks, t);
     for pair in 0..comptime!(pieces / 2) {
-        let piece = 2 * pair;
+        let piece = begin + 2 * pair;
         write(&a_even, &mut a_here, t.tall, t);
         write(&b_even, &mut b_here, t.blocks, t);
         sync_cube();
-        read(
-            a,
-            &mut a_even,
-            a_row,
-            TILE,
-            a_last,
-            begin + piece + 2,
-            t.tall,
-            t,
-        );
+        read(a, &mut a_even, a_row, TILE, a_last, piece + 2, t.tall, t);
         read(
             b,
             &mut b_even,
@@ -337,26 +292,8 @@ pub(super) fn product(
         write(&a_odd, &mut a_here, t.tall, t);
         write(&b_odd, &mut b_here, t.blocks, t);
         sync_cube();
-        read(
-            a,
-            &mut a_odd,
-            a_row,
-            TILE,
-            a_last,
-            begin + piece + 3,
-            t.tall,
-            t,
-        );
-        read(
-            b,
-            &mut b_odd,
-            b_row,
-            b_jump,
-            b_last,
-            begin + piece + 3,
-            t.blocks,
-            t,
-        );
+        read(a, &mut a_odd, a_row, TILE, a_last, piece + 3, t.tall, t);
+        read(b, &mut b_odd, b_row, b_jump, b_last, piece + 3, t.blocks, t);
         add(&a_here, &b_here, &mut sums, t);
         sync_cube();
     }
