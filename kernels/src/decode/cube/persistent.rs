@@ -246,7 +246,7 @@ fn run_steps<P: Size, V: Size, T: Size, S: Size, Q: Size>(
                 in_proj,
                 x_proj,
                 window,
-                (layer + 1) % layers,
+                select(layer + 1 == layers, 0usize.runtime(), layer + 1),
                 batch,
                 cube,
                 c,
