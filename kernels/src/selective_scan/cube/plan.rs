@@ -4,6 +4,7 @@ use std::cell::Cell;
 
 use burn_cubecl::tensor::CubeTensor;
 
+use super::walk;
 use crate::cube::{DeviceTraits, dims, power_of_two_below};
 use crate::selective_scan::BACKWARD_TRANSIENT_BYTES;
 use crate::selective_scan::ScanInputs;
@@ -35,6 +36,9 @@ pub enum Forward {
     Cut,
     /// Once through all positions: for one chunk, or very many channels.
     Walk,
+    /// Once through all positions, the states of a channel shared by units of a cube: for enough
+    /// channels, where the inputs can be read that way ([`shares`]), else the plan's own choice.
+    Share,
 }
 
 /// Choices in the place of the plan's own, for tests and measurements.
@@ -103,7 +107,10 @@ impl Chunks {
         Self {
             size,
             count,
-            forward: CHOICE.get().forward.unwrap_or(own),
+            forward: match CHOICE.get().forward {
+                Some(Forward::Share) | None => own,
+                Some(chosen) => chosen,
+            },
         }
     }
 
@@ -119,9 +126,27 @@ impl Chunks {
     pub fn parts(&self) -> usize {
         match self.forward {
             Forward::Cut => self.count,
-            Forward::Walk => 1,
+            Forward::Walk | Forward::Share => 1,
         }
     }
+}
+
+/// Whether forward goes [once through all positions](Forward::Share), channels' states shared by the
+/// units of a cube, given inputs that can be read that way.
+///
+/// A processor is busy with two such cubes. The time of one and a half on average was not measured.
+pub(super) fn shares(shape: &ScanShape, device: &DeviceTraits) -> bool {
+    let fits = shape.state == walk::STATES
+        && shape.inner.is_multiple_of(4)
+        && device.max_units >= walk::UNITS
+        && device.shared_bytes >= walk::shared_bytes(walk::CHANNELS);
+    let cubes = shape.batch * shape.inner.div_ceil(walk::CHANNELS);
+    let processors = device.busy_units / 1024;
+    let own = shape.length > CHUNK[0] && 2 * cubes >= 3 * processors;
+    fits && CHOICE
+        .get()
+        .forward
+        .map_or(own, |chosen| chosen == Forward::Share)
 }
 
 /// How a kernel spreads channels and states over lanes, and its compile-time switches.
