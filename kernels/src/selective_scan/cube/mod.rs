@@ -11,10 +11,13 @@
 //! 2. *Carry* over the chunks: what enters each of them. These states are all that backward needs.
 //! 3. *Outputs*: every chunk again from its entering state.
 //!
-//! With one chunk (generation's L = 1), or enough channels to keep the device busy, the third kernel
-//! alone walks all positions: half the exponentials. Both ways leave the states that enter chunks for
-//! backward, and compute an output from them by the same operations in the same order, so that
-//! backward can have forward's bits again.
+//! With enough channels one pass does all of it, for half the exponentials: the units of a cube share a
+//! channel's states, and all that is not a state's is done element-wise ([`walk`]). With one chunk
+//! (generation's L = 1), or very many channels that kernel does not fit, the third kernel alone walks
+//! all positions.
+//!
+//! All ways leave the states that enter chunks for backward, and compute an output from them by the
+//! same operations in the same order, so that backward can have forward's bits again.
 //!
 //! Backward, in segments of chunks from the right (its transient memory is bounded):
 //!
@@ -27,9 +30,9 @@
 //!    are summed over channels in the plane, then in the cube, then over cubes by a small sum
 //!    kernel; dA, dD and the gradient of the bias leave one partial a chunk.
 //!
-//! The sweeps left to right (forward, adjoint ends) have all of a channel in one unit and are bound
-//! by the special-function unit and by registers; the main kernel is bound by its number of
-//! instructions, most of them sums over channels and states.
+//! The other sweeps left to right have all of a channel in one unit and are bound by the
+//! special-function unit and by registers; the main kernel is bound by its number of instructions,
+//! most of them sums over channels and states.
 //!
 //! A reset clears the state: its decay is 0, and so is its chunk's whole decay. No atomics
 //! anywhere: two runs give the same bits.

@@ -34,10 +34,11 @@ pub enum Forward {
     /// Every chunk on its own, twice: its end from a zero state, then its outputs from the state
     /// that enters it.
     Cut,
-    /// Once through all positions: for one chunk, or very many channels.
+    /// Once through all positions, a channel in one unit or plane: for one chunk, or very many
+    /// channels.
     Walk,
-    /// Once through all positions, the states of a channel shared by units of a cube: for enough
-    /// channels, where the inputs can be read that way ([`shares`]), else the plan's own choice.
+    /// Once through all positions, the states of a channel shared by units of a cube: for many
+    /// channels of 16 states, if rows of the inputs are aligned; else the plan's own choice.
     Share,
 }
 
@@ -131,10 +132,11 @@ impl Chunks {
     }
 }
 
-/// Whether forward goes [once through all positions](Forward::Share), channels' states shared by the
-/// units of a cube, given inputs that can be read that way.
+/// Whether forward goes once through all positions with shared states ([`Forward::Share`]), given
+/// inputs whose rows are aligned.
 ///
-/// A processor is busy with two such cubes. The time of one and a half on average was not measured.
+/// A cube's four planes alone leave a processor waiting for latencies; two cubes are enough, and with
+/// fewer than one and a half on average too many processors have one.
 pub(super) fn shares(shape: &ScanShape, device: &DeviceTraits) -> bool {
     let fits = shape.state == walk::STATES
         && shape.inner.is_multiple_of(4)
