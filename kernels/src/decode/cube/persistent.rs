@@ -2,8 +2,8 @@
 //!
 //! With few sequences a phase takes two microseconds, as long as it takes to get from one kernel to
 //! the next. So here the cubes stay: each has its part of every phase, and between phases they wait
-//! for each other at a counter in memory. What a phase knows ahead (weights, states) is loaded
-//! before the wait, a phase or two early, so that reading the weights goes on all the time.
+//! for each other at a counter in memory. What a phase knows ahead (weights, states) is loaded between
+//! arriving and waiting, a phase or two early, so that reading the weights goes on all the time.
 //!
 //! The cubes must run at the same time: there are no more than the device has processors, each
 //! taking no more than a processor has. The arithmetic is that of the kernels of [`steps`](super::steps),
@@ -108,22 +108,34 @@ fn arrived(arrivals: &[Atomic<u32>]) -> u32 {
     count
 }
 
-/// Waits until all cubes have arrived `target` times together; what they wrote before is then there
-/// for all.
+/// The cube arrives. One unit stands for all; it must not have loads on the way that others can do
+/// without, since arriving waits for them.
 #[cube]
-fn meet(arrivals: &[Atomic<u32>], target: u32, #[comptime] ptx: bool) {
+fn come(arrivals: &[Atomic<u32>], #[comptime] ptx: bool) {
     if ptx {
-        // One unit stands for those of its cube; the others' loads ahead go on meanwhile.
         sync_cube();
         if UNIT_POS == 0 {
             arrive(arrivals);
-            while arrived(arrivals) < target {}
         }
-        sync_cube();
     } else {
         sync_storage();
         if UNIT_POS == 0 {
             arrivals[0].fetch_add(1u32);
+        }
+    }
+}
+
+/// Waits until cubes have arrived `target` times in all; what they wrote before is then there for
+/// all.
+#[cube]
+fn meet(arrivals: &[Atomic<u32>], target: u32, #[comptime] ptx: bool) {
+    if ptx {
+        if UNIT_POS == 0 {
+            while arrived(arrivals) < target {}
+        }
+        sync_cube();
+    } else {
+        if UNIT_POS == 0 {
             while arrivals[0].load() < target {}
         }
         sync_storage();
@@ -144,7 +156,7 @@ fn run_steps<P: Size, V: Size, T: Size, S: Size, Q: Size>(
     widths: &[f32],
     channels: &[f32],
     in_proj: &[Words<P>],
-    x_proj: &[u32],
+    x_proj: &[Words<Const<1>>],
     dt_proj: &[Words<T>],
     rates: &[Vector<f32, S>],
     out_proj: &[Words<P>],
@@ -187,6 +199,7 @@ fn run_steps<P: Size, V: Size, T: Size, S: Size, Q: Size>(
                 logits, seen, limits, draws, choices, embedding, stream, step, cube, batch, c,
             );
         }
+        come(arrivals, c.ptx);
         target += cubes;
         meet(arrivals, target, c.ptx);
         for layer in 0..layers {
@@ -207,6 +220,7 @@ fn run_steps<P: Size, V: Size, T: Size, S: Size, Q: Size>(
                     c,
                 );
             }
+            come(arrivals, c.ptx);
             load_advance(
                 &mut advancing,
                 channels,
@@ -218,12 +232,13 @@ fn run_steps<P: Size, V: Size, T: Size, S: Size, Q: Size>(
                 min(cube, comptime!(c.blocks()) * batch - 1),
                 c,
             );
-            load_leave(&mut leaving, out_proj, layer, cube, c);
+            load_leave(&mut leaving, out_proj, widths, layer, cube, c);
             target += cubes;
             meet(arrivals, target, c.ptx);
             if cube < comptime!(c.blocks()) * batch {
                 advance::<T, S, Q>(&advancing, parts, u, z, h, y, layer, batch, cube, c);
             }
+            come(arrivals, c.ptx);
             load_enter(
                 &mut entering,
                 widths,
@@ -239,24 +254,16 @@ fn run_steps<P: Size, V: Size, T: Size, S: Size, Q: Size>(
             target += cubes;
             meet(arrivals, target, c.ptx);
             if cube < comptime!(c.out_cubes()) {
-                leave::<P, V>(
-                    &mut leaving,
-                    y,
-                    out_proj,
-                    widths,
-                    stream,
-                    layer,
-                    batch,
-                    cube,
-                    c,
-                );
+                leave::<P, V>(&mut leaving, y, out_proj, stream, layer, batch, cube, c);
             }
+            come(arrivals, c.ptx);
             target += cubes;
             meet(arrivals, target, c.ptx);
         }
         if cube < comptime!(c.head_cubes()) {
             head::<P, V>(stream, norm_f, head_weights, logits, batch, cube, eps, c);
         }
+        come(arrivals, c.ptx);
         target += cubes;
         meet(arrivals, target, c.ptx);
     }

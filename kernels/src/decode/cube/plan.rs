@@ -48,7 +48,7 @@ pub(super) struct StepConfig {
     pub block: usize,
     /// Rows of `out_proj` of a cube of the third, and planes that share a row.
     pub out_rows: usize,
-    pub split: usize,
+    pub out_slices: usize,
     /// Rows of the head of a cube.
     pub head_rows: usize,
     /// Elements of a vector: of weights along D and E, of `dt_proj` along R, of states, of the
@@ -102,7 +102,7 @@ impl StepConfig {
         let lanes = LANES.min(plane);
         let most = units / lanes;
         let block = share(sizes.inner * batch, most);
-        let out_rows = share(sizes.width, planes);
+        let out_rows = share(sizes.width, units / group.min(batch.next_power_of_two()));
         let channels = share(sizes.inner, CHANNELS);
         let config = Self {
             ptx: device.ptx,
@@ -123,7 +123,7 @@ impl StepConfig {
             // A cube has channels of one sequence only.
             block: sizes.inner.div_ceil(sizes.inner.div_ceil(block)),
             out_rows,
-            split: power_of_two_below(planes / out_rows),
+            out_slices: power_of_two_below(planes.min(sizes.inner / vector / plane).max(1)),
             head_rows: share(sizes.rows, planes),
             vector,
             rank_vector,
@@ -157,7 +157,7 @@ impl StepConfig {
             4 * 256 + 64,
             hat + self.group * self.channels,
             self.low() * (self.slices() + 1),
-            self.planes() * self.group,
+            self.out_slices * self.out_rows * self.group,
             hat,
         ]
         .map(|numbers| 4 * numbers)
@@ -232,9 +232,28 @@ impl StepConfig {
         (self.rank / self.rank_vector).div_ceil(self.lanes())
     }
 
-    /// Vectors of a plane's part of a row of `out_proj`.
-    pub const fn out_vectors(&self) -> usize {
-        (self.inner / self.vector).div_ceil(self.split)
+    /// Vectors of a row of `out_proj` of a lane.
+    pub const fn out_loads(&self) -> usize {
+        (self.inner / self.vector).div_ceil(self.out_slices * self.plane)
+    }
+
+    /// Rows of `out_proj` of a plane, at a time, and how often.
+    pub const fn out_held(&self) -> usize {
+        let most = if self.out_loads() < AHEAD {
+            AHEAD / self.out_loads()
+        } else {
+            1
+        };
+        let rows = self.out_plane_rows();
+        if rows < most { rows } else { most }
+    }
+
+    pub const fn out_turns(&self) -> usize {
+        self.out_plane_rows().div_ceil(self.out_held())
+    }
+
+    const fn out_plane_rows(&self) -> usize {
+        self.out_rows.div_ceil(self.planes() / self.out_slices)
     }
 
     /// Whether one kernel can have all phases: their shared memory together is no more than `bytes`.

@@ -231,7 +231,7 @@ fn enter<P: Size, V: Size>(
     widths: &[f32],
     channels: &[f32],
     in_proj: &[Words<P>],
-    x_proj: &[u32],
+    x_proj: &[Words<Const<1>>],
     window: &mut [f32],
     u: &mut [f32],
     z: &mut [f32],
@@ -295,10 +295,8 @@ fn leave<P: Size, V: Size>(
         terminate!();
     }
     let mut ahead = phases::no_leave::<P>(c);
-    phases::load_leave(&mut ahead, out_proj, layer, cube, c);
-    phases::leave::<P, V>(
-        &mut ahead, y, out_proj, widths, stream, layer, batch, cube, c,
-    );
+    phases::load_leave(&mut ahead, out_proj, widths, layer, cube, c);
+    phases::leave::<P, V>(&mut ahead, y, out_proj, stream, layer, batch, cube, c);
 }
 
 /// The logits; the step is over.

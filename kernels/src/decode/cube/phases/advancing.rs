@@ -3,7 +3,8 @@
 use cubecl::prelude::*;
 
 use super::{
-    CHANNEL_NUMBERS, DT_BIAS, One, SKIP, StepConfig, Words, first_number, second_number, wide_at,
+    CHANNEL_NUMBERS, DT_BIAS, One, SKIP, StepConfig, Words, first_number, number_at, numbers_at,
+    second_number, wide_at, word_at,
 };
 use crate::cube::math::{exp2, sigmoid, step_size};
 use crate::cube::reduce::lane_sum;
@@ -95,7 +96,8 @@ pub(in crate::decode::cube) fn load_states<S: Size>(
     #[unroll]
     for i in 0..comptime!(c.held()) {
         let vector = comptime!(i * c.lanes()) + place.lane;
-        into[i] = h[own * states + min(vector, comptime!(states - 1).runtime())];
+        let at = own * states + min(vector, comptime!(states - 1).runtime());
+        into[i] = h[at];
     }
 }
 
@@ -117,16 +119,18 @@ pub(in crate::decode::cube) fn load_parameters<T: Size, S: Size>(
     #[unroll]
     for i in 0..comptime!(c.held()) {
         let vector = comptime!(i * lanes) + place.lane;
-        ahead.rate[i] = rates[row * states + min(vector, comptime!(states - 1).runtime())];
+        let at = row * states + min(vector, comptime!(states - 1).runtime());
+        ahead.rate[i] = numbers_at(rates, at, c.ptx);
     }
     #[unroll]
     for i in 0..comptime!(c.ranks()) {
         let vector = comptime!(i * lanes) + place.lane;
-        ahead.weights[i] = dt_proj[row * ranks + min(vector, comptime!(ranks - 1).runtime())];
+        let at = row * ranks + min(vector, comptime!(ranks - 1).runtime());
+        ahead.weights[i] = word_at(dt_proj, at, c.ptx);
     }
     let numbers = row * comptime!(c.taps + CHANNEL_NUMBERS);
-    ahead.numbers[0] = channels[numbers + comptime!(c.taps + DT_BIAS)];
-    ahead.numbers[1] = channels[numbers + comptime!(c.taps + SKIP)];
+    ahead.numbers[0] = number_at(channels, numbers + comptime!(c.taps + DT_BIAS), c.ptx);
+    ahead.numbers[1] = number_at(channels, numbers + comptime!(c.taps + SKIP), c.ptx);
 }
 
 /// Δ, B and C from the parts, then one step of the recurrence and the gate.

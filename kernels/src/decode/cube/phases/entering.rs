@@ -8,7 +8,8 @@ use cubecl::prelude::*;
 
 use super::{
     CHANNEL_NUMBERS, CONV_BIAS, NormAhead, One, StepConfig, WIDTH_NUMBERS, Words, X_BIAS, Z_BIAS,
-    add_products, first_number, load_norm, no_norm, normalise, own_sum, read_row, second_number,
+    add_products, first_number, load_norm, no_norm, normalise, number_at, own_sum, read_row,
+    second_number, word_at,
 };
 use crate::cube::math::sigmoid;
 use crate::cube::reduce::lane_sum;
@@ -47,7 +48,7 @@ pub(in crate::decode::cube) fn load_enter<P: Size>(
     widths: &[f32],
     channels: &[f32],
     in_proj: &[Words<P>],
-    x_proj: &[u32],
+    x_proj: &[Words<Const<1>>],
     window: &mut [f32],
     layer: usize,
     batch: usize,
@@ -83,7 +84,8 @@ pub(in crate::decode::cube) fn load_enter<P: Size>(
     for i in 0..comptime!(c.low_rows()) {
         let channel = first + comptime!(i * c.low_slices()) + unit % comptime!(c.low_slices());
         let row = layer * comptime!(c.inner) + min(channel, last);
-        ahead.low[i] = x_proj[row * comptime!(c.low_words()) + word];
+        let at = row * comptime!(c.low_words()) + word;
+        ahead.low[i] = word_at(x_proj, at, c.ptx).extract(0usize);
     }
 }
 
@@ -112,7 +114,7 @@ fn load_channel<P: Size>(
     let state = ((layer * batch + sequence) * comptime!(c.inner) + channel) * past;
     #[unroll]
     for i in 0..numbers {
-        ahead.parameters[i] = channels[at + i];
+        ahead.parameters[i] = number_at(channels, at + i, c.ptx);
     }
     #[unroll]
     for i in 0..past {

@@ -6,44 +6,62 @@
 
 use cubecl::prelude::*;
 
-use super::{OUT_BIAS, One, StepConfig, WIDTH_NUMBERS, Words, dot, own_sum, wide_at};
+use super::{OUT_BIAS, One, StepConfig, WIDTH_NUMBERS, Words, dot, number_at, wide_at, word_at};
+use crate::cube::reduce::lane_sum;
 
-/// What a unit loads for [`leave`] before it waits for y.
+/// What a unit loads for [`leave`] before it waits for y: its vectors of the plane's first rows.
 #[derive(CubeType)]
 pub(in crate::decode::cube) struct LeaveAhead<P: Size> {
     weights: Array<Words<P>>,
+    /// The bias of the unit's number of the result.
+    bias: Array<f32>,
 }
 
 /// An empty [`LeaveAhead`].
 #[cube]
 pub(in crate::decode::cube) fn no_leave<P: Size>(#[comptime] c: StepConfig) -> LeaveAhead<P> {
     LeaveAhead::<P> {
-        weights: Array::new(comptime!(c.loads(c.out_vectors())[0])),
+        weights: Array::new(comptime!(c.out_held() * c.out_loads())),
+        bias: Array::new(1usize),
     }
 }
 
-/// Reads the plane's part of a row of `out_proj`, as [`read_row`] does.
+/// Reads the lane's vectors of the plane's slice of some rows of `out_proj`: those of a turn. Vectors
+/// beyond the row are its last one, rows beyond the last are that one.
 #[cube]
-fn read_part<P: Size>(
+fn read_rows<P: Size>(
     out_proj: &[Words<P>],
     weights: &mut Array<Words<P>>,
     layer: usize,
     cube: usize,
-    #[comptime] round: usize,
+    #[comptime] turn: usize,
     #[comptime] c: StepConfig,
 ) {
     let vectors = comptime!(c.inner / c.vector);
-    let loads = comptime!(c.loads(c.out_vectors())[0]);
+    let loads = comptime!(c.out_loads());
     let lane = UNIT_POS as usize % comptime!(c.plane);
     let plane = UNIT_POS as usize / comptime!(c.plane);
-    let column = cube * comptime!(c.out_rows) + plane / comptime!(c.split);
-    let row = layer * comptime!(c.width) + min(column, comptime!(c.width - 1).runtime());
-    let first = plane % comptime!(c.split) * comptime!(c.out_vectors());
+    let first = plane % comptime!(c.out_slices) * comptime!(loads * c.plane) + lane;
     #[unroll]
-    for i in 0..loads {
-        let place = first + comptime!((round * loads + i) * c.plane) + lane;
-        weights[i] = out_proj[row * vectors + min(place, comptime!(vectors - 1).runtime())];
+    for r in 0..comptime!(c.out_held()) {
+        let row = comptime!(turn * c.out_held() + r);
+        let row = cube * comptime!(c.out_rows) + out_row(plane, row, c);
+        let row = layer * comptime!(c.width) + min(row, comptime!(c.width - 1).runtime());
+        #[unroll]
+        for i in 0..loads {
+            let place = min(
+                first + comptime!(i * c.plane),
+                comptime!(vectors - 1).runtime(),
+            );
+            weights[comptime!(r * loads + i)] = word_at(out_proj, row * vectors + place, c.ptx);
+        }
     }
+}
+
+/// The row of a cube that is a plane's number `row`.
+#[cube]
+fn out_row(plane: usize, #[comptime] row: usize, #[comptime] c: StepConfig) -> usize {
+    plane / comptime!(c.out_slices) + comptime!(row * c.planes() / c.out_slices)
 }
 
 /// Loads ahead for [`leave`].
@@ -51,14 +69,26 @@ fn read_part<P: Size>(
 pub(in crate::decode::cube) fn load_leave<P: Size>(
     ahead: &mut LeaveAhead<P>,
     out_proj: &[Words<P>],
+    widths: &[f32],
     layer: usize,
     cube: usize,
     #[comptime] c: StepConfig,
 ) {
-    read_part(out_proj, &mut ahead.weights, layer, cube, 0usize, c);
+    read_rows(out_proj, &mut ahead.weights, layer, cube, 0usize, c);
+    let last = comptime!(c.width - 1).runtime();
+    let column = min(own_column(cube, c), last);
+    let at = (layer * WIDTH_NUMBERS + OUT_BIAS) * comptime!(c.width) + column;
+    ahead.bias[0] = number_at(widths, at, c.ptx);
 }
 
-/// `out_proj`, added to the stream. A row is divided among a few planes.
+/// The column of the unit's number of the result: the cube's rows of every sequence of a group.
+#[cube]
+fn own_column(cube: usize, #[comptime] c: StepConfig) -> usize {
+    cube * comptime!(c.out_rows) + UNIT_POS as usize / comptime!(c.group)
+}
+
+/// `out_proj`, added to the stream. Planes have slices of the sum for some of the cube's rows: a
+/// plane needs a part of y only.
 ///
 /// - y: `[B, E]`; out_proj: `[layers, D, E]`; stream: `[B, D]`
 #[cube]
@@ -66,7 +96,6 @@ pub(in crate::decode::cube) fn leave<P: Size, V: Size>(
     ahead: &mut LeaveAhead<P>,
     y: &mut [One],
     out_proj: &[Words<P>],
-    widths: &[f32],
     stream: &mut [One],
     layer: usize,
     batch: usize,
@@ -77,75 +106,70 @@ pub(in crate::decode::cube) fn leave<P: Size, V: Size>(
     let lane = unit % comptime!(c.plane);
     let plane = unit / comptime!(c.plane);
     let vectors = comptime!(c.inner / c.vector);
-    let per_part = comptime!(c.out_vectors());
-    let loads = comptime!(c.loads(per_part)[0]);
-    let rounds = comptime!(c.loads(per_part)[1]);
-    let mut shared = Shared::<[f32]>::new_slice(comptime!(c.planes() * c.group));
-    let column = cube * comptime!(c.out_rows) + plane / comptime!(c.split);
-    let part = plane % comptime!(c.split);
-    let inside = plane < comptime!(c.out_rows * c.split) && column < comptime!(c.width);
-    let column = min(column, comptime!(c.width - 1).runtime());
-    let first_place = part * per_part;
-    let end = min(first_place + per_part, vectors);
-    let whole = comptime!(vectors == c.split * rounds * loads * c.plane);
-    let bias = widths[(layer * WIDTH_NUMBERS + OUT_BIAS) * comptime!(c.width) + column];
+    let loads = comptime!(c.out_loads());
+    let slices = comptime!(c.out_slices);
+    let rows = comptime!(c.out_rows);
+    let first_place = plane % slices * comptime!(loads * c.plane) + lane;
+    let mut shared = Shared::<[f32]>::new_slice(comptime!(slices * rows * c.group));
     for group in 0..batch.div_ceil(comptime!(c.group)) {
         let first = group * comptime!(c.group);
-        let sequence = first + lane;
+        let own = min(unit, comptime!(rows * c.group - 1).runtime());
+        let sequence = first + unit % comptime!(c.group);
+        let column = own_column(cube, c);
+        let inside = unit < comptime!(rows * c.group) && sequence < batch;
+        let inside = inside && column < comptime!(c.width);
+        let column = min(column, comptime!(c.width - 1).runtime());
         let at = min(sequence, batch - 1) * comptime!(c.width) + column;
         let before = stream[at].extract(0usize);
-        let mut sums = Array::<f32>::new(comptime!(c.group));
+        let mut inputs = Array::<Vector<f32, V>>::new(comptime!(c.group * loads));
         #[unroll]
         for b in 0..c.group {
-            sums[b] = 0.0f32;
+            let row = min(first + b, batch - 1) * vectors;
+            #[unroll]
+            for i in 0..loads {
+                let place = first_place + comptime!(i * c.plane);
+                let value =
+                    wide_at::<V>(y, row + min(place, comptime!(vectors - 1).runtime()), c.ptx);
+                let zero = Vector::<f32, V>::new(0.0f32);
+                inputs[comptime!(b * loads + i)] = select(place < vectors, value, zero);
+            }
         }
+        // Others may still read the group before.
+        sync_cube();
         #[unroll]
-        for round in 0..rounds {
-            if comptime!(rounds > 1) {
-                if comptime!(round > 0) || group > 0 {
-                    read_part(out_proj, &mut ahead.weights, layer, cube, round, c);
+        for turn in 0..comptime!(c.out_turns()) {
+            if comptime!(turn > 0 || c.out_turns() > 1) {
+                if comptime!(turn > 0) || group > 0 {
+                    read_rows(out_proj, &mut ahead.weights, layer, cube, turn, c);
                 }
             }
             #[unroll]
-            for b in 0..c.group {
-                let row = min(first + b, batch - 1) * vectors;
-                // All loads before the first use: the phase is as long as it takes them to come.
-                let mut inputs = Array::<Vector<f32, V>>::new(loads);
+            for r in 0..comptime!(c.out_held()) {
+                let row = out_row(plane, comptime!(turn * c.out_held() + r), c);
                 #[unroll]
-                for i in 0..loads {
-                    let place = first_place + comptime!((round * loads + i) * c.plane) + lane;
-                    let at = row + min(place, comptime!(vectors - 1).runtime());
-                    inputs[i] = wide_at::<V>(y, at, c.ptx);
-                }
-                #[unroll]
-                for i in 0..loads {
-                    let place = first_place + comptime!((round * loads + i) * c.plane) + lane;
-                    let sum = dot::<P, V>(ahead.weights[i], inputs[i], sums[b], c.halves);
-                    sums[b] = if comptime!(whole) {
-                        sum
-                    } else {
-                        select(place < end, sum, sums[b])
-                    };
+                for b in 0..c.group {
+                    let mut sum = 0.0f32;
+                    #[unroll]
+                    for i in 0..loads {
+                        let weights = ahead.weights[comptime!(r * loads + i)];
+                        let input = inputs[comptime!(b * loads + i)];
+                        sum = dot::<P, V>(weights, input, sum, c.halves);
+                    }
+                    let sum = lane_sum(sum, comptime!(c.plane), 1usize);
+                    if lane == 0 && row < rows {
+                        shared[(plane % slices * rows + row) * comptime!(c.group) + b] = sum;
+                    }
                 }
             }
         }
-        let mut sum = own_sum(&sums, lane, 0usize, c);
-        if comptime!(c.split > 1) {
-            // Others may still read the group before.
-            sync_cube();
-            if lane < comptime!(c.group) {
-                shared[plane * comptime!(c.group) + lane] = sum;
-            }
-            sync_cube();
-            #[unroll]
-            for i in 1..c.split {
-                let other = min(plane + i, comptime!(c.planes() - 1).runtime());
-                sum += shared
-                    [other * comptime!(c.group) + min(lane, comptime!(c.group - 1).runtime())];
-            }
+        sync_cube();
+        let mut sum = 0.0f32;
+        #[unroll]
+        for slice in 0..slices {
+            sum += shared[comptime!(slice * rows * c.group) + own];
         }
-        if inside && part == 0 && lane < comptime!(c.group) && sequence < batch {
-            stream[at] = Vector::new(before + sum + bias);
+        if inside {
+            stream[at] = Vector::new(before + sum + ahead.bias[0]);
         }
     }
 }

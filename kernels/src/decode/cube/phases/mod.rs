@@ -71,6 +71,64 @@ fn dot<P: Size, V: Size>(
     result
 }
 
+/// How PTX calls a vector of so many numbers.
+const fn width_name(size: usize) -> &'static str {
+    match size {
+        4 => ".v4",
+        2 => ".v2",
+        _ => "",
+    }
+}
+
+/// `from[at]`, loaded here and not before. A compiler that knows that nobody writes to a buffer
+/// begins loads from it as early as it can: before the cube has told the others that it has arrived,
+/// which then waits for them.
+#[cube]
+fn word_at<P: Size>(from: &[Words<P>], at: usize, #[comptime] ptx: bool) -> Words<P> {
+    if comptime!(ptx) {
+        let place = from[at..at + 1].as_ptr();
+        let size = P::value();
+        let name = comptime!(width_name(size));
+        let it: Words<P>;
+        gpu_asm!("ld.global{name}.u32 {}, [{}];", out(_) it, in(_) place);
+        it
+    } else {
+        from[at]
+    }
+}
+
+/// The same of numbers.
+#[cube]
+fn numbers_at<S: Size>(
+    from: &[Vector<f32, S>],
+    at: usize,
+    #[comptime] ptx: bool,
+) -> Vector<f32, S> {
+    if comptime!(ptx) {
+        let place = from[at..at + 1].as_ptr();
+        let size = S::value();
+        let name = comptime!(width_name(size));
+        let it: Vector<f32, S>;
+        gpu_asm!("ld.global{name}.f32 {}, [{}];", out(_) it, in(_) place);
+        it
+    } else {
+        from[at]
+    }
+}
+
+/// The same of one number.
+#[cube]
+fn number_at(from: &[f32], at: usize, #[comptime] ptx: bool) -> f32 {
+    if comptime!(ptx) {
+        let place = from[at..at + 1].as_ptr();
+        let it: f32;
+        gpu_asm!("ld.global.f32 {}, [{}];", out(_) it, in(_) place);
+        it
+    } else {
+        from[at]
+    }
+}
+
 /// The vector number `at` of a buffer.
 #[cube]
 fn wide_at<V: Size>(buffer: &mut [One], at: usize, #[comptime] ptx: bool) -> Vector<f32, V> {
@@ -109,8 +167,8 @@ fn load_norm(ahead: &mut NormAhead, widths: &[f32], at: usize, #[comptime] c: St
     for i in 0..comptime!(c.columns()) {
         let column = UNIT_POS as usize + comptime!(i * c.units);
         let column = min(column, comptime!(c.width - 1).runtime());
-        ahead.weight[i] = widths[at + column];
-        ahead.bias[i] = widths[at + comptime!(c.width) + column];
+        ahead.weight[i] = number_at(widths, at + column, c.ptx);
+        ahead.bias[i] = number_at(widths, at + comptime!(c.width) + column, c.ptx);
     }
 }
 
@@ -247,7 +305,8 @@ fn read_row<P: Size>(
     #[unroll]
     for i in 0..loads {
         let column = comptime!((round * loads + i) * c.plane) + lane;
-        into[i] = weights[row * vectors + min(column, comptime!(vectors - 1).runtime())];
+        let at = row * vectors + min(column, comptime!(vectors - 1).runtime());
+        into[i] = word_at(weights, at, c.ptx);
     }
 }
 

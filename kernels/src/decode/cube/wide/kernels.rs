@@ -200,42 +200,59 @@ pub(super) fn enter_wide<W: Float>(
     if first_tile >= comptime!(w.tiles) {
         terminate!();
     }
+    // What follows the product is loaded before it: a unit has one channel, of some sequences.
+    let unit = UNIT_POS as usize;
+    let count = comptime!(t.numbers());
+    let channel = first + unit % TILE;
+    let mut parameters = Array::<f32>::new(numbers);
+    let at = (layer * inner + channel) * numbers;
+    #[unroll]
+    for j in 0..numbers {
+        parameters[j] = channels[at + j];
+    }
+    let mut inputs = Array::<f32>::new(comptime!(count * past));
+    #[unroll]
+    for i in 0..count {
+        let sequence = first_tile * TILE + (comptime!(i * t.units()) + unit) / TILE;
+        let state = (layer * batch + min(sequence, batch - 1)) * inner + channel;
+        #[unroll]
+        for j in 0..past {
+            inputs[comptime!(i * past + j)] = window[state * past + j];
+        }
+    }
     let mut sums = Shared::<[f32]>::new_slice(comptime!(t.sums()));
     let row = layer * comptime!(2 * inner) + first;
     product(hat, in_proj, &mut sums, first_tile * TILE, row, inner, t);
-    for i in 0..comptime!((t.tall * square).div_ceil(t.units())) {
-        let place = i * comptime!(t.units()) + UNIT_POS as usize;
-        let tile = min(place / square, comptime!(t.tall - 1).runtime());
-        let within = place % square;
-        let sequence = (first_tile + tile) * TILE + within / TILE;
-        let channel = first + within % TILE;
-        if place < comptime!(t.tall * square) && sequence < comptime!(w.rows()) {
-            let mut value = 0.0f32;
-            if sequence < batch {
-                let at = (layer * inner + channel) * numbers;
-                let state = ((layer * batch + sequence) * inner + channel) * past;
-                let x = number(&sums, tile, 0usize, within, t);
-                let gate = number(&sums, tile, 1usize, within, t);
-                value = channels[at + comptime!(taps + CONV_BIAS)];
-                let mut inputs = Array::<f32>::new(taps);
-                #[unroll]
-                for j in 0..past {
-                    inputs[j] = window[state + j];
-                }
-                inputs[past] = x + channels[at + comptime!(taps + X_BIAS)];
-                #[unroll]
-                for j in 0..taps {
-                    value = fma(channels[at + j], inputs[j], value);
-                }
-                value = value * sigmoid(value, w.step.ptx);
-                #[unroll]
-                for j in 0..past {
-                    window[state + j] = inputs[comptime!(j + 1)];
-                }
-                u[sequence * inner + channel] = value;
-                z[sequence * inner + channel] = gate + channels[at + comptime!(taps + Z_BIAS)];
+    #[unroll]
+    for i in 0..count {
+        let place = comptime!(i * t.units()) + unit;
+        let (tile, within) = (place / square, place % square);
+        let sequence = first_tile * TILE + place / TILE;
+        let x = number(&sums, tile, 0usize, within, t) + parameters[comptime!(taps + X_BIAS)];
+        let gate = number(&sums, tile, 1usize, within, t) + parameters[comptime!(taps + Z_BIAS)];
+        let mut value = parameters[comptime!(taps + CONV_BIAS)];
+        #[unroll]
+        for j in 0..past {
+            value = fma(parameters[j], inputs[comptime!(i * past + j)], value);
+        }
+        value = fma(parameters[past], x, value);
+        value = value * sigmoid(value, w.step.ptx);
+        if sequence < batch {
+            let at = sequence * inner + channel;
+            let state = (layer * batch * inner + at) * past;
+            #[unroll]
+            for j in 1..past {
+                window[state + comptime!(j - 1)] = inputs[comptime!(i * past + j)];
             }
-            rounded_u[sequence * inner + channel] = W::cast_from(value);
+            if comptime!(past > 0) {
+                window[state + comptime!(past.max(1) - 1)] = x;
+            }
+            u[at] = value;
+            z[at] = gate;
+        }
+        if sequence < comptime!(w.rows()) {
+            rounded_u[sequence * inner + channel] =
+                W::cast_from(select(sequence < batch, value, 0.0f32));
         }
     }
 }
@@ -381,18 +398,27 @@ pub(super) fn leave_wide(
     if first_tile >= comptime!(w.tiles) {
         terminate!();
     }
+    // What the product is added to is loaded before it.
+    let unit = UNIT_POS as usize;
+    let count = comptime!(t.numbers());
+    let column = first + unit % TILE;
+    let bias = widths[(layer * WIDTH_NUMBERS + OUT_BIAS) * width + column];
+    let mut before = Array::<f32>::new(count);
+    #[unroll]
+    for i in 0..count {
+        let sequence = first_tile * TILE + (comptime!(i * t.units()) + unit) / TILE;
+        before[i] = stream[min(sequence, batch - 1) * width + column];
+    }
     let mut sums = Shared::<[f32]>::new_slice(comptime!(t.sums()));
     let row = layer * width + first;
     product(y, out_proj, &mut sums, first_tile * TILE, row, TILE, t);
-    for i in 0..comptime!((t.tall * square).div_ceil(t.units())) {
-        let place = i * comptime!(t.units()) + UNIT_POS as usize;
-        let tile = min(place / square, comptime!(t.tall - 1).runtime());
-        let within = place % square;
-        let sequence = (first_tile + tile) * TILE + within / TILE;
-        let column = first + within % TILE;
-        if place < comptime!(t.tall * square) && sequence < batch {
-            let bias = widths[(layer * WIDTH_NUMBERS + OUT_BIAS) * width + column];
-            stream[sequence * width + column] += number(&sums, tile, 0usize, within, t) + bias;
+    #[unroll]
+    for i in 0..count {
+        let place = comptime!(i * t.units()) + unit;
+        let sequence = first_tile * TILE + place / TILE;
+        let sum = number(&sums, place / square, 0usize, place % square, t);
+        if sequence < batch {
+            stream[sequence * width + column] = before[i] + (sum + bias);
         }
     }
 }
@@ -418,14 +444,12 @@ pub(super) fn head_wide(
     }
     let mut sums = Shared::<[f32]>::new_slice(comptime!(t.sums()));
     product(hat, head, &mut sums, first_tile * TILE, first, TILE, t);
-    for i in 0..comptime!((t.tall * square).div_ceil(t.units())) {
+    for i in 0..comptime!(t.numbers()) {
         let place = i * comptime!(t.units()) + UNIT_POS as usize;
-        let tile = min(place / square, comptime!(t.tall - 1).runtime());
-        let within = place % square;
-        let sequence = (first_tile + tile) * TILE + within / TILE;
-        if place < comptime!(t.tall * square) && sequence < batch {
-            let value = number(&sums, tile, 0usize, within, t);
-            logits[sequence * rows + first + within % TILE] = value;
+        let sequence = first_tile * TILE + place / TILE;
+        if sequence < batch {
+            let value = number(&sums, place / square, 0usize, place % square, t);
+            logits[sequence * rows + first + place % TILE] = value;
         }
     }
     if CUBE_POS == 0 && UNIT_POS == 0 {

@@ -1,7 +1,7 @@
 //! The product of two matrices whose rows lie along the sum, for a cube that has some tiles of it.
 //!
 //! The cube copies a piece of all its rows into shared memory, and its planes multiply tiles there;
-//! the next two pieces are on their way meanwhile.
+//! the next few pieces are on their way meanwhile.
 
 use cubecl::prelude::*;
 
@@ -54,6 +54,24 @@ impl Tiles {
         self.tall * self.split * self.blocks * TILE * TILE
     }
 
+    /// Pieces that are on their way at a time: enough to hide how long memory takes, and no more
+    /// than 24 vectors of a unit; they make up all pieces.
+    const fn deep(&self) -> usize {
+        let pieces = self.depth / self.vector / self.chunk();
+        let copies = self.copies(self.tall) + self.copies(self.blocks);
+        let mut deep = 8;
+        while deep > 1 && (deep * copies > 24 || !pieces.is_multiple_of(deep)) {
+            deep /= 2;
+        }
+        deep
+    }
+
+    /// Numbers of a cube's tiles, of one tile of `b`, for each unit: 16 of them make a row, so a
+    /// unit's are in one column.
+    pub const fn numbers(&self) -> usize {
+        self.tall * TILE * TILE / self.units()
+    }
+
     /// Vectors of a row in shared memory: whole tiles, and the row in whole pieces.
     const fn chunk(&self) -> usize {
         let mut chunk = CHUNK;
@@ -85,6 +103,7 @@ fn read(
     jump: usize,
     last: usize,
     piece: usize,
+    #[comptime] slot: usize,
     #[comptime] tiles: usize,
     #[comptime] t: Tiles,
 ) {
@@ -98,7 +117,8 @@ fn read(
         let place = min(place, comptime!(tiles * TILE * chunk - 1).runtime());
         let row = place / chunk;
         let row = first + row / TILE * jump + row % TILE;
-        into[i] = from[min(row, last) * vectors + piece * chunk + place % chunk];
+        into[comptime!(slot * t.copies(tiles) + i)] =
+            from[min(row, last) * vectors + piece * chunk + place % chunk];
     }
 }
 
@@ -107,6 +127,7 @@ fn read(
 fn write(
     from: &Array<Sixteen>,
     into: &mut Shared<[Sixteen]>,
+    #[comptime] slot: usize,
     #[comptime] tiles: usize,
     #[comptime] t: Tiles,
 ) {
@@ -115,7 +136,8 @@ fn write(
     for i in 0..comptime!(t.copies(tiles)) {
         let place = comptime!(i * t.units()) + UNIT_POS as usize;
         if place < comptime!(tiles * TILE * chunk) {
-            into[place / chunk * comptime!(t.pitch()) + place % chunk] = from[i];
+            into[place / chunk * comptime!(t.pitch()) + place % chunk] =
+                from[comptime!(slot * t.copies(tiles) + i)];
         }
     }
 }
@@ -245,10 +267,9 @@ pub(super) fn product(
     let rows = comptime!(TILE * t.pitch());
     let mut a_here = Shared::<[Sixteen]>::new_slice(comptime!(t.tall * rows));
     let mut b_here = Shared::<[Sixteen]>::new_slice(comptime!(t.blocks * rows));
-    let mut a_even = Array::<Sixteen>::new(comptime!(t.copies(t.tall)));
-    let mut a_odd = Array::<Sixteen>::new(comptime!(t.copies(t.tall)));
-    let mut b_even = Array::<Sixteen>::new(comptime!(t.copies(t.blocks)));
-    let mut b_odd = Array::<Sixteen>::new(comptime!(t.copies(t.blocks)));
+    let deep = comptime!(t.deep());
+    let mut a_next = Array::<Sixteen>::new(comptime!(deep * t.copies(t.tall)));
+    let mut b_next = Array::<Sixteen>::new(comptime!(deep * t.copies(t.blocks)));
     let a_last = comptime!(t.rows - 1).runtime();
     let b_last = b_row + b_jump * comptime!(t.blocks - 1) + comptime!(TILE - 1);
     let mut sums = Sums {
@@ -267,41 +288,46 @@ pub(super) fn product(
     }
     // Cubes begin at different pieces: they do not all ask for the same rows of `a` at a time.
     let begin = CUBE_POS % pieces;
-    read(a, &mut a_even, a_row, TILE, a_last, begin, t.tall, t);
-    read(b, &mut b_even, b_row, b_jump, b_last, begin, t.blocks, t);
-    read(a, &mut a_odd, a_row, TILE, a_last, begin + 1, t.tall, t);
-    read(b, &mut b_odd, b_row, b_jump, b_last, begin + 1, t.blocks, t);
-    for pair in 0..comptime!(pieces / 2) {
-        let piece = begin + 2 * pair;
-        write(&a_even, &mut a_here, t.tall, t);
-        write(&b_even, &mut b_here, t.blocks, t);
-        sync_cube();
-        read(a, &mut a_even, a_row, TILE, a_last, piece + 2, t.tall, t);
+    #[unroll]
+    for slot in 0..deep {
+        let piece = begin + slot;
+        read(a, &mut a_next, a_row, TILE, a_last, piece, slot, t.tall, t);
         read(
             b,
-            &mut b_even,
+            &mut b_next,
             b_row,
             b_jump,
             b_last,
-            piece + 2,
+            piece,
+            slot,
             t.blocks,
             t,
         );
-        add(&a_here, &b_here, &mut sums, t);
-        sync_cube();
-        write(&a_odd, &mut a_here, t.tall, t);
-        write(&b_odd, &mut b_here, t.blocks, t);
-        sync_cube();
-        read(a, &mut a_odd, a_row, TILE, a_last, piece + 3, t.tall, t);
-        read(b, &mut b_odd, b_row, b_jump, b_last, piece + 3, t.blocks, t);
-        add(&a_here, &b_here, &mut sums, t);
-        sync_cube();
     }
-    if comptime!(pieces % 2 == 1) {
-        write(&a_even, &mut a_here, t.tall, t);
-        write(&b_even, &mut b_here, t.blocks, t);
-        sync_cube();
-        add(&a_here, &b_here, &mut sums, t);
+    for round in 0..comptime!(pieces / deep) {
+        #[unroll]
+        for slot in 0..deep {
+            write(&a_next, &mut a_here, slot, t.tall, t);
+            write(&b_next, &mut b_here, slot, t.blocks, t);
+            sync_cube();
+            if round + 1 < comptime!(pieces / deep) {
+                let piece = begin + (round + 1) * deep + slot;
+                read(a, &mut a_next, a_row, TILE, a_last, piece, slot, t.tall, t);
+                read(
+                    b,
+                    &mut b_next,
+                    b_row,
+                    b_jump,
+                    b_last,
+                    piece,
+                    slot,
+                    t.blocks,
+                    t,
+                );
+            }
+            add(&a_here, &b_here, &mut sums, t);
+            sync_cube();
+        }
     }
     let square = comptime!(TILE * TILE);
     let own = UNIT_POS as usize / comptime!(t.plane) * comptime!(t.blocks * square);
