@@ -53,6 +53,7 @@ mod sums;
 #[cfg(test)]
 mod tests;
 mod walk;
+mod walk_parts;
 
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
