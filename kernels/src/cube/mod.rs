@@ -1,5 +1,6 @@
 //! What the GPU forms of the operations share: elementary functions ([`math`]), sums over planes
-//! and cubes ([`reduce`]), and the launch side: buffers, grids, device limits.
+//! and cubes ([`reduce`]), numbers read as words ([`words`]), and the launch side: buffers, grids,
+//! device limits.
 //!
 //! Kernels index flat buffers, contiguous or of rows a stride apart ([`rows`]). Positions are
 //! `usize`, which compiles to 32 bits, or to 64 where a buffer of the launch has more than 2³²
@@ -11,6 +12,7 @@
 pub(crate) mod math;
 pub(crate) mod reduce;
 pub(crate) mod timing;
+pub(crate) mod words;
 
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeDevice;
@@ -193,6 +195,13 @@ pub(crate) fn empty_shape(like: &CubeTensor, shape: Shape, dtype: DType) -> Cube
 pub(crate) fn buffer(tensor: &CubeTensor) -> BufferArg {
     // SAFETY: the buffer reaches from the tensor's first element to its last.
     unsafe { BufferArg::from_raw_parts(tensor.handle.clone(), extent(tensor)) }
+}
+
+/// The tensor's buffer as a kernel argument of words ([`words`]). Its elements fill whole words.
+pub(crate) fn word_buffer(tensor: &CubeTensor) -> BufferArg {
+    let count = (extent(tensor) * tensor.dtype.size()).div_ceil(4);
+    // SAFETY: the buffer reaches from the tensor's first element to its last, whose word is whole.
+    unsafe { BufferArg::from_raw_parts(tensor.handle.clone(), count) }
 }
 
 /// Elements of the buffer from the tensor's first to its last; more than it has where it is a view

@@ -3,11 +3,11 @@
 use burn::backend::DispatchTensorKind;
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::tensor::CubeTensor;
-use cubecl::prelude::BufferArg;
 
 use super::super::{DecodeLayer, DecodeModel};
 use crate::cube::contiguous;
 use crate::cube::math::LOG2E;
+pub(super) use crate::cube::word_buffer;
 
 /// The weights of all layers, each kind in one buffer.
 #[derive(Clone, Debug)]
@@ -42,13 +42,6 @@ pub(super) fn raw<const D: usize>(tensor: Tensor<D>) -> CubeTensor {
         DispatchTensorKind::Cube(tensor) => contiguous(tensor.float()),
         other => panic!("decode: a tensor of another backend: {other:?}"),
     }
-}
-
-/// A tensor of weights as a kernel's argument of words of four bytes.
-pub(super) fn word_buffer(tensor: &CubeTensor) -> BufferArg {
-    let count = tensor.meta.num_elements() * tensor.dtype.size() / 4;
-    // SAFETY: the tensor has no gaps, and rows of whole words.
-    unsafe { BufferArg::from_raw_parts(tensor.handle.clone(), count) }
 }
 
 /// The rank, rounded up to whole words of weights of the type.

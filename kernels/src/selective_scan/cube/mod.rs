@@ -11,10 +11,13 @@
 //! 2. *Carry* over the chunks: what enters each of them. These states are all that backward needs.
 //! 3. *Outputs*: every chunk again from its entering state.
 //!
-//! With one chunk (generation's L = 1), or enough channels to keep the device busy, the third kernel
-//! alone walks all positions: half the exponentials. Both ways leave the states that enter chunks for
-//! backward, and compute an output from them by the same operations in the same order, so that
-//! backward can have forward's bits again.
+//! With enough channels one pass does all of it, for half the exponentials: the units of a cube share a
+//! channel's states, and all that is not a state's is done element-wise ([`walk`]). With one chunk
+//! (generation's L = 1), or very many channels that kernel does not fit, the third kernel alone walks
+//! all positions.
+//!
+//! All ways leave the states that enter chunks for backward, and compute an output from them by the
+//! same operations in the same order, so that backward can have forward's bits again.
 //!
 //! Backward, in segments of chunks from the right (its transient memory is bounded):
 //!
@@ -27,9 +30,9 @@
 //!    are summed over channels in the plane, then in the cube, then over cubes by a small sum
 //!    kernel; dA, dD and the gradient of the bias leave one partial a chunk.
 //!
-//! The sweeps left to right (forward, adjoint ends) have all of a channel in one unit and are bound
-//! by the special-function unit and by registers; the main kernel is bound by its number of
-//! instructions, most of them sums over channels and states.
+//! The other sweeps left to right have all of a channel in one unit and are bound by the
+//! special-function unit and by registers; the main kernel is bound by its number of instructions,
+//! most of them sums over channels and states.
 //!
 //! A reset clears the state: its decay is 0, and so is its chunk's whole decay. No atomics
 //! anywhere: two runs give the same bits.
@@ -49,16 +52,19 @@ pub(crate) mod plan;
 mod sums;
 #[cfg(test)]
 mod tests;
+mod walk;
+mod walk_parts;
 
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::AddressType;
 
-use self::plan::{Alignment, Chunks, Forward, ScanShape, SweepConfig, sweep};
+use self::plan::{Alignment, Chunks, Forward, ScanShape, SweepConfig, shares, sweep};
+use self::walk::{WalkConfig, shared_bytes};
 use super::{ScanInputs, ScanOutputs};
 use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, empty, grid,
-    optional, rows,
+    optional, rows, word_buffer,
 };
 
 pub(crate) use self::backward::backward;
@@ -88,11 +94,15 @@ pub(crate) fn forward(inputs: ScanInputs<CubeTensor>) -> ScanOutputs<CubeTensor>
         y: empty(&inputs.u, [batch, length, inner], inputs.u.dtype),
     };
     let softplus = inputs.delta_softplus;
-    let config = sweep(&shape, &chunks, &device, alignment, softplus, FORWARD_UNITS);
-    if chunks.forward == Forward::Cut {
-        launch_chunk_ends(&inputs, &strides, &shape, &chunks, &config, &results);
+    if shares(&shape, &device) && in_words(&inputs, &strides, &shape) {
+        launch_walk(&inputs, &strides, &shape, &chunks, &device, &results);
+    } else {
+        let config = sweep(&shape, &chunks, &device, alignment, softplus, FORWARD_UNITS);
+        if chunks.forward == Forward::Cut {
+            launch_chunk_ends(&inputs, &strides, &shape, &chunks, &config, &results);
+        }
+        launch_outputs(&inputs, &strides, &shape, &chunks, &config, &results);
     }
-    launch_outputs(&inputs, &strides, &shape, &chunks, &config, &results);
     let Results {
         saved,
         last_state,
@@ -149,6 +159,12 @@ fn address(inputs: &ScanInputs<CubeTensor>, others: &[&CubeTensor]) -> AddressTy
     address_type(&[&inputs.u, &inputs.b, &inputs.c, z]).max(address_type(others))
 }
 
+/// Whether rows can be read `count` elements at once, which must begin at a multiple of their number.
+fn aligned(tensor: &CubeTensor, stride: usize, count: usize) -> bool {
+    let offset = tensor.handle.offset_start.unwrap_or(0) as usize;
+    offset.is_multiple_of(count * tensor.dtype.size()) && stride.is_multiple_of(count)
+}
+
 /// How wide loads of the inputs and of `outputs` (rows of channels, like `z`) can be.
 fn alignment(
     inputs: &ScanInputs<CubeTensor>,
@@ -156,11 +172,6 @@ fn alignment(
     shape: &ScanShape,
     outputs: &[(&CubeTensor, usize)],
 ) -> Alignment {
-    // Several elements at once must begin at a multiple of their number.
-    let aligned = |tensor: &CubeTensor, stride: usize, count: usize| {
-        let offset = tensor.handle.offset_start.unwrap_or(0) as usize;
-        offset.is_multiple_of(count * tensor.dtype.size()) && stride.is_multiple_of(count)
-    };
     let pairs = shape.inner.is_multiple_of(2)
         && [&inputs.u, &inputs.delta]
             .into_iter()
@@ -176,6 +187,19 @@ fn alignment(
         channels: if pairs { 2 } else { 1 },
         states: if fours { 4 } else { 1 },
     }
+}
+
+/// Whether the kernel of [`walk`] can read the inputs: as words, four channels and two states at once.
+fn in_words(inputs: &ScanInputs<CubeTensor>, strides: &RowStrides, shape: &ScanShape) -> bool {
+    let words = |tensor: &CubeTensor, stride: usize, count: usize| {
+        let whole = matches!(tensor.dtype, DType::F32 | DType::Flex32 | DType::BF16);
+        whole && aligned(tensor, stride, count)
+    };
+    words(&inputs.u, shape.inner, 4)
+        && words(&inputs.delta, shape.inner, 4)
+        && words(&inputs.b, strides.b, 2)
+        && words(&inputs.c, strides.c, 2)
+        && inputs.z.as_ref().is_none_or(|z| words(z, strides.z, 4))
 }
 
 /// What forward fills.
@@ -313,6 +337,66 @@ fn launch_outputs(
             chunks.forward != Forward::Cut,
             *config,
             types,
+        );
+    }
+}
+
+/// Fills `y`, `saved` and `last_state` in one pass.
+fn launch_walk(
+    inputs: &ScanInputs<CubeTensor>,
+    strides: &RowStrides,
+    shape: &ScanShape,
+    chunks: &Chunks,
+    device: &DeviceTraits,
+    results: &Results,
+) {
+    let z = inputs.z.as_ref().unwrap_or(&inputs.u);
+    let config = WalkConfig {
+        chunk: chunks.size,
+        halves: [&inputs.u, &inputs.delta, &inputs.b, z].map(|it| it.dtype.size() == 2),
+        whole: shape.length.is_multiple_of(2 * walk::TILE),
+        // The eight units that read a row's sums together read other banks, where there is room.
+        pitch: match device.shared_bytes >= shared_bytes(walk::CHANNELS + 8) {
+            true => walk::CHANNELS + 8,
+            false => walk::CHANNELS,
+        },
+        softplus: inputs.delta_softplus,
+        ptx: device.ptx,
+    };
+    let [u_words, delta_words, bc_words, z_words] = config.words();
+    // SAFETY: every position is derived from the shapes passed along, whose buffers are of just
+    // these sizes and strides, in whole vectors; units beyond the last channel write nothing.
+    unsafe {
+        walk::walk::launch_unchecked(
+            &inputs.u.client,
+            grid(shape.batch * shape.inner.div_ceil(walk::CHANNELS)),
+            cube_dim(walk::UNITS),
+            address(inputs, &[&results.saved]),
+            u_words,
+            delta_words,
+            bc_words,
+            z_words,
+            word_buffer(&inputs.u),
+            word_buffer(&inputs.delta),
+            word_buffer(&inputs.b),
+            word_buffer(&inputs.c),
+            buffer(&inputs.a),
+            optional(&inputs.d),
+            inputs.z.as_ref().map(word_buffer).into(),
+            optional(&inputs.delta_bias),
+            optional(&inputs.initial_state),
+            optional(&inputs.resets),
+            buffer(&results.saved),
+            buffer(&results.last_state),
+            buffer(&results.y),
+            shape.batch,
+            shape.length,
+            shape.inner,
+            strides.b / 2,
+            strides.c / 2,
+            strides.z / 4,
+            config,
+            elem(inputs.u.dtype),
         );
     }
 }

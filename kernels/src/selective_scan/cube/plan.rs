@@ -4,6 +4,7 @@ use std::cell::Cell;
 
 use burn_cubecl::tensor::CubeTensor;
 
+use super::walk;
 use crate::cube::{DeviceTraits, dims, power_of_two_below};
 use crate::selective_scan::BACKWARD_TRANSIENT_BYTES;
 use crate::selective_scan::ScanInputs;
@@ -33,8 +34,12 @@ pub enum Forward {
     /// Every chunk on its own, twice: its end from a zero state, then its outputs from the state
     /// that enters it.
     Cut,
-    /// Once through all positions: for one chunk, or very many channels.
+    /// Once through all positions, a channel in one unit or plane: for one chunk, or very many
+    /// channels.
     Walk,
+    /// Once through all positions, the states of a channel shared by units of a cube: for many
+    /// channels of 16 states, if rows of the inputs are aligned; else the plan's own choice.
+    Share,
 }
 
 /// Choices in the place of the plan's own, for tests and measurements.
@@ -103,7 +108,10 @@ impl Chunks {
         Self {
             size,
             count,
-            forward: CHOICE.get().forward.unwrap_or(own),
+            forward: match CHOICE.get().forward {
+                Some(Forward::Share) | None => own,
+                Some(chosen) => chosen,
+            },
         }
     }
 
@@ -119,9 +127,28 @@ impl Chunks {
     pub fn parts(&self) -> usize {
         match self.forward {
             Forward::Cut => self.count,
-            Forward::Walk => 1,
+            Forward::Walk | Forward::Share => 1,
         }
     }
+}
+
+/// Whether forward goes once through all positions with shared states ([`Forward::Share`]), given
+/// inputs whose rows are aligned.
+///
+/// A cube's four planes alone leave a processor waiting for latencies; two cubes are enough, and with
+/// fewer than one and a half on average too many processors have one.
+pub(super) fn shares(shape: &ScanShape, device: &DeviceTraits) -> bool {
+    let fits = shape.state == walk::STATES
+        && shape.inner.is_multiple_of(4)
+        && device.max_units >= walk::UNITS
+        && device.shared_bytes >= walk::shared_bytes(walk::CHANNELS);
+    let cubes = shape.batch * shape.inner.div_ceil(walk::CHANNELS);
+    let processors = device.busy_units / 1024;
+    let own = shape.length > CHUNK[0] && 2 * cubes >= 3 * processors;
+    fits && CHOICE
+        .get()
+        .forward
+        .map_or(own, |chosen| chosen == Forward::Share)
 }
 
 /// How a kernel spreads channels and states over lanes, and its compile-time switches.

@@ -1,12 +1,12 @@
 use burn::backend::ops::FloatTensorOps;
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use burn_cubecl::ops::into_data_sync;
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 
 use super::plan::{
     Alignment, Choice, Chunks, Forward, SUB, ScanShape, adjoint, adjoint_shared_bytes, choose,
-    segment_chunks, sweep,
+    segment_chunks, shares, sweep,
 };
 use crate::MambaKernels;
 use crate::cube::{DeviceTraits, columns, contiguous, shares_columns};
@@ -84,6 +84,38 @@ fn plans_cover_every_state_within_every_limit() {
     }
 }
 
+/// The model of 353M with a batch of 4 on an H200, and of 2 on an RTX 3090, has channels enough for one
+/// pass; what a cube cannot have goes the other ways.
+#[test]
+fn enough_channels_share_their_states() {
+    let device = |processors: usize| DeviceTraits {
+        ptx: true,
+        plane: 32,
+        max_units: 1024,
+        busy_units: processors * 1024,
+        shared_bytes: 48 * 1024,
+    };
+    let shape = |batch, length, inner, state| ScanShape {
+        batch,
+        length,
+        inner,
+        state,
+    };
+    for (processors, batch, expected) in [(132, 4, true), (132, 1, false), (82, 2, true)] {
+        let shape = shape(batch, 8192, 2048, 16);
+        assert_eq!(shares(&shape, &device(processors)), expected);
+    }
+    assert!(!shares(&shape(64, 1, 2048, 16), &device(132)));
+    assert!(!shares(&shape(64, 8192, 2048, 8), &device(132)));
+    assert!(!shares(&shape(64, 8192, 2047, 16), &device(132)));
+    let mut small = device(132);
+    small.shared_bytes = 16 * 1024;
+    assert!(!shares(&shape(64, 8192, 2048, 16), &small));
+    small = device(132);
+    small.max_units = 64;
+    assert!(!shares(&shape(64, 8192, 2048, 16), &small));
+}
+
 fn scan_inputs(dims: [usize; 4], device: &Device) -> Scan {
     let [batch, length, inner, state] = dims;
     let device = device.clone().autodiff();
@@ -130,27 +162,121 @@ fn a_pass_without_cutting_time_equals_reference() {
 }
 
 fn a_pass_over_several_chunks_equals_reference(dims: [usize; 4]) {
-    let run = |scan: Scan, op: fn(Scan) -> (Tensor<3>, Tensor<3>)| {
-        let (y, last) = op(scan.clone());
-        let grads = y.clone().sum().backward();
-        let grad = |t: &Tensor<3>| read(t.grad(&grads).expect("tracked"));
-        let da = read(scan.a.grad(&grads).expect("tracked"));
-        [
-            read(y),
-            read(last),
-            grad(&scan.u),
-            grad(&scan.delta),
-            grad(&scan.b),
-            grad(&scan.c),
-            da,
-        ]
-    };
-    let expected = run(scan_inputs(dims, &cpu()), reference::selective_scan);
+    let expected = results(scan_inputs(dims, &cpu()), reference::selective_scan);
     for device in devices() {
-        let got = run(scan_inputs(dims, &device), selective_scan);
+        let got = results(scan_inputs(dims, &device), selective_scan);
         for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
             assert_close(&format!("{device:?} result {i}"), got, expected, RTOL, ATOL);
         }
+    }
+}
+
+/// Outputs, last state and gradients.
+fn results(scan: Scan, op: fn(Scan) -> (Tensor<3>, Tensor<3>)) -> [Vec<f32>; 7] {
+    let (y, last) = op(scan.clone());
+    let grads = y.clone().sum().backward();
+    let grad = |t: &Tensor<3>| read(t.grad(&grads).expect("tracked"));
+    let da = read(scan.a.grad(&grads).expect("tracked"));
+    [
+        read(y),
+        read(last),
+        grad(&scan.u),
+        grad(&scan.delta),
+        grad(&scan.b),
+        grad(&scan.c),
+        da,
+    ]
+}
+
+/// One pass with shared states, for lengths within a tile, with and without a whole last one, and
+/// channels that fill cubes, or do not; with all optional inputs and without any.
+#[test]
+fn shared_states_equal_reference() {
+    for [batch, length, inner] in [
+        [2, 90, 404],
+        [3, 64, 32],
+        [1, 33, 36],
+        [1, 1, 4],
+        [2, 17, 8],
+        [1, 307, 68],
+    ] {
+        let dims = [batch, length, inner, 16];
+        for bare in [false, true] {
+            let inputs = |device: &Device| {
+                let mut scan = scan_inputs(dims, device);
+                let device = device.clone().autodiff();
+                scan.d = Some(tensor(&Rng::new(8).normals(inner, 1.0), [inner], &device));
+                match bare {
+                    false => scan,
+                    true => Scan {
+                        // Small steps, where they are as they come.
+                        delta: scan.delta.abs().mul_scalar(0.1).detach().require_grad(),
+                        delta_softplus: false,
+                        d: None,
+                        z: None,
+                        delta_bias: None,
+                        initial_state: None,
+                        resets: None,
+                        ..scan
+                    },
+                }
+            };
+            let expected = results(inputs(&cpu()), reference::selective_scan);
+            choose(Choice {
+                forward: Some(Forward::Share),
+            });
+            for device in cube_devices() {
+                let inputs = inputs_with_columns(dims, &device);
+                assert!(shares(
+                    &ScanShape::of(&inputs),
+                    &DeviceTraits::of(&inputs.u)
+                ));
+            }
+            for device in devices() {
+                let what = format!("{device:?} {dims:?} bare {bare}");
+                let run = || results(inputs(&device), selective_scan);
+                let (got, again) = (run(), run());
+                for ((got, again), expected) in got.iter().zip(&again).zip(&expected) {
+                    assert_close(&what, got, expected, RTOL, ATOL);
+                    assert_same_bits(&what, got, again);
+                }
+            }
+            choose(Choice::default());
+        }
+    }
+}
+
+/// Numbers of 16 bits, which are read as words, give what the same numbers in f32 give, to rounding.
+#[test]
+fn shared_states_in_bf16_equal_f32() {
+    let dims = [2, 90, 68, 16];
+    for device in devices() {
+        if !device.supports_dtype(DType::BF16) {
+            continue;
+        }
+        let device = device.autodiff();
+        let mut wide = scan_inputs(dims, &device);
+        let rounded = |t: &Tensor<3>| t.clone().detach().cast(DType::BF16);
+        let narrow = Scan {
+            u: rounded(&wide.u),
+            delta: rounded(&wide.delta),
+            b: rounded(&wide.b),
+            c: rounded(&wide.c),
+            z: wide.z.as_ref().map(rounded),
+            ..wide.clone()
+        };
+        let again = |t: &Tensor<3>| t.clone().cast(DType::F32);
+        (wide.u, wide.delta) = (again(&narrow.u), again(&narrow.delta));
+        (wide.b, wide.c) = (again(&narrow.b), again(&narrow.c));
+        wide.z = narrow.z.as_ref().map(again);
+        choose(Choice {
+            forward: Some(Forward::Share),
+        });
+        let (expected, got) = (selective_scan(wide), selective_scan(narrow));
+        choose(Choice::default());
+        let what = format!("{device:?}");
+        assert_close(&what, &read(got.0), &read(expected.0), 8e-3, 1e-3);
+        assert_close(&what, &read(got.1), &read(expected.1), 1e-6, 1e-6);
     }
 }
 
@@ -336,6 +462,8 @@ fn all_ways_through_time_agree() {
         [2, 130, 11, 33],
         [1, 64, 9, 64],
         [1, 3, 40, 16],
+        [2, 97, 36, 16],
+        [1, 320, 32, 16],
     ];
     for (device, dims) in cube_devices()
         .into_iter()
@@ -349,7 +477,7 @@ fn all_ways_through_time_agree() {
             inputs.resets = cleared.then(|| CubeBackend::float_from_data(flags, &device));
             inputs.z = inputs.z.filter(|_| gated);
             let mut expected: Option<[Vec<f32>; 3]> = None;
-            for way in [Forward::Cut, Forward::Walk] {
+            for way in [Forward::Cut, Forward::Walk, Forward::Share] {
                 let what = format!("{device:?} {dims:?} {way:?} {gated} {cleared}");
                 choose(Choice { forward: Some(way) });
                 let first = CubeBackend::selective_scan(inputs.clone());

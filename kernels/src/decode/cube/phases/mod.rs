@@ -22,6 +22,7 @@ use cubecl::prelude::*;
 
 use super::plan::StepConfig;
 use crate::cube::reduce::lane_sum;
+pub(super) use crate::cube::words::{Words, first_number, second_number};
 pub(super) use advancing::{
     Place, advance, load_advance, load_parameters, load_states, no_advance, no_parts, place,
     read_parts, recur,
@@ -44,28 +45,6 @@ pub(super) const CHANNEL_NUMBERS: usize = 5;
 /// Numbers of a column in the buffer of width parameters: weight and bias of the norm, then this.
 pub(super) const OUT_BIAS: usize = 2;
 pub(super) const WIDTH_NUMBERS: usize = 3;
-
-/// Words of 32 bits that hold the weights of a vector: one f32 or two bf16 each.
-///
-/// Weights are read and kept as words, and turned into numbers where they are used: a compiler that
-/// sees numbers of 16 bits takes words apart as soon as they come, which means waiting for them.
-pub(super) type Words<P> = Vector<u32, P>;
-
-/// The first number of a word of weights.
-#[cube]
-pub(super) fn first_number(word: u32, #[comptime] halves: bool) -> f32 {
-    let mut bits = word;
-    if halves {
-        bits = word << 16u32;
-    }
-    f32::reinterpret(bits)
-}
-
-/// The second number of a word of two.
-#[cube]
-pub(super) fn second_number(word: u32) -> f32 {
-    f32::reinterpret(word & 0xffff_0000u32)
-}
 
 /// `Σ weights · x`, added to `sum`.
 #[cube]
