@@ -2,8 +2,8 @@
 //!
 //! With few sequences a phase takes two microseconds, as long as it takes to get from one kernel to
 //! the next. So here the cubes stay: each has its part of every phase, and between phases they wait
-//! for each other at a counter in memory. What a phase knows ahead (weights, states) is loaded a phase
-//! or two early, while another phase works, so that reading the weights goes on most of the time.
+//! for each other at a counter in memory. What a phase knows ahead (weights, states) is loaded between
+//! arriving and waiting, a phase or two early, so that reading the weights goes on all the time.
 //!
 //! The cubes must run at the same time: there are no more than the device has processors, each
 //! taking no more than a processor has. The arithmetic is that of the kernels of [`steps`](super::steps),
@@ -14,9 +14,8 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::phases::{
-    One, Words, advance, enter, head, leave, load_advance, load_enter, load_leave, load_x,
-    no_advance, no_columns, no_enter, no_inputs, no_leave, no_parts, read_parts, read_stream,
-    read_y,
+    One, Words, advance, enter, head, leave, load_advance, load_enter, load_leave, no_advance,
+    no_enter, no_leave,
 };
 use super::plan::StepConfig;
 use super::steps::next_byte;
@@ -182,11 +181,6 @@ fn run_steps<P: Size, V: Size, T: Size, S: Size, Q: Size>(
     let mut entering = no_enter::<P>(c);
     let mut advancing = no_advance::<T, S>(c);
     let mut leaving = no_leave::<P>(c);
-    let mut values = no_columns(c);
-    let mut read = no_parts::<Q>(c);
-    let mut inputs = no_inputs::<V>(c);
-    let start = 0usize.runtime();
-    load_x(&mut entering, in_proj, start, cube, c);
     load_enter(
         &mut entering,
         widths,
@@ -194,7 +188,7 @@ fn run_steps<P: Size, V: Size, T: Size, S: Size, Q: Size>(
         in_proj,
         x_proj,
         window,
-        start,
+        0usize.runtime(),
         batch,
         cube,
         c,
@@ -209,27 +203,9 @@ fn run_steps<P: Size, V: Size, T: Size, S: Size, Q: Size>(
         target += cubes;
         meet(arrivals, target, c.ptx);
         for layer in 0..layers {
-            // A phase first asks for what it has waited for, then for what others will need: that
-            // comes while the phase works, and is out of the way when cubes look for each other.
-            let next = select(layer + 1 == layers, 0usize.runtime(), layer + 1);
-            let place = min(cube, comptime!(c.blocks()) * batch - 1);
-            read_stream(&mut values, stream, 0usize.runtime(), batch, c);
-            load_advance(
-                &mut advancing,
-                channels,
-                dt_proj,
-                rates,
-                h,
-                layer,
-                batch,
-                place,
-                c,
-            );
-            load_leave(&mut leaving, out_proj, widths, layer, cube, c);
             if cube < comptime!(c.in_cubes()) {
                 enter::<P, V>(
                     &mut entering,
-                    &mut values,
                     stream,
                     channels,
                     in_proj,
@@ -245,17 +221,24 @@ fn run_steps<P: Size, V: Size, T: Size, S: Size, Q: Size>(
                 );
             }
             come(arrivals, c.ptx);
+            load_advance(
+                &mut advancing,
+                channels,
+                dt_proj,
+                rates,
+                h,
+                layer,
+                batch,
+                min(cube, comptime!(c.blocks()) * batch - 1),
+                c,
+            );
+            load_leave(&mut leaving, out_proj, widths, layer, cube, c);
             target += cubes;
             meet(arrivals, target, c.ptx);
-            read_parts(&mut read, parts, u, z, place, c);
-            load_x(&mut entering, in_proj, next, cube, c);
             if cube < comptime!(c.blocks()) * batch {
-                advance(&advancing, &read, h, y, layer, batch, cube, c);
+                advance::<T, S, Q>(&advancing, parts, u, z, h, y, layer, batch, cube, c);
             }
             come(arrivals, c.ptx);
-            target += cubes;
-            meet(arrivals, target, c.ptx);
-            read_y(&mut inputs, y, 0usize.runtime(), batch, c);
             load_enter(
                 &mut entering,
                 widths,
@@ -263,23 +246,15 @@ fn run_steps<P: Size, V: Size, T: Size, S: Size, Q: Size>(
                 in_proj,
                 x_proj,
                 window,
-                next,
+                select(layer + 1 == layers, 0usize.runtime(), layer + 1),
                 batch,
                 cube,
                 c,
             );
+            target += cubes;
+            meet(arrivals, target, c.ptx);
             if cube < comptime!(c.out_cubes()) {
-                leave(
-                    &mut leaving,
-                    &mut inputs,
-                    y,
-                    out_proj,
-                    stream,
-                    layer,
-                    batch,
-                    cube,
-                    c,
-                );
+                leave::<P, V>(&mut leaving, y, out_proj, stream, layer, batch, cube, c);
             }
             come(arrivals, c.ptx);
             target += cubes;

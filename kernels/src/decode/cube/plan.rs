@@ -294,11 +294,6 @@ impl StepConfig {
         }
     }
 
-    /// And how many of them a unit adds up before.
-    pub const fn part_rounds(&self) -> usize {
-        self.parts.div_ceil(self.slices())
-    }
-
     /// Cubes of the second phase for one sequence.
     pub const fn blocks(&self) -> usize {
         self.inner.div_ceil(self.block)

@@ -246,27 +246,11 @@ fn enter<P: Size, V: Size>(
         terminate!();
     }
     let mut ahead = phases::no_enter::<P>(c);
-    let mut values = phases::no_columns(c);
-    phases::read_stream(&mut values, stream, 0usize.runtime(), batch, c);
-    phases::load_x(&mut ahead, in_proj, layer, cube, c);
     phases::load_enter(
         &mut ahead, widths, channels, in_proj, x_proj, window, layer, batch, cube, c,
     );
     phases::enter::<P, V>(
-        &mut ahead,
-        &mut values,
-        stream,
-        channels,
-        in_proj,
-        window,
-        u,
-        z,
-        parts,
-        layer,
-        batch,
-        cube,
-        eps,
-        c,
+        &mut ahead, stream, channels, in_proj, window, u, z, parts, layer, batch, cube, eps, c,
     );
 }
 
@@ -293,9 +277,7 @@ fn advance<T: Size, S: Size, Q: Size>(
     phases::load_advance(
         &mut ahead, channels, dt_proj, rates, h, layer, batch, cube, c,
     );
-    let mut read = phases::no_parts::<Q>(c);
-    phases::read_parts(&mut read, parts, u, z, cube, c);
-    phases::advance(&ahead, &read, h, y, layer, batch, cube, c);
+    phases::advance::<T, S, Q>(&ahead, parts, u, z, h, y, layer, batch, cube, c);
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -314,19 +296,7 @@ fn leave<P: Size, V: Size>(
     }
     let mut ahead = phases::no_leave::<P>(c);
     phases::load_leave(&mut ahead, out_proj, widths, layer, cube, c);
-    let mut inputs = phases::no_inputs::<V>(c);
-    phases::read_y(&mut inputs, y, 0usize.runtime(), batch, c);
-    phases::leave(
-        &mut ahead,
-        &mut inputs,
-        y,
-        out_proj,
-        stream,
-        layer,
-        batch,
-        cube,
-        c,
-    );
+    phases::leave::<P, V>(&mut ahead, y, out_proj, stream, layer, batch, cube, c);
 }
 
 /// The logits; the step is over.

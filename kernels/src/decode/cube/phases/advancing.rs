@@ -133,52 +133,6 @@ pub(in crate::decode::cube) fn load_parameters<T: Size, S: Size>(
     ahead.numbers[1] = number_at(channels, numbers + comptime!(c.taps + SKIP), c.ptx);
 }
 
-/// What [`advance`] waits for: a unit's parts of the low-rank product, and u and z of its channel.
-#[derive(CubeType)]
-pub(in crate::decode::cube) struct Parts<Q: Size> {
-    own: Array<Vector<f32, Q>>,
-    numbers: Array<f32>,
-}
-
-/// Empty [`Parts`].
-#[cube]
-pub(in crate::decode::cube) fn no_parts<Q: Size>(#[comptime] c: StepConfig) -> Parts<Q> {
-    Parts::<Q> {
-        own: Array::new(comptime!(c.part_rounds())),
-        numbers: Array::new(2usize),
-    }
-}
-
-/// Reads them.
-#[cube]
-pub(in crate::decode::cube) fn read_parts<Q: Size>(
-    read: &mut Parts<Q>,
-    parts: &mut [One],
-    u: &mut [f32],
-    z: &mut [f32],
-    cube: usize,
-    #[comptime] c: StepConfig,
-) {
-    let blocks = comptime!(c.blocks());
-    let place = place(cube / blocks, cube % blocks, c);
-    let columns = comptime!(c.low() / c.low_vector);
-    let column = UNIT_POS as usize % columns;
-    let slice = min(
-        UNIT_POS as usize / columns,
-        comptime!(c.slices() - 1).runtime(),
-    );
-    #[unroll]
-    for i in 0..comptime!(c.part_rounds()) {
-        let part = comptime!(i * c.slices()) + slice;
-        let part = min(part, comptime!(c.parts - 1).runtime());
-        let at = (place.sequence * comptime!(c.parts) + part) * columns + column;
-        read.own[i] = wide_at::<Q>(parts, at, c.ptx);
-    }
-    let at = place.sequence * comptime!(c.inner) + place.channel;
-    read.numbers[0] = u[at];
-    read.numbers[1] = z[at];
-}
-
 /// Δ, B and C from the parts, then one step of the recurrence and the gate.
 ///
 /// `cube` counts blocks of channels within a sequence, then sequences.
@@ -187,7 +141,9 @@ pub(in crate::decode::cube) fn read_parts<Q: Size>(
 #[cube]
 pub(in crate::decode::cube) fn advance<T: Size, S: Size, Q: Size>(
     ahead: &AdvanceAhead<T, S>,
-    read: &Parts<Q>,
+    parts: &mut [One],
+    u: &mut [f32],
+    z: &mut [f32],
     h: &mut [Vector<f32, S>],
     y: &mut [One],
     layer: usize,
@@ -197,13 +153,16 @@ pub(in crate::decode::cube) fn advance<T: Size, S: Size, Q: Size>(
 ) {
     let blocks = comptime!(c.blocks());
     let place = place(cube / blocks, cube % blocks, c);
-    let low = low_rank::<Q>(read, c);
+    let at = place.sequence * comptime!(c.inner) + place.channel;
+    let input = u[at];
+    let gate = z[at];
+    let low = low_rank::<Q>(parts, place.sequence, c);
     let value = recur(
         ahead,
         &low,
         0usize.runtime(),
-        read.numbers[0],
-        read.numbers[1],
+        input,
+        gate,
         h,
         layer,
         batch,
@@ -211,7 +170,7 @@ pub(in crate::decode::cube) fn advance<T: Size, S: Size, Q: Size>(
         c,
     );
     if place.inside && place.lane == 0 {
-        y[place.sequence * comptime!(c.inner) + place.channel] = Vector::new(value);
+        y[at] = Vector::new(value);
     }
 }
 
@@ -289,10 +248,15 @@ pub(in crate::decode::cube) fn recur<T: Size, S: Size>(
 
 /// The low-rank product of a sequence, `[R + 2N]`, from its parts.
 #[cube]
-fn low_rank<Q: Size>(read: &Parts<Q>, #[comptime] c: StepConfig) -> Shared<[f32]> {
+fn low_rank<Q: Size>(
+    parts: &mut [One],
+    sequence: usize,
+    #[comptime] c: StepConfig,
+) -> Shared<[f32]> {
     let unit = UNIT_POS as usize;
     let columns = comptime!(c.low() / c.low_vector);
     let slices = comptime!(c.slices());
+    let rounds = comptime!(c.parts.div_ceil(slices));
     let mut scratch = Shared::<[f32]>::new_slice(comptime!(c.low() * slices));
     let mut low = Shared::<[f32]>::new_slice(comptime!(c.low()));
     let column = unit % columns;
@@ -300,11 +264,20 @@ fn low_rank<Q: Size>(read: &Parts<Q>, #[comptime] c: StepConfig) -> Shared<[f32]
     // Others may still read what came before.
     sync_cube();
     if slice < slices {
-        let mut sum = read.own[0];
+        // All loads before the first use.
+        let mut own = Array::<Vector<f32, Q>>::new(rounds);
         #[unroll]
-        for i in 1..comptime!(c.part_rounds()) {
+        for i in 0..rounds {
+            let part = comptime!(i * slices) + slice;
+            let part = min(part, comptime!(c.parts - 1).runtime());
+            let at = (sequence * comptime!(c.parts) + part) * columns + column;
+            own[i] = wide_at::<Q>(parts, at, c.ptx);
+        }
+        let mut sum = own[0];
+        #[unroll]
+        for i in 1..rounds {
             let inside = comptime!(i * slices) + slice < comptime!(c.parts);
-            sum += select(inside, read.own[i], Vector::new(0.0f32));
+            sum += select(inside, own[i], Vector::new(0.0f32));
         }
         #[unroll]
         for k in 0..Q::value() {

@@ -9,7 +9,7 @@ use cubecl::prelude::*;
 use super::{
     CHANNEL_NUMBERS, CONV_BIAS, NormAhead, One, StepConfig, WIDTH_NUMBERS, Words, X_BIAS, Z_BIAS,
     add_products, first_number, load_norm, no_norm, normalise, number_at, own_sum, read_row,
-    read_stream, second_number, word_at,
+    second_number, word_at,
 };
 use crate::cube::math::sigmoid;
 use crate::cube::reduce::lane_sum;
@@ -41,28 +41,7 @@ pub(in crate::decode::cube) fn no_enter<P: Size>(#[comptime] c: StepConfig) -> E
     }
 }
 
-/// Loads ahead for [`enter`]: the rows of x.
-#[cube]
-pub(in crate::decode::cube) fn load_x<P: Size>(
-    ahead: &mut EnterAhead<P>,
-    in_proj: &[Words<P>],
-    layer: usize,
-    cube: usize,
-    #[comptime] c: StepConfig,
-) {
-    let vectors = comptime!(c.width / c.vector);
-    let row = layer * comptime!(2 * c.inner) + first_row(cube, c);
-    read_row(in_proj, &mut ahead.x_row, row, vectors, 0usize, c);
-}
-
-/// The plane's first channel.
-#[cube]
-fn first_row(cube: usize, #[comptime] c: StepConfig) -> usize {
-    let row = cube * comptime!(c.channels) + UNIT_POS as usize / comptime!(c.plane);
-    min(row, comptime!(c.inner - 1).runtime())
-}
-
-/// Loads ahead for [`enter`]: all but the rows of x.
+/// Loads ahead for [`enter`].
 #[cube]
 pub(in crate::decode::cube) fn load_enter<P: Size>(
     ahead: &mut EnterAhead<P>,
@@ -78,6 +57,12 @@ pub(in crate::decode::cube) fn load_enter<P: Size>(
 ) {
     let vectors = comptime!(c.width / c.vector);
     let unit = UNIT_POS as usize;
+    let first = cube * comptime!(c.channels);
+    let last = comptime!(c.inner - 1).runtime();
+    let row = layer * comptime!(2 * c.inner) + min(first + unit / comptime!(c.plane), last);
+    read_row(in_proj, &mut ahead.x_row, row, vectors, 0usize, c);
+    let z_row = row + comptime!(c.inner);
+    read_row(in_proj, &mut ahead.z_row, z_row, vectors, 0usize, c);
     let norm_at = layer * comptime!(WIDTH_NUMBERS * c.width);
     load_norm(&mut ahead.norm, widths, norm_at, c);
     load_channel(
@@ -91,18 +76,17 @@ pub(in crate::decode::cube) fn load_enter<P: Size>(
         0usize.runtime(),
         c,
     );
-    let last = comptime!(c.inner - 1).runtime();
-    let slices = comptime!(c.low_slices());
-    let word = min(unit / slices, comptime!(c.low_words() - 1).runtime());
+    let word = min(
+        unit / comptime!(c.low_slices()),
+        comptime!(c.low_words() - 1).runtime(),
+    );
     #[unroll]
     for i in 0..comptime!(c.low_rows()) {
-        let channel = cube * comptime!(c.channels) + comptime!(i * slices) + unit % slices;
+        let channel = first + comptime!(i * c.low_slices()) + unit % comptime!(c.low_slices());
         let row = layer * comptime!(c.inner) + min(channel, last);
         let at = row * comptime!(c.low_words()) + word;
         ahead.low[i] = word_at(x_proj, at, c.ptx).extract(0usize);
     }
-    let row = layer * comptime!(2 * c.inner) + comptime!(c.inner) + first_row(cube, c);
-    read_row(in_proj, &mut ahead.z_row, row, vectors, 0usize, c);
 }
 
 /// Loads the parameters of the plane's channel of a turn, and its inputs for the lane's sequence
@@ -138,8 +122,6 @@ fn load_channel<P: Size>(
     }
 }
 
-/// `values`: what [`read_stream`] has read of the first sequences.
-///
 /// Norm, `in_proj`, one step of the convolution, SiLU, and the cube's part of `x_proj`.
 ///
 /// - stream: `[B, D]`; in_proj: `[layers, 2E, D]`; x_proj: `[layers, E, R + 2N]`
@@ -147,7 +129,6 @@ fn load_channel<P: Size>(
 #[cube]
 pub(in crate::decode::cube) fn enter<P: Size, V: Size>(
     ahead: &mut EnterAhead<P>,
-    values: &mut Array<f32>,
     stream: &mut [One],
     channels: &[f32],
     in_proj: &[Words<P>],
@@ -191,10 +172,7 @@ pub(in crate::decode::cube) fn enter<P: Size, V: Size>(
             if turn == 0 {
                 // Others may still read the group before.
                 sync_cube();
-                if group > 0 {
-                    read_stream(values, stream, first, batch, c);
-                }
-                normalise(values, &ahead.norm, &mut hat, first, batch, eps, true, c);
+                normalise(stream, &ahead.norm, &mut hat, first, batch, eps, true, c);
                 sync_cube();
             }
             let mut sums = Array::<f32>::new(comptime!(2 * c.group));

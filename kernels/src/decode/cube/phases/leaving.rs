@@ -87,52 +87,13 @@ fn own_column(cube: usize, #[comptime] c: StepConfig) -> usize {
     cube * comptime!(c.out_rows) + UNIT_POS as usize / comptime!(c.group)
 }
 
-/// The lane's vectors of y, of every sequence of a group.
-#[cube]
-pub(in crate::decode::cube) fn no_inputs<V: Size>(
-    #[comptime] c: StepConfig,
-) -> Array<Vector<f32, V>> {
-    Array::new(comptime!(c.group * c.out_loads()))
-}
-
-/// Reads the lane's vectors of y of the sequences `first ..` of a group; those beyond E are zero.
-#[cube]
-pub(in crate::decode::cube) fn read_y<V: Size>(
-    inputs: &mut Array<Vector<f32, V>>,
-    y: &mut [One],
-    first: usize,
-    batch: usize,
-    #[comptime] c: StepConfig,
-) {
-    let vectors = comptime!(c.inner / c.vector);
-    let loads = comptime!(c.out_loads());
-    let lane = UNIT_POS as usize % comptime!(c.plane);
-    let plane = UNIT_POS as usize / comptime!(c.plane);
-    let first_place = plane % comptime!(c.out_slices) * comptime!(loads * c.plane) + lane;
-    #[unroll]
-    for b in 0..c.group {
-        let row = min(first + b, batch - 1) * vectors;
-        #[unroll]
-        for i in 0..loads {
-            let place = first_place + comptime!(i * c.plane);
-            let at = row + min(place, comptime!(vectors - 1).runtime());
-            let value = wide_at::<V>(y, at, c.ptx);
-            let zero = Vector::<f32, V>::new(0.0f32);
-            inputs[comptime!(b * loads + i)] = select(place < vectors, value, zero);
-        }
-    }
-}
-
 /// `out_proj`, added to the stream. Planes have slices of the sum for some of the cube's rows: a
 /// plane needs a part of y only.
-///
-/// `inputs`: what [`read_y`] has read of the first sequences.
 ///
 /// - y: `[B, E]`; out_proj: `[layers, D, E]`; stream: `[B, D]`
 #[cube]
 pub(in crate::decode::cube) fn leave<P: Size, V: Size>(
     ahead: &mut LeaveAhead<P>,
-    inputs: &mut Array<Vector<f32, V>>,
     y: &mut [One],
     out_proj: &[Words<P>],
     stream: &mut [One],
@@ -144,9 +105,11 @@ pub(in crate::decode::cube) fn leave<P: Size, V: Size>(
     let unit = UNIT_POS as usize;
     let lane = unit % comptime!(c.plane);
     let plane = unit / comptime!(c.plane);
+    let vectors = comptime!(c.inner / c.vector);
     let loads = comptime!(c.out_loads());
     let slices = comptime!(c.out_slices);
     let rows = comptime!(c.out_rows);
+    let first_place = plane % slices * comptime!(loads * c.plane) + lane;
     let mut shared = Shared::<[f32]>::new_slice(comptime!(slices * rows * c.group));
     for group in 0..batch.div_ceil(comptime!(c.group)) {
         let first = group * comptime!(c.group);
@@ -158,8 +121,18 @@ pub(in crate::decode::cube) fn leave<P: Size, V: Size>(
         let column = min(column, comptime!(c.width - 1).runtime());
         let at = min(sequence, batch - 1) * comptime!(c.width) + column;
         let before = stream[at].extract(0usize);
-        if group > 0 {
-            read_y(inputs, y, first, batch, c);
+        let mut inputs = Array::<Vector<f32, V>>::new(comptime!(c.group * loads));
+        #[unroll]
+        for b in 0..c.group {
+            let row = min(first + b, batch - 1) * vectors;
+            #[unroll]
+            for i in 0..loads {
+                let place = first_place + comptime!(i * c.plane);
+                let value =
+                    wide_at::<V>(y, row + min(place, comptime!(vectors - 1).runtime()), c.ptx);
+                let zero = Vector::<f32, V>::new(0.0f32);
+                inputs[comptime!(b * loads + i)] = select(place < vectors, value, zero);
+            }
         }
         // Others may still read the group before.
         sync_cube();

@@ -3,8 +3,7 @@
 use cubecl::prelude::*;
 
 use super::{
-    One, StepConfig, Words, add_products, load_norm, no_columns, no_norm, normalise, own_sum,
-    read_row, read_stream,
+    One, StepConfig, Words, add_products, load_norm, no_norm, normalise, own_sum, read_row,
 };
 
 /// The last norm and the logits.
@@ -38,18 +37,7 @@ pub(in crate::decode::cube) fn head<P: Size, V: Size>(
     for group in 0..batch.div_ceil(comptime!(c.group)) {
         let first = group * comptime!(c.group);
         sync_cube();
-        let mut values = no_columns(c);
-        read_stream(&mut values, stream, first, batch, c);
-        normalise(
-            &mut values,
-            &ahead,
-            &mut hat,
-            first,
-            batch,
-            eps,
-            c.norm_f,
-            c,
-        );
+        normalise(stream, &ahead, &mut hat, first, batch, eps, c.norm_f, c);
         sync_cube();
         let mut sums = Array::<f32>::new(comptime!(c.group));
         #[unroll]

@@ -24,11 +24,10 @@ use super::plan::StepConfig;
 use crate::cube::reduce::lane_sum;
 pub(super) use crate::cube::words::{Words, first_number, second_number};
 pub(super) use advancing::{
-    Place, advance, load_advance, load_parameters, load_states, no_advance, no_parts, place,
-    read_parts, recur,
+    Place, advance, load_advance, load_parameters, load_states, no_advance, place, recur,
 };
-pub(super) use entering::{enter, load_enter, load_x, no_enter};
-pub(super) use leaving::{leave, load_leave, no_inputs, no_leave, read_y};
+pub(super) use entering::{enter, load_enter, no_enter};
+pub(super) use leaving::{leave, load_leave, no_leave};
 pub(super) use logits::head;
 
 /// A number of a buffer that some phases read as wider vectors.
@@ -173,42 +172,11 @@ fn load_norm(ahead: &mut NormAhead, widths: &[f32], at: usize, #[comptime] c: St
     }
 }
 
-/// Numbers of a unit's columns, of every sequence of a group.
-#[cube]
-pub(super) fn no_columns(#[comptime] c: StepConfig) -> Array<f32> {
-    Array::new(comptime!(c.columns() * c.group))
-}
-
-/// Reads the unit's columns of the sequences `first ..` of a group.
-#[cube]
-pub(super) fn read_stream(
-    values: &mut Array<f32>,
-    stream: &mut [One],
-    first: usize,
-    batch: usize,
-    #[comptime] c: StepConfig,
-) {
-    let columns = comptime!(c.columns());
-    #[unroll]
-    for b in 0..c.group {
-        let row = min(first + b, batch - 1) * comptime!(c.width);
-        #[unroll]
-        for i in 0..columns {
-            let column = UNIT_POS as usize + comptime!(i * c.units);
-            let mut value = 0.0f32;
-            if column < comptime!(c.width) {
-                value = stream[row + column].extract(0usize);
-            }
-            values[comptime!(b * columns + i)] = value;
-        }
-    }
-}
-
-/// Normalises a group's sequences, the first of which is `first`, into shared memory; places beyond
-/// D and sequences beyond the last are zero.
+/// Normalises the sequences `first ..` of a group into shared memory; places beyond D and sequences
+/// beyond the last are zero.
 #[cube]
 fn normalise(
-    values: &mut Array<f32>,
+    stream: &mut [One],
     ahead: &NormAhead,
     hat: &mut Shared<[One]>,
     first: usize,
@@ -220,10 +188,21 @@ fn normalise(
     let columns = comptime!(c.columns());
     let unit = UNIT_POS as usize;
     let mut scratch = Shared::<[f32]>::new_slice(comptime!(2 * c.planes() * c.group));
+    let mut values = Array::<f32>::new(comptime!(columns * c.group));
     let mut sums = Array::<f32>::new(comptime!(c.group));
     let mut scales = Array::<f32>::new(comptime!(c.group));
     #[unroll]
     for b in 0..c.group {
+        let row = min(first + b, batch - 1) * comptime!(c.width);
+        #[unroll]
+        for i in 0..columns {
+            let column = unit + comptime!(i * c.units);
+            let mut value = 0.0f32;
+            if column < comptime!(c.width) {
+                value = stream[row + column].extract(0usize);
+            }
+            values[comptime!(b * columns + i)] = value;
+        }
         scales[b] = 1.0f32;
     }
     if norm {
