@@ -1,6 +1,7 @@
 //! From a config's `[device]` to a Burn device, and the memory there.
 
 pub mod budget;
+pub(crate) mod exhausted;
 
 use std::panic;
 

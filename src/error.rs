@@ -55,20 +55,14 @@ pub enum Error {
     },
 
     /// The device's memory does not suffice.
-    #[error("out of memory on `{device}`: {reason}")]
+    #[error("out of memory on {device}: {reason}")]
     OutOfMemory {
-        /// The device as in a config.
+        /// The device.
         device: String,
         /// What did not fit, with sizes where they are known.
         reason: String,
-        /// Value of `train.batch`.
-        batch: usize,
-        /// Value of `train.length`.
-        length: usize,
-        /// Value of `train.recompute`.
-        recompute: String,
-        /// Value of `train.checkpoint_every`.
-        checkpoint_every: usize,
+        /// What to do.
+        hint: String,
     },
 
     /// Training does not get anywhere any more.
@@ -154,14 +148,8 @@ impl Error {
             Self::Usage { hint, .. }
             | Self::Checkpoint { hint, .. }
             | Self::Device { hint, .. }
+            | Self::OutOfMemory { hint, .. }
             | Self::Diverged { hint, .. } => hint.clone(),
-            Self::OutOfMemory {
-                batch,
-                length,
-                recompute,
-                checkpoint_every,
-                ..
-            } => memory_hint(*batch, *length, recompute, *checkpoint_every),
             Self::Io { .. } => {
                 "check that the path exists, that you may use it and that the disk is not full"
                     .to_owned()
@@ -218,42 +206,9 @@ fn print_problem(label: &str, color: &str, text: &str) {
     };
 }
 
-/// The settings that decide about memory, each with what it is now. Groups of layers are for those
-/// who have little else left.
-fn memory_hint(batch: usize, length: usize, recompute: &str, checkpoint_every: usize) -> String {
-    let recompute = match (recompute, checkpoint_every) {
-        ("all", 0) => "`train.recompute` is already \"all\": set `train.checkpoint_every`, for \
-                       instance to 8 (now 0; a second forward pass)"
-            .to_owned(),
-        ("all", now) => {
-            format!("`train.recompute` is already \"all\", `train.checkpoint_every` is {now}")
-        }
-        (now, _) => format!("set `train.recompute` to \"all\" (now {now}; a tenth more time)"),
-    };
-    let batch = match batch {
-        0 | 1 => "`train.batch` is already 1".to_owned(),
-        now => format!("lower `train.batch` (now {now}), raise `train.accumulation` to match"),
-    };
-    format!(
-        "{recompute}; {batch}; shorten `train.length` (now {length}); `mambabyte estimate` shows \
-         what fits"
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn out_of_memory(batch: usize, recompute: &str) -> Error {
-        Error::OutOfMemory {
-            device: "cuda:0".to_owned(),
-            reason: "needs 30.1 GiB, 24.0 GiB are there".to_owned(),
-            batch,
-            length: 8192,
-            recompute: recompute.to_owned(),
-            checkpoint_every: 0,
-        }
-    }
 
     #[test]
     fn every_kind_has_its_exit_code() {
@@ -286,7 +241,14 @@ mod tests {
                 },
                 5,
             ),
-            (out_of_memory(1, "none"), 6),
+            (
+                Error::OutOfMemory {
+                    device: text(),
+                    reason: text(),
+                    hint: text(),
+                },
+                6,
+            ),
             (
                 Error::Diverged {
                     step: 1,
@@ -306,28 +268,6 @@ mod tests {
         }
         let data = DataError::LoaderStopped { step: 1 };
         assert_eq!(Error::from(data).exit_code(), 3);
-    }
-
-    #[test]
-    fn out_of_memory_names_the_three_settings() {
-        for error in [
-            out_of_memory(1, "all"),
-            out_of_memory(4, "none"),
-            out_of_memory(2, "10"),
-        ] {
-            let report = error.report();
-            for key in ["`train.batch`", "`train.length`", "`train.recompute`"] {
-                assert!(report.contains(key), "{report}");
-            }
-        }
-        let report = out_of_memory(1, "all").report();
-        assert!(!report.contains("lower `train.batch`"), "{report}");
-        // Groups of layers are named where recomputation is used up.
-        let named = |recompute| {
-            let report = out_of_memory(1, recompute).report();
-            report.contains("`train.checkpoint_every`")
-        };
-        assert!(named("all") && !named("10"));
     }
 
     #[test]

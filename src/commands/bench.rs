@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use super::{ConfigArgs, print, print_json};
 use crate::config::DeviceConfig;
-use crate::device::{self, budget::Budget};
+use crate::device::{self, budget::Budget, exhausted};
 use crate::error::{Error, Result};
 use crate::memory::size;
 use crate::train::Learner;
@@ -151,8 +151,8 @@ pub fn run(command: &BenchCommand) -> Result<()> {
         BenchCommand::Scan(args) => (scan(args)?, args.common.json),
         BenchCommand::Gemm(args) => (gemm(args)?, args.common.json),
         BenchCommand::Step(args) => (step(args)?, args.common.json),
-        BenchCommand::Decode(args) => return decode::run(args, true),
-        BenchCommand::Prefill(args) => return decode::run(args, false),
+        BenchCommand::Decode(args) => return exhausted::guard(|| decode::run(args, true)),
+        BenchCommand::Prefill(args) => return exhausted::guard(|| decode::run(args, false)),
     };
     if json {
         return print_json(&lines);

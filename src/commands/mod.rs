@@ -33,6 +33,7 @@ use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{Config, DeviceConfig, DeviceKind, MambaConfig};
+use crate::device::exhausted;
 use crate::error::{Error, Result, print_warning};
 use crate::hub::Name;
 use crate::interop::ExportFormat;
@@ -231,14 +232,14 @@ pub fn run(cli: &Cli) -> Result<()> {
     match &cli.command {
         Command::Train(args) => train::run(args),
         Command::Resume(args) => resume::run(args),
-        Command::Generate(args) => generate::run(args),
-        Command::Eval(args) => eval::run(args),
-        Command::EvalLengths(args) => eval_lengths::run(args),
-        Command::EvalNoise(args) => eval_noise::run(args),
-        Command::EvalTasks(args) => eval_tasks::run(args),
+        Command::Generate(args) => exhausted::guard(|| generate::run(args)),
+        Command::Eval(args) => exhausted::guard(|| eval::run(args)),
+        Command::EvalLengths(args) => exhausted::guard(|| eval_lengths::run(args)),
+        Command::EvalNoise(args) => exhausted::guard(|| eval_noise::run(args)),
+        Command::EvalTasks(args) => exhausted::guard(|| eval_tasks::run(args)),
         Command::Perplexity(args) => perplexity::run(args),
         Command::Serve(args) => serve::run(args),
-        Command::Logits(args) => logits::run(args),
+        Command::Logits(args) => exhausted::guard(|| logits::run(args)),
         Command::Import(args) => import::run(args),
         Command::Export(args) => export::run(args),
         Command::Dash(args) => dash::run(args),

@@ -10,12 +10,11 @@
 //! panics there; on Vulkan the device's own thread panics first. [`Budget::guard`] turns both into
 //! [`Error::OutOfMemory`].
 
-use std::any::Any;
-use std::panic::{self, AssertUnwindSafe, PanicHookInfo};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
 
+use super::exhausted::{self, Failure};
 use crate::config::{Config, DeviceKind, Recompute};
 use crate::error::{Error, Result};
 use crate::memory::{self, CUDA_CONTEXT, size};
@@ -23,24 +22,6 @@ use crate::nvidia::{self, Gpu};
 
 /// Memory above the limit is taken in pieces of this size, in bytes.
 const PIECE: u64 = 4 << 30;
-
-/// What an out-of-memory failure says, in lower case: CubeCL's two errors and what it says of work that
-/// followed a failed allocation, CUDA's, cuBLASLt's, and what graphics drivers say.
-const SIGNS: [&str; 7] = [
-    "out of device memory",
-    "memory location was never initialized",
-    "can't allocate buffer of size",
-    "cuda_error_out_of_memory",
-    "cublas_status_alloc_failed",
-    "out-of-memory",
-    "out of memory",
-];
-
-/// What stands before the number of bytes that could not be had.
-const SIZE_FOLLOWS: [&str; 2] = [
-    "out of device memory allocating ",
-    "can't allocate buffer of size: ",
-];
 
 /// Memory that CubeCL holds on a device, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,13 +187,16 @@ impl Budget {
             Recompute::First(layers) if layers >= config.model.depth => Recompute::All,
             recompute => recompute,
         };
+        let train = &config.train;
         Error::OutOfMemory {
-            device: self.device.clone(),
+            device: format!("`{}`", self.device),
             reason,
-            batch: config.train.batch,
-            length: config.train.length,
-            recompute: recompute.to_string(),
-            checkpoint_every: config.train.checkpoint_every,
+            hint: memory_hint(
+                train.batch,
+                train.length,
+                &recompute.to_string(),
+                train.checkpoint_every,
+            ),
         }
     }
 
@@ -223,36 +207,14 @@ impl Budget {
     ///
     /// What `work` says, and [`Error::OutOfMemory`]. Any other panic goes on.
     pub fn guard<T>(&self, config: &Config, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        let first = Arc::new(Mutex::new(None));
-        let result = {
-            let _quiet = QuietHook::install(self.gpu.clone(), Arc::clone(&first));
-            panic::catch_unwind(AssertUnwindSafe(work))
-        };
-        let noted = first.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let failure = match &result {
-            Ok(Err(Error::Other(error))) => Failure::of(&format!("{error:#}")),
-            Ok(_) => None,
-            Err(_) => noted,
-        };
-        match (failure, result) {
-            (Some(failure), _) => {
-                tracing::debug!("{}", failure.text);
-                Err(self.out_of_memory(self.describe(&failure), config))
-            }
-            (None, Ok(result)) => result,
-            (None, Err(payload)) => panic::resume_unwind(payload),
-        }
+        exhausted::caught(self.gpu.clone(), work, |failure| {
+            self.out_of_memory(self.describe(failure), config)
+        })
     }
 
     /// One line for a failed allocation.
     fn describe(&self, failure: &Failure) -> String {
-        let mut reason = match requested(&failure.text) {
-            Some(bytes) => format!("{} more could not be had", size(bytes)),
-            None => "an allocation failed".to_owned(),
-        };
-        if let Some(in_use) = failure.in_use {
-            reason += &format!(", {} are in use", size(in_use));
-        }
+        let mut reason = failure.describe();
         if let Some(limit) = self.limit {
             reason += &format!(", and the limit is {}", size(limit));
         }
@@ -316,86 +278,32 @@ impl Plan {
     }
 }
 
-/// A failed allocation.
-struct Failure {
-    /// What its panic says.
-    text: String,
-    /// Bytes that the run used then, where known: when the panic is caught, much has been given
-    /// back.
-    in_use: Option<u64>,
-}
-
-impl Failure {
-    /// The failure that `text` speaks of, if it is about memory.
-    fn of(text: &str) -> Option<Self> {
-        let lower = text.to_lowercase();
-        let found = SIGNS.iter().any(|sign| lower.contains(sign));
-        found.then(|| Self {
-            text: text.to_owned(),
-            in_use: None,
-        })
-    }
-}
-
-/// Notes the first out-of-memory panic of any thread, and keeps its default message and those of
-/// what follows from it from being printed. Ends with the value.
-struct QuietHook {
-    previous: Arc<Hook>,
-}
-
-type Hook = dyn Fn(&PanicHookInfo<'_>) + Send + Sync;
-
-impl QuietHook {
-    /// `gpu` is the one in use and the bytes there that are not this run's.
-    fn install(gpu: Option<(Arc<Gpu>, u64)>, first: Arc<Mutex<Option<Failure>>>) -> Self {
-        let previous: Arc<Hook> = Arc::from(panic::take_hook());
-        let others = Arc::clone(&previous);
-        panic::set_hook(Box::new(move |info| {
-            let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
-            if first.is_some() {
-                return;
-            }
-            let Some(failure) = panic_text(info.payload()).and_then(Failure::of) else {
-                return others(info);
-            };
-            let in_use = gpu.as_ref().and_then(|(gpu, foreign)| {
-                let (free, total) = gpu.memory()?;
-                Some(total.saturating_sub(free + foreign))
-            });
-            *first = Some(Failure { in_use, ..failure });
-        }));
-        Self { previous }
-    }
-}
-
-impl Drop for QuietHook {
-    fn drop(&mut self) {
-        let previous = Arc::clone(&self.previous);
-        panic::set_hook(Box::new(move |info| previous(info)));
-    }
-}
-
-/// What a panic says.
-fn panic_text(payload: &(dyn Any + Send)) -> Option<&str> {
-    payload
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or_else(|| payload.downcast_ref::<&str>().copied())
-}
-
-/// The number of bytes that a failure speaks of.
-fn requested(failure: &str) -> Option<u64> {
-    SIZE_FOLLOWS.iter().find_map(|before| {
-        let (_, rest) = failure.split_once(before)?;
-        let end = rest
-            .find(|c: char| !c.is_ascii_digit())
-            .unwrap_or(rest.len());
-        rest[..end].parse().ok()
-    })
+/// The settings that decide about memory, each with what it is now. Groups of layers are for those
+/// who have little else left.
+fn memory_hint(batch: usize, length: usize, recompute: &str, checkpoint_every: usize) -> String {
+    let recompute = match (recompute, checkpoint_every) {
+        ("all", 0) => "`train.recompute` is already \"all\": set `train.checkpoint_every`, for \
+                       instance to 8 (now 0; a second forward pass)"
+            .to_owned(),
+        ("all", now) => {
+            format!("`train.recompute` is already \"all\", `train.checkpoint_every` is {now}")
+        }
+        (now, _) => format!("set `train.recompute` to \"all\" (now {now}; a tenth more time)"),
+    };
+    let batch = match batch {
+        0 | 1 => "`train.batch` is already 1".to_owned(),
+        now => format!("lower `train.batch` (now {now}), raise `train.accumulation` to match"),
+    };
+    format!(
+        "{recompute}; {batch}; shorten `train.length` (now {length}); `mambabyte estimate` shows \
+         what fits"
+    )
 }
 
 #[cfg(test)]
 mod tests {
+    use std::panic;
+
     use super::*;
 
     const GIB: u64 = 1 << 30;
@@ -411,16 +319,13 @@ mod tests {
         Config::parse("config", text, &settings).expect("valid")
     }
 
-    /// The hook of panics is one for all threads: tests that set it take turns.
-    static TURN: Mutex<()> = Mutex::new(());
-
     /// As [`Budget::guard`], alone.
     fn guarded<T>(
         limit: Option<u64>,
         config: &Config,
         work: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
-        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = exhausted::turn();
         budget(limit).guard(config, work)
     }
 
@@ -477,25 +382,17 @@ mod tests {
     }
 
     #[test]
-    fn the_signs_of_every_source_are_known() {
-        for text in [
-            CUBECL,
-            "can't allocate buffer of size: 7000000000\n",
-            "product: Several failures at once\n  skipped `AdjointEnds`: it needed memory which \
-             carried the failure\n  couldn't find resource for that handle: Memory location was \
-             never initialized",
-            "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")",
-            "CublasError(CUBLAS_STATUS_ALLOC_FAILED)",
-            "An out-of-memory error happened during launch",
-        ] {
-            assert!(Failure::of(text).is_some(), "{text}");
+    fn the_hint_names_the_three_settings() {
+        for (batch, recompute) in [(1, "all"), (4, "none"), (2, "10")] {
+            let hint = memory_hint(batch, 8192, recompute, 0);
+            for key in ["`train.batch`", "`train.length`", "`train.recompute`"] {
+                assert!(hint.contains(key), "{hint}");
+            }
         }
-        assert!(Failure::of("index out of bounds").is_none());
-        assert_eq!(panic_text(&"text".to_owned()), Some("text"));
-        assert_eq!(panic_text(&7u8), None);
-        assert_eq!(requested(CUBECL), Some(402_653_184));
-        assert_eq!(requested("can't allocate buffer of size: 70\n"), Some(70));
-        assert_eq!(requested("CUDA_ERROR_OUT_OF_MEMORY"), None);
+        assert!(!memory_hint(1, 8192, "all", 0).contains("lower `train.batch`"));
+        // Groups of layers are named where recomputation is used up.
+        let named = |recompute| memory_hint(1, 8192, recompute, 0).contains("checkpoint_every");
+        assert!(named("all") && !named("10"));
     }
 
     #[test]
