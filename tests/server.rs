@@ -467,6 +467,15 @@ fn pages_from_elsewhere_are_not_served() {
     for host in ["evil.example", "localhost.evil.example:8000", "0.0.0.0"] {
         assert_eq!(ask(&[("Host", host)]).status, 403, "{host}");
     }
+    // Two names: whoever is in between may go by the other one.
+    let two = [("Host", "localhost"), ("Host", "evil.example")];
+    assert_eq!(ask(&two).status, 403);
+    let two = [
+        ("Host", "localhost"),
+        ("Origin", "http://localhost"),
+        ("Origin", "http://evil.example"),
+    ];
+    assert_eq!(ask(&two).status, 403);
     for (origin, status) in [
         ("http://localhost:3000", 200),
         ("http://evil.example", 403),

@@ -50,14 +50,17 @@ fn check(app: &App, method: &Method, headers: &HeaderMap) -> Result<(), ApiError
             .and_then(|value: &HeaderValue| value.to_str().ok())
             .unwrap_or_default()
     };
-    // Where others are meant to ask, the machine has names we do not know; there the key protects.
-    if options.host.is_loopback() && !is_local(text(header::HOST)) {
+    // Where others are meant to ask, the machine has names we do not know; there the key protects. A
+    // second `Host` could be the one that somebody else goes by.
+    let one_host = headers.get_all(header::HOST).iter().count() == 1;
+    if options.host.is_loopback() && !(one_host && is_local(text(header::HOST))) {
         return Err(ApiError::new(
             StatusCode::FORBIDDEN,
             "the header `Host` names another machine: use localhost, 127.0.0.1 or [::1]",
         ));
     }
-    if headers.contains_key(header::ORIGIN) && !is_local_origin(text(header::ORIGIN)) {
+    let mut origins = headers.get_all(header::ORIGIN).iter();
+    if origins.any(|origin| !origin.to_str().is_ok_and(is_local_origin)) {
         return Err(ApiError::new(
             StatusCode::FORBIDDEN,
             "requests of web pages from elsewhere are not served",

@@ -14,10 +14,10 @@ use super::{AHEAD, NORM_UNITS, TILE, WideConfig};
 use crate::cube::math::sigmoid;
 use crate::cube::reduce::cube_sum;
 
-/// The tile `Σ_k a[row, k] · b[k, column]` of a plane, into `out[out_at ..]` row by row.
+/// The tile `Σ_k a[row, k] · b[k, column]` of a plane, into `out[out_at ..]` row by row; both are
+/// stored row by row.
 ///
-/// The rows of `a` begin at `a_at` and are `a_stride` apart. `b` is stored column by column
-/// (`by_columns`, as weights `[out, in]`) or row by row.
+/// The rows of `a` begin at `a_at` and are `a_stride` apart, and so on.
 #[cube]
 fn tile_product<W: Float>(
     a: &[W],
@@ -28,16 +28,10 @@ fn tile_product<W: Float>(
     out_at: usize,
     #[comptime] a_stride: usize,
     #[comptime] b_stride: usize,
-    #[comptime] by_columns: bool,
     #[comptime] depth: usize,
     #[comptime] w: WideConfig,
 ) {
     if w.tensor {
-        let layout = comptime!(if by_columns {
-            cmma::MatrixLayout::ColMajor
-        } else {
-            cmma::MatrixLayout::RowMajor
-        });
         let sum = cmma::Matrix::<f32>::from_value(
             cmma::MatrixIdent::Accumulator,
             TILE,
@@ -55,15 +49,14 @@ fn tile_product<W: Float>(
             for i in 0..comptime!(if steps < AHEAD { steps } else { AHEAD }) {
                 let k = (round * comptime!(AHEAD) + i) * TILE;
                 if comptime!(steps % AHEAD == 0 || steps < AHEAD) || k < depth {
-                    let a_from = a_at + k;
-                    let b_from = b_at + k * comptime!(if by_columns { 1 } else { b_stride });
+                    let b_from = b_at + k * comptime!(b_stride);
                     let a_tile = cmma::Matrix::<W>::from_slice(
                         cmma::MatrixIdent::A,
                         TILE,
                         TILE,
                         TILE,
                         cmma::MatrixLayout::RowMajor,
-                        &a[a_from..a_len],
+                        &a[a_at + k..a_len],
                         comptime!(a_stride as u32).runtime(),
                     );
                     let b_tile = cmma::Matrix::<W>::from_slice(
@@ -71,7 +64,7 @@ fn tile_product<W: Float>(
                         TILE,
                         TILE,
                         TILE,
-                        layout,
+                        cmma::MatrixLayout::RowMajor,
                         &b[b_from..b_len],
                         comptime!(b_stride as u32).runtime(),
                     );
@@ -89,17 +82,12 @@ fn tile_product<W: Float>(
         let lane = UNIT_POS as usize % comptime!(w.step.plane);
         for i in 0..comptime!((TILE * TILE).div_ceil(w.step.plane)) {
             let place = i * comptime!(w.step.plane) + lane;
-            let row = place / TILE;
-            let column = place % TILE;
+            let row = a_at + place / TILE * a_stride;
+            let column = b_at + place % TILE;
             let mut sum = 0.0f32;
             for k in 0..depth {
-                let left = f32::cast_from(a[a_at + row * a_stride + k]);
-                let at = if comptime!(by_columns) {
-                    column * b_stride + k
-                } else {
-                    k * b_stride + column
-                };
-                sum = fma(left, f32::cast_from(b[b_at + at]), sum);
+                let left = f32::cast_from(a[row + k]);
+                sum = fma(left, f32::cast_from(b[column + k * b_stride]), sum);
             }
             out[out_at + place] = sum;
         }
@@ -283,9 +271,7 @@ pub(super) fn low_wide<W: Float>(
     if tile < comptime!(w.tiles) {
         let a_at = tile * comptime!(TILE * inner) + part * depth;
         let b_at = (layer * inner + part * depth) * low + first;
-        tile_product(
-            u, x_proj, &mut sums, a_at, b_at, own, inner, low, false, depth, w,
-        );
+        tile_product(u, x_proj, &mut sums, a_at, b_at, own, inner, low, depth, w);
     }
     sync_cube();
     for i in 0..comptime!((TILE * TILE).div_ceil(w.step.plane)) {
