@@ -1,5 +1,14 @@
 //! What `Host` and `Origin` headers name, for servers that only this machine may ask.
 
+use axum::http::{HeaderMap, header};
+
+/// The `Host` of a request that has one: of two, somebody between might go by the other.
+pub(crate) fn only_host(headers: &HeaderMap) -> Option<&str> {
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let host = hosts.next()?.to_str().ok()?;
+    hosts.next().is_none().then_some(host)
+}
+
 /// The name in a `Host`, without its port and the brackets of an IPv6 address; none where it is no
 /// `Host`.
 pub(crate) fn host_name(host: &str) -> Option<&str> {

@@ -11,7 +11,7 @@ use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 
-use crate::loopback::{host_name, origin_host};
+use crate::loopback::{host_name, only_host, origin_host};
 
 /// Nothing from elsewhere, no scripts or styles in the page itself, no frames around it.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
@@ -57,10 +57,8 @@ fn refusal(
             "the dashboard changes nothing: GET only\n",
         ));
     }
-    let mut hosts = headers.get_all(header::HOST).iter();
-    let host = hosts.next().and_then(|it| it.to_str().ok());
-    let one_good_host = host.is_some_and(is_own) && hosts.next().is_none();
-    if !one_good_host || !uri_host.is_none_or(is_own) {
+    let host = only_host(headers);
+    if !host.is_some_and(is_own) || !uri_host.is_none_or(is_own) {
         return Some((
             StatusCode::FORBIDDEN,
             "refused: open the dashboard as http://localhost:PORT or http://127.0.0.1:PORT, \

@@ -12,7 +12,7 @@ use axum::response::{IntoResponse, Response};
 
 use super::App;
 use super::api::ApiError;
-use crate::loopback::{host_name, origin_host};
+use crate::loopback::{host_name, only_host, origin_host};
 
 /// Checks a request, bounds its time, and marks its answer.
 pub(super) async fn guard(State(app): State<App>, request: Request, next: Next) -> Response {
@@ -50,10 +50,8 @@ fn check(app: &App, method: &Method, headers: &HeaderMap) -> Result<(), ApiError
             .and_then(|value: &HeaderValue| value.to_str().ok())
             .unwrap_or_default()
     };
-    // Where others are meant to ask, the machine has names we do not know; there the key protects. A
-    // second `Host` could be the one that somebody else goes by.
-    let one_host = headers.get_all(header::HOST).iter().count() == 1;
-    if options.host.is_loopback() && !(one_host && is_local(text(header::HOST))) {
+    // Where others are meant to ask, the machine has names we do not know; there the key protects.
+    if options.host.is_loopback() && !only_host(headers).is_some_and(is_local) {
         return Err(ApiError::new(
             StatusCode::FORBIDDEN,
             "the header `Host` names another machine: use localhost, 127.0.0.1 or [::1]",
