@@ -1,6 +1,6 @@
 //! What the GPU forms of the operations share: elementary functions ([`math`]), sums over planes
-//! and cubes ([`reduce`]), numbers read as words ([`words`]), and the launch side: buffers, grids,
-//! device limits.
+//! and cubes ([`reduce`]), numbers read as words ([`words`]) and as wider vectors ([`wide`]), and the
+//! launch side: buffers, grids, device limits.
 //!
 //! Kernels index flat buffers, contiguous or of rows a stride apart ([`rows`]). Positions are
 //! `usize`, which compiles to 32 bits, or to 64 where a buffer of the launch has more than 2³²
@@ -12,6 +12,7 @@
 pub(crate) mod math;
 pub(crate) mod reduce;
 pub(crate) mod timing;
+pub(crate) mod wide;
 pub(crate) mod words;
 
 use burn::tensor::{DType, Shape};

@@ -10,7 +10,7 @@ pub(crate) type Words<P> = Vector<u32, P>;
 
 /// The first number of a word.
 #[cube]
-pub(crate) fn first_number(word: u32, #[comptime] halves: bool) -> f32 {
+fn first_number(word: u32, #[comptime] halves: bool) -> f32 {
     let mut bits = word;
     if halves {
         bits = word << 16u32;
@@ -20,7 +20,7 @@ pub(crate) fn first_number(word: u32, #[comptime] halves: bool) -> f32 {
 
 /// The second number of a word of two.
 #[cube]
-pub(crate) fn second_number(word: u32) -> f32 {
+fn second_number(word: u32) -> f32 {
     f32::reinterpret(word & 0xffff_0000u32)
 }
 

@@ -14,14 +14,15 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::phases::{
-    One, Words, advance, enter, head, leave, load_advance, load_enter, load_leave, no_advance,
-    no_enter, no_leave,
+    advance, enter, head, leave, load_advance, load_enter, load_leave, no_advance, no_enter,
+    no_leave,
 };
 use super::plan::StepConfig;
 use super::steps::next_byte;
-use super::weights::word_buffer;
 use super::{AHEAD, Buffers, Weights};
-use crate::cube::{address_type, buffer, cube_dim};
+use crate::cube::wide::One;
+use crate::cube::words::Words;
+use crate::cube::{address_type, buffer, cube_dim, word_buffer};
 use crate::sampling::BYTES;
 use crate::sampling::cube::{CHOICE, SETTINGS};
 
@@ -153,14 +154,14 @@ fn run_steps<P: Size, V: Size, T: Size, S: Size, Q: Size>(
     arrivals: &[Atomic<u32>],
     embedding: &[f32],
     stream: &mut [One],
-    widths: &[f32],
-    channels: &[f32],
+    widths: &[One],
+    channels: &[One],
     in_proj: &[Words<P>],
     x_proj: &[Words<Const<1>>],
     dt_proj: &[Words<T>],
     rates: &[Vector<f32, S>],
     out_proj: &[Words<P>],
-    norm_f: &[f32],
+    norm_f: &[One],
     head_weights: &[Words<P>],
     window: &mut [f32],
     u: &mut [f32],

@@ -93,7 +93,8 @@ impl StepConfig {
         let low = sizes.rank + 2 * sizes.states;
         // Half of the shared memory for the inputs of a product.
         let fitting = device.shared_bytes / 2 / (4 * sizes.width.next_multiple_of(vector * plane));
-        let group = power_of_two_below(fitting.min(GROUP).min(plane).min(planes));
+        let group = power_of_two_below(fitting.min(GROUP).min(plane).min(planes))
+            .min(batch.next_power_of_two());
         // One cube for each processor, in as few rounds as there have to be.
         let share = |count: usize, most: usize| {
             let rounds = count.div_ceil(processors).div_ceil(most);
@@ -102,7 +103,7 @@ impl StepConfig {
         let lanes = LANES.min(plane);
         let most = units / lanes;
         let block = share(sizes.inner * batch, most);
-        let out_rows = share(sizes.width, units / group.min(batch.next_power_of_two()));
+        let out_rows = share(sizes.width, units / group);
         let channels = share(sizes.inner, CHANNELS);
         let config = Self {
             ptx: device.ptx,
@@ -117,7 +118,7 @@ impl StepConfig {
             centred: sizes.centred,
             norm_f: sizes.norm_f,
             halves,
-            group: group.min(batch.next_power_of_two()),
+            group,
             channels,
             parts: sizes.inner.div_ceil(channels),
             // A cube has channels of one sequence only.
@@ -183,7 +184,7 @@ impl StepConfig {
     }
 
     /// Weights of a word.
-    const fn per_word(&self) -> usize {
+    pub const fn per_word(&self) -> usize {
         if self.halves { 2 } else { 1 }
     }
 

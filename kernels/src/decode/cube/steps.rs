@@ -4,12 +4,12 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use super::phases::{One, Words};
 use super::plan::StepConfig;
-use super::weights::word_buffer;
 use super::wide::{self, WideBuffers, WideConfig};
 use super::{Buffers, Weights, phases};
-use crate::cube::{address_type, buffer, cube_dim, grid};
+use crate::cube::wide::One;
+use crate::cube::words::Words;
+use crate::cube::{address_type, buffer, cube_dim, grid, word_buffer};
 use crate::sampling::BYTES;
 use crate::sampling::cube::{CHOICE, SETTINGS, choose};
 
@@ -228,8 +228,8 @@ pub(super) fn next_byte(
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn enter<P: Size, V: Size>(
     stream: &mut [One],
-    widths: &[f32],
-    channels: &[f32],
+    widths: &[One],
+    channels: &[One],
     in_proj: &[Words<P>],
     x_proj: &[Words<Const<1>>],
     window: &mut [f32],
@@ -259,7 +259,7 @@ fn advance<T: Size, S: Size, Q: Size>(
     parts: &mut [One],
     u: &mut [f32],
     z: &mut [f32],
-    channels: &[f32],
+    channels: &[One],
     dt_proj: &[Words<T>],
     rates: &[Vector<f32, S>],
     h: &mut [Vector<f32, S>],
@@ -284,7 +284,7 @@ fn advance<T: Size, S: Size, Q: Size>(
 fn leave<P: Size, V: Size>(
     y: &mut [One],
     out_proj: &[Words<P>],
-    widths: &[f32],
+    widths: &[One],
     stream: &mut [One],
     layer: usize,
     batch: usize,
@@ -303,7 +303,7 @@ fn leave<P: Size, V: Size>(
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn head<P: Size, V: Size>(
     stream: &mut [One],
-    norm: &[f32],
+    norm: &[One],
     weights: &[Words<P>],
     logits: &mut [f32],
     position: &mut [u32],

@@ -7,7 +7,6 @@ use burn_cubecl::tensor::CubeTensor;
 use super::super::{DecodeLayer, DecodeModel};
 use crate::cube::contiguous;
 use crate::cube::math::LOG2E;
-pub(super) use crate::cube::word_buffer;
 
 /// The weights of all layers, each kind in one buffer.
 #[derive(Clone, Debug)]
@@ -60,13 +59,20 @@ impl Weights {
         let rank = layers[0].dt_proj.dims()[0];
         let more = whole_words(rank, dtype) - rank;
         let x_proj = |layer: &DecodeLayer| {
-            let columns = layer.x_proj.dims()[1];
-            let own = layer.x_proj.clone().narrow(1, 0, rank);
-            let rest = layer.x_proj.clone().narrow(1, rank, columns - rank);
+            let columns = layer.x_proj.clone();
+            if more == 0 {
+                return columns;
+            }
+            let own = columns.clone().narrow(1, 0, rank);
+            let others = columns.dims()[1] - rank;
+            let rest = columns.narrow(1, rank, others);
             Tensor::cat(vec![own, Tensor::zeros([inner, more], &device), rest], 1)
         };
         let dt_proj = |layer: &DecodeLayer| {
             let rows = layer.dt_proj.clone();
+            if more == 0 {
+                return rows;
+            }
             Tensor::cat(vec![rows, Tensor::zeros([more, inner], &device)], 0)
         };
         let or_zero =
@@ -105,14 +111,8 @@ impl Weights {
         Self {
             embedding: raw(model.embedding.clone()),
             in_proj: all(&|layer| layer.in_proj.clone().cast(dtype).transpose()),
-            x_proj: match more {
-                0 => all(&|layer| layer.x_proj.clone().cast(dtype)),
-                _ => all(&|layer| x_proj(layer).cast(dtype)),
-            },
-            dt_proj: match more {
-                0 => all(&|layer| layer.dt_proj.clone().cast(dtype).transpose()),
-                _ => all(&|layer| dt_proj(layer).cast(dtype).transpose()),
-            },
+            x_proj: all(&|layer| x_proj(layer).cast(dtype)),
+            dt_proj: all(&|layer| dt_proj(layer).cast(dtype).transpose()),
             out_proj: all(&|layer| layer.out_proj.clone().cast(dtype).transpose()),
             head: raw(head.slice([0..model.vocabulary, 0..width]).cast(dtype)),
             norm_f: raw(Tensor::stack::<2>(norm_f, 0)),

@@ -16,10 +16,11 @@ use cubecl::prelude::*;
 
 use super::common::{Place, V4, load_initial, load_rates, store_last, store_states};
 use super::walk_parts::{
-    One, Strides, finish, four_at, nothing_ahead, parameters, part, put, read, shift, stage,
+    Strides, finish, nothing_ahead, parameters, part, put, read, shift, stage,
 };
 use crate::cube::OptionalInput;
 use crate::cube::math::exp2;
+use crate::cube::wide::{One, wide_at};
 use crate::cube::words::Words;
 
 /// Positions of a tile.
@@ -84,8 +85,8 @@ struct Groups {
 #[cube]
 fn fetch(
     groups: &mut Groups,
-    steps: &Shared<[One]>,
-    bc: &Shared<[One]>,
+    steps: &mut Shared<[One]>,
+    bc: &mut Shared<[One]>,
     lane: usize,
     share: usize,
     #[comptime] parity: usize,
@@ -96,14 +97,15 @@ fn fetch(
     for i in 0..comptime!(GROUP / 2) {
         let at = comptime!(parity * CHANNELS * STEP_PITCH / 2 + group * GROUP / 2 + i)
             + lane * comptime!(STEP_PITCH / 2);
-        groups.steps[comptime!(group % 2 * (GROUP / 2) + i)] = four_at(steps, at, c.ptx);
+        groups.steps[comptime!(group % 2 * (GROUP / 2) + i)] =
+            wide_at::<Const<4>>(steps, at, c.ptx);
     }
     #[unroll]
     for i in 0..GROUP {
         let row = comptime!(parity * TILE + group * GROUP + i);
         let at = comptime!(row * 2 * SHARES) + share * 2;
-        groups.b[comptime!(group % 2 * GROUP + i)] = four_at(bc, at, c.ptx);
-        groups.c[comptime!(group % 2 * GROUP + i)] = four_at(bc, at + 1, c.ptx);
+        groups.b[comptime!(group % 2 * GROUP + i)] = wide_at::<Const<4>>(bc, at, c.ptx);
+        groups.c[comptime!(group % 2 * GROUP + i)] = wide_at::<Const<4>>(bc, at + 1, c.ptx);
     }
 }
 
@@ -268,8 +270,8 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
             }
             fetch(
                 &mut groups,
-                &steps,
-                &bc,
+                &mut steps,
+                &mut bc,
                 lane,
                 share,
                 parity,
@@ -278,7 +280,7 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
             );
             finish::<Y, SU, SD, SP, SZ>(
                 &ahead,
-                &sums,
+                &mut sums,
                 &parameters,
                 y,
                 &part,
@@ -294,8 +296,8 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
                 if comptime!(group + 1 < TILE / GROUP) {
                     fetch(
                         &mut groups,
-                        &steps,
-                        &bc,
+                        &mut steps,
+                        &mut bc,
                         lane,
                         share,
                         parity,
@@ -314,7 +316,7 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
     }
     finish::<Y, SU, SD, SP, SZ>(
         &ahead,
-        &sums,
+        &mut sums,
         &parameters,
         y,
         &part,

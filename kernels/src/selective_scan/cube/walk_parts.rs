@@ -8,10 +8,8 @@ use super::walk::{CHANNELS, SHARES, STATES, STEP_PITCH, TILE, WalkConfig};
 use crate::cube::OptionalInput;
 use crate::cube::math::{sigmoid, step_size};
 use crate::cube::reduce::tree_sum;
+use crate::cube::wide::{One, wide_at};
 use crate::cube::words::{Words, number};
-
-/// A number of shared memory that is written and read as vectors of several widths.
-pub(super) type One = Vector<f32, Const<1>>;
 
 /// From a position to the next: of u, delta and y, and of z, in fours; of B and C in twos.
 #[derive(CubeType)]
@@ -273,28 +271,12 @@ fn put_two(buffer: &mut Shared<[One]>, at: usize, first: f32, second: f32, #[com
     }
 }
 
-/// Four numbers, the fours counted from the buffer's start.
-#[cube]
-pub(super) fn four_at(buffer: &Shared<[One]>, at: usize, #[comptime] ptx: bool) -> V4 {
-    let mut four = V4::new(0.0f32);
-    if ptx {
-        four = buffer.with_vector_size::<Const<4>>()[at];
-    } else {
-        // Not every target can see a buffer as one of wider vectors.
-        #[unroll]
-        for i in 0..4usize {
-            four.insert(i, buffer[4 * at + i].extract(0usize));
-        }
-    }
-    four
-}
-
 /// Completes the outputs of the tile from position `t0` on, which is tile k - 1. Of a tile beyond
 /// either end nothing is written.
 #[cube]
 pub(super) fn finish<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
     ahead: &Ahead<SU, SD, SP, SZ>,
-    sums: &Shared<[One]>,
+    sums: &mut Shared<[One]>,
     parameters: &Parameters,
     y: &mut [Vector<Y, Const<4>>],
     part: &Part,
@@ -309,7 +291,7 @@ pub(super) fn finish<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
         let at = comptime!((parity * SHARES + i) * TILE * c.pitch / 4)
             + part.position * comptime!(c.pitch / 4)
             + part.column / 4;
-        shares[i] = four_at(sums, at, c.ptx);
+        shares[i] = wide_at::<Const<4>>(sums, at, c.ptx);
     }
     let mut out = V4::new(0.0f32);
     #[unroll]

@@ -2,12 +2,11 @@
 
 use cubecl::prelude::*;
 
-use super::{
-    CHANNEL_NUMBERS, DT_BIAS, One, SKIP, StepConfig, Words, first_number, number_at, numbers_at,
-    second_number, wide_at, word_at,
-};
+use super::{CHANNEL_NUMBERS, DT_BIAS, SKIP, StepConfig, load_now};
 use crate::cube::math::{exp2, sigmoid, step_size};
 use crate::cube::reduce::lane_sum;
+use crate::cube::wide::{One, wide_at};
+use crate::cube::words::{Words, number};
 
 /// What a unit loads for [`advance`] before it waits for u, z and the parts.
 #[derive(CubeType)]
@@ -66,7 +65,7 @@ pub(in crate::decode::cube) fn place(
 #[cube]
 pub(in crate::decode::cube) fn load_advance<T: Size, S: Size>(
     ahead: &mut AdvanceAhead<T, S>,
-    channels: &[f32],
+    channels: &[One],
     dt_proj: &[Words<T>],
     rates: &[Vector<f32, S>],
     h: &mut [Vector<f32, S>],
@@ -105,7 +104,7 @@ pub(in crate::decode::cube) fn load_states<S: Size>(
 #[cube]
 pub(in crate::decode::cube) fn load_parameters<T: Size, S: Size>(
     ahead: &mut AdvanceAhead<T, S>,
-    channels: &[f32],
+    channels: &[One],
     dt_proj: &[Words<T>],
     rates: &[Vector<f32, S>],
     layer: usize,
@@ -120,17 +119,19 @@ pub(in crate::decode::cube) fn load_parameters<T: Size, S: Size>(
     for i in 0..comptime!(c.held()) {
         let vector = comptime!(i * lanes) + place.lane;
         let at = row * states + min(vector, comptime!(states - 1).runtime());
-        ahead.rate[i] = numbers_at(rates, at, c.ptx);
+        ahead.rate[i] = load_now(rates, at, c.ptx);
     }
     #[unroll]
     for i in 0..comptime!(c.ranks()) {
         let vector = comptime!(i * lanes) + place.lane;
         let at = row * ranks + min(vector, comptime!(ranks - 1).runtime());
-        ahead.weights[i] = word_at(dt_proj, at, c.ptx);
+        ahead.weights[i] = load_now(dt_proj, at, c.ptx);
     }
     let numbers = row * comptime!(c.taps + CHANNEL_NUMBERS);
-    ahead.numbers[0] = number_at(channels, numbers + comptime!(c.taps + DT_BIAS), c.ptx);
-    ahead.numbers[1] = number_at(channels, numbers + comptime!(c.taps + SKIP), c.ptx);
+    ahead.numbers[0] =
+        load_now(channels, numbers + comptime!(c.taps + DT_BIAS), c.ptx).extract(0usize);
+    ahead.numbers[1] =
+        load_now(channels, numbers + comptime!(c.taps + SKIP), c.ptx).extract(0usize);
 }
 
 /// Δ, B and C from the parts, then one step of the recurrence and the gate.
@@ -203,18 +204,8 @@ pub(in crate::decode::cube) fn recur<T: Size, S: Size>(
         let first = from + first * comptime!(c.rank_vector);
         let mut term = 0.0f32;
         #[unroll]
-        for k in 0..T::value() {
-            let word = ahead.weights[i].extract(k);
-            if c.halves {
-                term = fma(
-                    first_number(word, true),
-                    low[first + comptime!(2 * k)],
-                    term,
-                );
-                term = fma(second_number(word), low[first + comptime!(2 * k + 1)], term);
-            } else {
-                term = fma(first_number(word, false), low[first + k], term);
-            }
+        for k in 0..comptime!(c.rank_vector) {
+            term = fma(number(ahead.weights[i], k, c.halves), low[first + k], term);
         }
         delta += select(vector < rank_vectors, term, 0.0f32);
     }

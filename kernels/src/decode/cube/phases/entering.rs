@@ -7,12 +7,13 @@
 use cubecl::prelude::*;
 
 use super::{
-    CHANNEL_NUMBERS, CONV_BIAS, NormAhead, One, StepConfig, WIDTH_NUMBERS, Words, X_BIAS, Z_BIAS,
-    add_products, first_number, load_norm, no_norm, normalise, number_at, own_sum, read_row,
-    second_number, word_at,
+    CHANNEL_NUMBERS, CONV_BIAS, NormAhead, StepConfig, WIDTH_NUMBERS, X_BIAS, Z_BIAS, add_products,
+    load_norm, load_now, no_norm, normalise, own_sum, read_row,
 };
 use crate::cube::math::sigmoid;
 use crate::cube::reduce::lane_sum;
+use crate::cube::wide::One;
+use crate::cube::words::{Words, number};
 
 /// What a unit loads for [`enter`] before it waits for the stream: all that is known ahead.
 #[derive(CubeType)]
@@ -25,7 +26,7 @@ pub(in crate::decode::cube) struct EnterAhead<P: Size> {
     parameters: Array<f32>,
     inputs: Array<f32>,
     /// The unit's words of the cube's rows of `x_proj`.
-    low: Array<u32>,
+    low: Array<Words<Const<1>>>,
 }
 
 /// An empty [`EnterAhead`].
@@ -45,8 +46,8 @@ pub(in crate::decode::cube) fn no_enter<P: Size>(#[comptime] c: StepConfig) -> E
 #[cube]
 pub(in crate::decode::cube) fn load_enter<P: Size>(
     ahead: &mut EnterAhead<P>,
-    widths: &[f32],
-    channels: &[f32],
+    widths: &[One],
+    channels: &[One],
     in_proj: &[Words<P>],
     x_proj: &[Words<Const<1>>],
     window: &mut [f32],
@@ -85,7 +86,7 @@ pub(in crate::decode::cube) fn load_enter<P: Size>(
         let channel = first + comptime!(i * c.low_slices()) + unit % comptime!(c.low_slices());
         let row = layer * comptime!(c.inner) + min(channel, last);
         let at = row * comptime!(c.low_words()) + word;
-        ahead.low[i] = word_at(x_proj, at, c.ptx).extract(0usize);
+        ahead.low[i] = load_now(x_proj, at, c.ptx);
     }
 }
 
@@ -94,7 +95,7 @@ pub(in crate::decode::cube) fn load_enter<P: Size>(
 #[cube]
 fn load_channel<P: Size>(
     ahead: &mut EnterAhead<P>,
-    channels: &[f32],
+    channels: &[One],
     window: &mut [f32],
     layer: usize,
     batch: usize,
@@ -114,7 +115,7 @@ fn load_channel<P: Size>(
     let state = ((layer * batch + sequence) * comptime!(c.inner) + channel) * past;
     #[unroll]
     for i in 0..numbers {
-        ahead.parameters[i] = number_at(channels, at + i, c.ptx);
+        ahead.parameters[i] = load_now(channels, at + i, c.ptx).extract(0usize);
     }
     #[unroll]
     for i in 0..past {
@@ -130,7 +131,7 @@ fn load_channel<P: Size>(
 pub(in crate::decode::cube) fn enter<P: Size, V: Size>(
     ahead: &mut EnterAhead<P>,
     stream: &mut [One],
-    channels: &[f32],
+    channels: &[One],
     in_proj: &[Words<P>],
     window: &mut [f32],
     u: &mut [f32],
@@ -224,7 +225,7 @@ pub(in crate::decode::cube) fn enter<P: Size, V: Size>(
 /// The cube's part of `x_proj`: a few neighbouring units share the sums of a word's columns.
 #[cube]
 fn leave_parts(
-    weights: &Array<u32>,
+    weights: &Array<Words<Const<1>>>,
     us: &Shared<[f32]>,
     parts: &mut [One],
     first: usize,
@@ -236,7 +237,7 @@ fn leave_parts(
     let slices = comptime!(c.low_slices());
     let word = unit / slices;
     let slice = unit % slices;
-    let each = comptime!(if c.halves { 2 } else { 1 });
+    let each = comptime!(c.per_word());
     let mut sums = Array::<f32>::new(comptime!(each * c.group));
     #[unroll]
     for i in 0..comptime!(each * c.group) {
@@ -251,11 +252,10 @@ fn leave_parts(
         for b in 0..c.group {
             let value = us[place * comptime!(c.group) + b];
             let value = select(inside, value, 0.0f32);
-            let at = comptime!(each * b);
-            sums[at] = fma(first_number(weights[i], c.halves), value, sums[at]);
-            if c.halves {
-                let next = comptime!(each * b + 1);
-                sums[next] = fma(second_number(weights[i]), value, sums[next]);
+            #[unroll]
+            for k in 0..each {
+                let at = comptime!(each * b + k);
+                sums[at] = fma(number(weights[i], k, c.halves), value, sums[at]);
             }
         }
     }

@@ -6,8 +6,10 @@
 
 use cubecl::prelude::*;
 
-use super::{OUT_BIAS, One, StepConfig, WIDTH_NUMBERS, Words, dot, number_at, wide_at, word_at};
+use super::{OUT_BIAS, StepConfig, WIDTH_NUMBERS, dot, load_now};
 use crate::cube::reduce::lane_sum;
+use crate::cube::wide::{One, wide_at};
+use crate::cube::words::Words;
 
 /// What a unit loads for [`leave`] before it waits for y: its vectors of the plane's first rows.
 #[derive(CubeType)]
@@ -53,7 +55,7 @@ fn read_rows<P: Size>(
                 first + comptime!(i * c.plane),
                 comptime!(vectors - 1).runtime(),
             );
-            weights[comptime!(r * loads + i)] = word_at(out_proj, row * vectors + place, c.ptx);
+            weights[comptime!(r * loads + i)] = load_now(out_proj, row * vectors + place, c.ptx);
         }
     }
 }
@@ -69,7 +71,7 @@ fn out_row(plane: usize, #[comptime] row: usize, #[comptime] c: StepConfig) -> u
 pub(in crate::decode::cube) fn load_leave<P: Size>(
     ahead: &mut LeaveAhead<P>,
     out_proj: &[Words<P>],
-    widths: &[f32],
+    widths: &[One],
     layer: usize,
     cube: usize,
     #[comptime] c: StepConfig,
@@ -78,7 +80,7 @@ pub(in crate::decode::cube) fn load_leave<P: Size>(
     let last = comptime!(c.width - 1).runtime();
     let column = min(own_column(cube, c), last);
     let at = (layer * WIDTH_NUMBERS + OUT_BIAS) * comptime!(c.width) + column;
-    ahead.bias[0] = number_at(widths, at, c.ptx);
+    ahead.bias[0] = load_now(widths, at, c.ptx).extract(0usize);
 }
 
 /// The column of the unit's number of the result: the cube's rows of every sequence of a group.

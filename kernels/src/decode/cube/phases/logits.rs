@@ -2,9 +2,9 @@
 
 use cubecl::prelude::*;
 
-use super::{
-    One, StepConfig, Words, add_products, load_norm, no_norm, normalise, own_sum, read_row,
-};
+use super::{StepConfig, add_products, load_norm, no_norm, normalise, own_sum, read_row};
+use crate::cube::wide::One;
+use crate::cube::words::Words;
 
 /// The last norm and the logits.
 ///
@@ -12,7 +12,7 @@ use super::{
 #[cube]
 pub(in crate::decode::cube) fn head<P: Size, V: Size>(
     stream: &mut [One],
-    norm: &[f32],
+    norm: &[One],
     head: &[Words<P>],
     logits: &mut [f32],
     batch: usize,

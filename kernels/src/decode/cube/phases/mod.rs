@@ -22,16 +22,14 @@ use cubecl::prelude::*;
 
 use super::plan::StepConfig;
 use crate::cube::reduce::lane_sum;
-pub(super) use crate::cube::words::{Words, first_number, second_number};
+use crate::cube::wide::{One, wide_at};
+use crate::cube::words::{Words, number};
 pub(super) use advancing::{
-    Place, advance, load_advance, load_parameters, load_states, no_advance, place, recur,
+    advance, load_advance, load_parameters, load_states, no_advance, place, recur,
 };
 pub(super) use entering::{enter, load_enter, no_enter};
 pub(super) use leaving::{leave, load_leave, no_leave};
 pub(super) use logits::head;
-
-/// A number of a buffer that some phases read as wider vectors.
-pub(super) type One = Vector<f32, Const<1>>;
 
 /// Numbers of a channel in the buffer of channel parameters: its taps, then these.
 pub(super) const CONV_BIAS: usize = 0;
@@ -55,18 +53,8 @@ fn dot<P: Size, V: Size>(
 ) -> f32 {
     let mut result = sum;
     #[unroll]
-    for i in 0..P::value() {
-        let word = weights.extract(i);
-        if halves {
-            result = fma(
-                first_number(word, true),
-                x.extract(comptime!(2 * i)),
-                result,
-            );
-            result = fma(second_number(word), x.extract(comptime!(2 * i + 1)), result);
-        } else {
-            result = fma(first_number(word, false), x.extract(i), result);
-        }
+    for i in 0..V::value() {
+        result = fma(number(weights, i, halves), x.extract(i), result);
     }
     result
 }
@@ -84,65 +72,21 @@ const fn width_name(size: usize) -> &'static str {
 /// begins loads from it as early as it can: before the cube has told the others that it has arrived,
 /// which then waits for them.
 #[cube]
-fn word_at<P: Size>(from: &[Words<P>], at: usize, #[comptime] ptx: bool) -> Words<P> {
-    if comptime!(ptx) {
-        let place = from[at..at + 1].as_ptr();
-        let size = P::value();
-        let name = comptime!(width_name(size));
-        let it: Words<P>;
-        gpu_asm!("ld.global{name}.u32 {}, [{}];", out(_) it, in(_) place);
-        it
-    } else {
-        from[at]
-    }
-}
-
-/// The same of numbers.
-#[cube]
-fn numbers_at<S: Size>(
-    from: &[Vector<f32, S>],
+fn load_now<E: Scalar, N: Size>(
+    from: &[Vector<E, N>],
     at: usize,
     #[comptime] ptx: bool,
-) -> Vector<f32, S> {
+) -> Vector<E, N> {
     if comptime!(ptx) {
         let place = from[at..at + 1].as_ptr();
-        let size = S::value();
+        let size = N::value();
         let name = comptime!(width_name(size));
-        let it: Vector<f32, S>;
-        gpu_asm!("ld.global{name}.f32 {}, [{}];", out(_) it, in(_) place);
+        let it: Vector<E, N>;
+        gpu_asm!("ld.global{name}.b32 {}, [{}];", out(_) it, in(_) place);
         it
     } else {
         from[at]
     }
-}
-
-/// The same of one number.
-#[cube]
-fn number_at(from: &[f32], at: usize, #[comptime] ptx: bool) -> f32 {
-    if comptime!(ptx) {
-        let place = from[at..at + 1].as_ptr();
-        let it: f32;
-        gpu_asm!("ld.global.f32 {}, [{}];", out(_) it, in(_) place);
-        it
-    } else {
-        from[at]
-    }
-}
-
-/// The vector number `at` of a buffer.
-#[cube]
-fn wide_at<V: Size>(buffer: &mut [One], at: usize, #[comptime] ptx: bool) -> Vector<f32, V> {
-    let mut value = Vector::<f32, V>::new(0.0f32);
-    if ptx {
-        value = buffer.with_vector_size::<V>()[at];
-    } else {
-        // Not every target can see a buffer as one of wider vectors.
-        #[unroll]
-        for i in 0..V::value() {
-            value.insert(i, buffer[at * V::value() + i].extract(0usize));
-        }
-    }
-    value
 }
 
 /// A norm's weights and biases of a unit's columns.
@@ -162,13 +106,13 @@ fn no_norm(#[comptime] c: StepConfig) -> NormAhead {
 
 /// Reads a norm's parameters, which begin at `at`.
 #[cube]
-fn load_norm(ahead: &mut NormAhead, widths: &[f32], at: usize, #[comptime] c: StepConfig) {
+fn load_norm(ahead: &mut NormAhead, widths: &[One], at: usize, #[comptime] c: StepConfig) {
     #[unroll]
     for i in 0..comptime!(c.columns()) {
         let column = UNIT_POS as usize + comptime!(i * c.units);
         let column = min(column, comptime!(c.width - 1).runtime());
-        ahead.weight[i] = number_at(widths, at + column, c.ptx);
-        ahead.bias[i] = number_at(widths, at + comptime!(c.width) + column, c.ptx);
+        ahead.weight[i] = load_now(widths, at + column, c.ptx).extract(0usize);
+        ahead.bias[i] = load_now(widths, at + comptime!(c.width) + column, c.ptx).extract(0usize);
     }
 }
 
@@ -306,7 +250,7 @@ fn read_row<P: Size>(
     for i in 0..loads {
         let column = comptime!((round * loads + i) * c.plane) + lane;
         let at = row * vectors + min(column, comptime!(vectors - 1).runtime());
-        into[i] = word_at(weights, at, c.ptx);
+        into[i] = load_now(weights, at, c.ptx);
     }
 }
 

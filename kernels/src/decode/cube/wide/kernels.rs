@@ -5,14 +5,15 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::super::phases::{
-    CHANNEL_NUMBERS, CONV_BIAS, OUT_BIAS, Place, WIDTH_NUMBERS, Words, X_BIAS, Z_BIAS,
-    load_parameters, load_states, no_advance, place, recur,
+    CHANNEL_NUMBERS, CONV_BIAS, OUT_BIAS, WIDTH_NUMBERS, X_BIAS, Z_BIAS, load_parameters,
+    load_states, no_advance, place, recur,
 };
-use super::super::plan::StepConfig;
-use super::product::{Sixteen, number, product};
-use super::{AHEAD, NORM_UNITS, TILE, WideConfig};
+use super::product::{Sixteen, column, number, product, row};
+use super::{AHEAD, NORM_UNITS, SEQUENCES, TALL, TILE, WideConfig};
 use crate::cube::math::sigmoid;
 use crate::cube::reduce::cube_sum;
+use crate::cube::wide::One;
+use crate::cube::words::Words;
 
 /// The tile `Σ_k a[row, k] · b[k, column]` of a plane, into `out[out_at ..]` row by row; both are
 /// stored row by row.
@@ -182,7 +183,6 @@ pub(super) fn enter_wide<W: Float>(
     let blocks = comptime!(w.step.inner / TILE);
     let numbers = comptime!(taps + CHANNEL_NUMBERS);
     let past = comptime!(taps - 1);
-    let square = comptime!(TILE * TILE);
     let first = CUBE_POS % blocks * TILE;
     let first_tile = CUBE_POS / blocks * comptime!(t.tall);
     if first_tile >= comptime!(w.tiles) {
@@ -201,7 +201,7 @@ pub(super) fn enter_wide<W: Float>(
     let mut inputs = Array::<f32>::new(comptime!(count * past));
     #[unroll]
     for i in 0..count {
-        let sequence = first_tile * TILE + (comptime!(i * t.units()) + unit) / TILE;
+        let sequence = first_tile * TILE + row(i, t);
         let state = (layer * batch + min(sequence, batch - 1)) * inner + channel;
         #[unroll]
         for j in 0..past {
@@ -209,15 +209,21 @@ pub(super) fn enter_wide<W: Float>(
         }
     }
     let mut sums = Shared::<[f32]>::new_slice(comptime!(t.sums()));
-    let row = layer * comptime!(2 * inner) + first;
-    product(hat, in_proj, &mut sums, first_tile * TILE, row, inner, t);
+    let weights = layer * comptime!(2 * inner) + first;
+    product(
+        hat,
+        in_proj,
+        &mut sums,
+        first_tile * TILE,
+        weights,
+        inner,
+        t,
+    );
     #[unroll]
     for i in 0..count {
-        let place = comptime!(i * t.units()) + unit;
-        let (tile, within) = (place / square, place % square);
-        let sequence = first_tile * TILE + place / TILE;
-        let x = number(&sums, tile, 0usize, within, t) + parameters[comptime!(taps + X_BIAS)];
-        let gate = number(&sums, tile, 1usize, within, t) + parameters[comptime!(taps + Z_BIAS)];
+        let sequence = first_tile * TILE + row(i, t);
+        let x = number(&sums, i, 0usize, t) + parameters[comptime!(taps + X_BIAS)];
+        let gate = number(&sums, i, 1usize, t) + parameters[comptime!(taps + Z_BIAS)];
         let mut value = parameters[comptime!(taps + CONV_BIAS)];
         #[unroll]
         for j in 0..past {
@@ -265,8 +271,8 @@ pub(super) fn low_wide<W: Float>(
     let plane = UNIT_POS as usize / comptime!(w.step.plane);
     let lane = UNIT_POS as usize % comptime!(w.step.plane);
     let tall = CUBE_POS / comptime!(blocks * w.step.parts);
-    let tile = tall * comptime!(w.tall()) + plane;
-    let mut sums = Shared::<[f32]>::new_slice(comptime!(TILE * TILE * w.tall()));
+    let tile = tall * comptime!(w.tall(TALL)) + plane;
+    let mut sums = Shared::<[f32]>::new_slice(comptime!(TILE * TILE * w.tall(TALL)));
     let own = plane * comptime!(TILE * TILE);
     if tile < comptime!(w.tiles) {
         let a_at = tile * comptime!(TILE * inner) + part * depth;
@@ -291,7 +297,7 @@ pub(super) fn advance_wide<W: Float, T: Size, S: Size>(
     parts: &[f32],
     u: &[f32],
     z: &[f32],
-    channels: &[f32],
+    channels: &[One],
     dt_proj: &[Words<T>],
     rates: &[Vector<f32, S>],
     h: &mut [Vector<f32, S>],
@@ -303,13 +309,13 @@ pub(super) fn advance_wide<W: Float, T: Size, S: Size>(
 ) {
     let c = comptime!(w.step);
     let inner = comptime!(c.inner);
-    let blocks = comptime!(w.advance_blocks());
-    let count = comptime!(w.advance_sequences());
+    let blocks = comptime!(c.blocks());
+    let count = SEQUENCES;
     let first = CUBE_POS / blocks * count;
     if first >= batch {
         terminate!();
     }
-    let mut place = w_place(first, CUBE_POS % blocks, w);
+    let mut place = place(first, CUBE_POS % blocks, c);
     let mut ahead = no_advance::<T, S>(c);
     load_parameters(&mut ahead, channels, dt_proj, rates, layer, &place, c);
     let mut low = Shared::<[f32]>::new_slice(comptime!(count * c.low()));
@@ -354,16 +360,6 @@ pub(super) fn advance_wide<W: Float, T: Size, S: Size>(
     }
 }
 
-/// The unit's place in a block of channels of a cube of [`advance_wide`].
-#[cube]
-fn w_place(sequence: usize, block: usize, #[comptime] w: WideConfig) -> Place {
-    let c = comptime!(StepConfig {
-        block: w.advance_channels(),
-        ..w.step
-    });
-    place(sequence, block, c)
-}
-
 /// `out_proj`, added to the stream. A cube has 16 columns of some tiles of sequences.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(super) fn leave_wide(
@@ -378,7 +374,6 @@ pub(super) fn leave_wide(
     let t = comptime!(w.out_tiles());
     let width = comptime!(w.step.width);
     let blocks = comptime!(w.step.width / TILE);
-    let square = comptime!(TILE * TILE);
     let first = CUBE_POS % blocks * TILE;
     let first_tile = CUBE_POS / blocks * comptime!(t.tall);
     if first_tile >= comptime!(w.tiles) {
@@ -387,24 +382,23 @@ pub(super) fn leave_wide(
     // What the product is added to is loaded before it.
     let unit = UNIT_POS as usize;
     let count = comptime!(t.numbers());
-    let column = first + unit % TILE;
-    let bias = widths[(layer * WIDTH_NUMBERS + OUT_BIAS) * width + column];
+    let own = first + unit % TILE;
+    let bias = widths[(layer * WIDTH_NUMBERS + OUT_BIAS) * width + own];
     let mut before = Array::<f32>::new(count);
     #[unroll]
     for i in 0..count {
-        let sequence = first_tile * TILE + (comptime!(i * t.units()) + unit) / TILE;
-        before[i] = stream[min(sequence, batch - 1) * width + column];
+        let sequence = first_tile * TILE + row(i, t);
+        before[i] = stream[min(sequence, batch - 1) * width + own];
     }
     let mut sums = Shared::<[f32]>::new_slice(comptime!(t.sums()));
-    let row = layer * width + first;
-    product(y, out_proj, &mut sums, first_tile * TILE, row, TILE, t);
+    let weights = layer * width + first;
+    product(y, out_proj, &mut sums, first_tile * TILE, weights, TILE, t);
     #[unroll]
     for i in 0..count {
-        let place = comptime!(i * t.units()) + unit;
-        let sequence = first_tile * TILE + place / TILE;
-        let sum = number(&sums, place / square, 0usize, place % square, t);
+        let sequence = first_tile * TILE + row(i, t);
+        let sum = number(&sums, i, 0usize, t);
         if sequence < batch {
-            stream[sequence * width + column] = before[i] + (sum + bias);
+            stream[sequence * width + own] = before[i] + (sum + bias);
         }
     }
 }
@@ -422,7 +416,6 @@ pub(super) fn head_wide(
     let t = comptime!(w.head_tiles());
     let rows = comptime!(w.step.rows);
     let blocks = comptime!(w.step.rows / TILE);
-    let square = comptime!(TILE * TILE);
     let first = CUBE_POS % blocks * TILE;
     let first_tile = CUBE_POS / blocks * comptime!(t.tall);
     if first_tile >= comptime!(w.tiles) {
@@ -431,11 +424,9 @@ pub(super) fn head_wide(
     let mut sums = Shared::<[f32]>::new_slice(comptime!(t.sums()));
     product(hat, head, &mut sums, first_tile * TILE, first, TILE, t);
     for i in 0..comptime!(t.numbers()) {
-        let place = i * comptime!(t.units()) + UNIT_POS as usize;
-        let sequence = first_tile * TILE + place / TILE;
+        let sequence = first_tile * TILE + row(i, t);
         if sequence < batch {
-            let value = number(&sums, place / square, 0usize, place % square, t);
-            logits[sequence * rows + first + place % TILE] = value;
+            logits[sequence * rows + first + column(i, t)] = number(&sums, i, 0usize, t);
         }
     }
     if CUBE_POS == 0 && UNIT_POS == 0 {

@@ -17,9 +17,8 @@ use self::kernels::{advance_wide, enter_wide, head_wide, leave_wide, low_wide, n
 use self::product::Tiles;
 use super::phases::WIDTH_NUMBERS;
 use super::plan::StepConfig;
-use super::weights::word_buffer;
 use super::{Buffers, Weights};
-use crate::cube::{address_type, buffer, cube_dim, elem, grid};
+use crate::cube::{address_type, buffer, cube_dim, elem, grid, word_buffer};
 
 /// Rows and columns of a tile.
 pub(super) const TILE: usize = 16;
@@ -71,11 +70,20 @@ impl WideConfig {
             .filter(|parts| columns.is_multiple_of(*parts))
             .find(|parts| columns / parts >= 4)
             .unwrap_or(1);
-        Some(Self {
-            step: StepConfig { parts, ..step },
+        let config = Self {
+            step: StepConfig {
+                parts,
+                // A cube that runs the recurrence has as many channels as there are units for.
+                block: step.units / step.lanes(),
+                ..step
+            },
             tiles: batch.div_ceil(TILE),
             tensor,
-        })
+        };
+        // What a unit has of a product is in one column where it takes up whole rows with others.
+        let products = [config.in_tiles(), config.out_tiles()];
+        let rows = products.iter().all(|it| it.units().is_multiple_of(TILE));
+        rows.then_some(config)
     }
 
     /// Rows of the buffers.
@@ -83,34 +91,24 @@ impl WideConfig {
         self.tiles * TILE
     }
 
-    /// Tiles of sequences in a cube.
-    const fn tall(&self) -> usize {
-        if self.tiles < TALL { self.tiles } else { TALL }
+    /// Tiles of sequences in a cube, of which there may be `most`.
+    const fn tall(&self, most: usize) -> usize {
+        if self.tiles < most { self.tiles } else { most }
     }
 
     /// The product of `in_proj`: a tile of x's columns and one of z's.
     const fn in_tiles(&self) -> Tiles {
-        self.tiles_of(self.step.width, self.tall(), 2)
+        self.tiles_of(self.step.width, self.tall(TALL), 2)
     }
 
     /// The product of `out_proj`.
     const fn out_tiles(&self) -> Tiles {
-        let tall = if self.tiles < OUT_TALL {
-            self.tiles
-        } else {
-            OUT_TALL
-        };
-        self.tiles_of(self.step.inner, tall, 1)
+        self.tiles_of(self.step.inner, self.tall(OUT_TALL), 1)
     }
 
     /// The product of the head.
     const fn head_tiles(&self) -> Tiles {
-        let tall = if self.tiles < HEAD_TALL {
-            self.tiles
-        } else {
-            HEAD_TALL
-        };
-        self.tiles_of(self.step.width, tall, 1)
+        self.tiles_of(self.step.width, self.tall(HEAD_TALL), 1)
     }
 
     const fn tiles_of(&self, depth: usize, tall: usize, blocks: usize) -> Tiles {
@@ -126,19 +124,6 @@ impl WideConfig {
             tensor: self.tensor,
         }
         .divided()
-    }
-
-    /// Channels, and sequences, of a cube that runs the recurrence, and such cubes for a sequence.
-    const fn advance_channels(&self) -> usize {
-        self.step.units / self.step.lanes()
-    }
-
-    const fn advance_sequences(&self) -> usize {
-        SEQUENCES
-    }
-
-    const fn advance_blocks(&self) -> usize {
-        self.step.inner.div_ceil(self.advance_channels())
     }
 }
 
@@ -227,8 +212,8 @@ pub(super) fn launch(
             );
             low_wide::launch_unchecked(
                 client,
-                grid(c.low() / TILE * c.parts * w.tiles.div_ceil(w.tall())),
-                cube_dim(w.tall() * c.plane),
+                grid(c.low() / TILE * c.parts * w.tiles.div_ceil(w.tall(TALL))),
+                cube_dim(w.tall(TALL) * c.plane),
                 address,
                 all(&wide.u, u),
                 buffer(&weights.x_proj),
@@ -240,7 +225,7 @@ pub(super) fn launch(
             );
             advance_wide::launch_unchecked(
                 client,
-                grid(w.advance_blocks() * batch.div_ceil(w.advance_sequences())),
+                grid(c.blocks() * batch.div_ceil(SEQUENCES)),
                 cube_dim(c.units),
                 address,
                 c.words()[1],

@@ -5,11 +5,11 @@
 
 use cubecl::prelude::*;
 
-use super::super::phases::{first_number, second_number};
 use super::TILE;
+use crate::cube::words::{Words, number as word_number};
 
-/// Elements of the inputs, as words of 32 bits: see [`Words`](super::super::phases::Words).
-pub(super) type Sixteen = Vector<u32, Const<4>>;
+/// Sixteen bytes of the inputs.
+pub(super) type Sixteen = Words<Const<4>>;
 
 /// Vectors of a row that are in shared memory at a time, at most.
 const CHUNK: usize = 8;
@@ -66,8 +66,7 @@ impl Tiles {
         deep
     }
 
-    /// Numbers of a cube's tiles, of one tile of `b`, for each unit: 16 of them make a row, so a
-    /// unit's are in one column.
+    /// Numbers of a cube's tiles, of one tile of `b`, for each unit.
     pub const fn numbers(&self) -> usize {
         self.tall * TILE * TILE / self.units()
     }
@@ -93,15 +92,21 @@ impl Tiles {
     }
 }
 
-/// Reads a unit's vectors of a piece of `tiles` tiles of rows, from row `first` on; after each tile
-/// it goes on `jump` rows further down.
+/// Where the rows of a cube's tiles are: a tile's begin `jump` rows below those of the one before;
+/// rows beyond the last are that one.
+#[derive(CubeType)]
+struct Rows {
+    first: usize,
+    jump: usize,
+    last: usize,
+}
+
+/// Reads a unit's vectors of a piece of `tiles` tiles of rows.
 #[cube]
 fn read(
     from: &[Sixteen],
     into: &mut Array<Sixteen>,
-    first: usize,
-    jump: usize,
-    last: usize,
+    rows: &Rows,
     piece: usize,
     #[comptime] slot: usize,
     #[comptime] tiles: usize,
@@ -116,9 +121,9 @@ fn read(
         let place = comptime!(i * t.units()) + UNIT_POS as usize;
         let place = min(place, comptime!(tiles * TILE * chunk - 1).runtime());
         let row = place / chunk;
-        let row = first + row / TILE * jump + row % TILE;
+        let row = rows.first + row / TILE * rows.jump + row % TILE;
         into[comptime!(slot * t.copies(tiles) + i)] =
-            from[min(row, last) * vectors + piece * chunk + place % chunk];
+            from[min(row, rows.last) * vectors + piece * chunk + place % chunk];
     }
 }
 
@@ -235,12 +240,9 @@ fn add(a: &Shared<[Sixteen]>, b: &Shared<[Sixteen]>, sums: &mut Sums, #[comptime
                 let x = a[left + start + k];
                 let y = b[right + start + k];
                 #[unroll]
-                for e in 0..4usize {
-                    let (p, q) = (x.extract(e), y.extract(e));
-                    sum = fma(first_number(p, t.halves), first_number(q, t.halves), sum);
-                    if t.halves {
-                        sum = fma(second_number(p), second_number(q), sum);
-                    }
+                for e in 0..comptime!(t.vector) {
+                    let (p, q) = (word_number(x, e, t.halves), word_number(y, e, t.halves));
+                    sum = fma(p, q, sum);
                 }
             }
             sums.plain[i] = sum;
@@ -270,8 +272,16 @@ pub(super) fn product(
     let deep = comptime!(t.deep());
     let mut a_next = Array::<Sixteen>::new(comptime!(deep * t.copies(t.tall)));
     let mut b_next = Array::<Sixteen>::new(comptime!(deep * t.copies(t.blocks)));
-    let a_last = comptime!(t.rows - 1).runtime();
-    let b_last = b_row + b_jump * comptime!(t.blocks - 1) + comptime!(TILE - 1);
+    let of_a = Rows {
+        first: a_row,
+        jump: TILE.runtime(),
+        last: comptime!(t.rows - 1).runtime(),
+    };
+    let of_b = Rows {
+        first: b_row,
+        jump: b_jump,
+        last: b_row + b_jump * comptime!(t.blocks - 1) + comptime!(TILE - 1),
+    };
     let mut sums = Sums {
         spread: Array::new(comptime!(2 * t.blocks)),
         plain: Array::new(comptime!(t.blocks * TILE * TILE / t.plane)),
@@ -291,18 +301,8 @@ pub(super) fn product(
     #[unroll]
     for slot in 0..deep {
         let piece = begin + slot;
-        read(a, &mut a_next, a_row, TILE, a_last, piece, slot, t.tall, t);
-        read(
-            b,
-            &mut b_next,
-            b_row,
-            b_jump,
-            b_last,
-            piece,
-            slot,
-            t.blocks,
-            t,
-        );
+        read(a, &mut a_next, &of_a, piece, slot, t.tall, t);
+        read(b, &mut b_next, &of_b, piece, slot, t.blocks, t);
     }
     for round in 0..comptime!(pieces / deep) {
         #[unroll]
@@ -312,18 +312,8 @@ pub(super) fn product(
             sync_cube();
             if round + 1 < comptime!(pieces / deep) {
                 let piece = begin + (round + 1) * deep + slot;
-                read(a, &mut a_next, a_row, TILE, a_last, piece, slot, t.tall, t);
-                read(
-                    b,
-                    &mut b_next,
-                    b_row,
-                    b_jump,
-                    b_last,
-                    piece,
-                    slot,
-                    t.blocks,
-                    t,
-                );
+                read(a, &mut a_next, &of_a, piece, slot, t.tall, t);
+                read(b, &mut b_next, &of_b, piece, slot, t.blocks, t);
             }
             add(&a_here, &b_here, &mut sums, t);
             sync_cube();
@@ -349,20 +339,38 @@ pub(super) fn product(
     sync_cube();
 }
 
-/// The number at `place` of tile `(i, j)` that [`product`] left.
+/// The row of `a`, within the cube's, of the unit's number `i` of what [`product`] leaves.
+#[cube]
+pub(super) fn row(i: usize, #[comptime] t: Tiles) -> usize {
+    place(i, t) / TILE
+}
+
+/// Its row of `b`, within a tile.
+#[cube]
+pub(super) fn column(i: usize, #[comptime] t: Tiles) -> usize {
+    place(i, t) % TILE
+}
+
+/// The unit's number `i` of those that [`product`] has left of tile `j` of `b`.
 #[cube]
 pub(super) fn number(
     out: &Shared<[f32]>,
     i: usize,
     #[comptime] j: usize,
-    place: usize,
     #[comptime] t: Tiles,
 ) -> f32 {
     let square = comptime!(TILE * TILE);
+    let tile = place(i, t) / square;
+    let within = place(i, t) % square;
     let mut sum = 0.0f32;
     #[unroll]
     for s in 0..t.split {
-        sum += out[((comptime!(s * t.tall) + i) * comptime!(t.blocks) + j) * square + place];
+        sum += out[((comptime!(s * t.tall) + tile) * comptime!(t.blocks) + j) * square + within];
     }
     sum
+}
+
+#[cube]
+fn place(i: usize, #[comptime] t: Tiles) -> usize {
+    i * comptime!(t.units()) + UNIT_POS as usize
 }
