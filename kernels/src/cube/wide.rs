@@ -1,4 +1,4 @@
-//! Buffers of numbers that are read as vectors of several widths.
+//! Buffers of numbers that are read and written as vectors of several widths.
 
 use cubecl::prelude::*;
 
@@ -23,4 +23,22 @@ pub(crate) fn wide_at<V: Size>(
         }
     }
     value
+}
+
+/// Puts the vector number `at` of a buffer.
+#[cube]
+pub(crate) fn put_wide_at<V: Size>(
+    buffer: &mut [One],
+    at: usize,
+    value: Vector<f32, V>,
+    #[comptime] ptx: bool,
+) {
+    if ptx {
+        buffer.with_vector_size_mut::<V>()[at] = value;
+    } else {
+        #[unroll]
+        for i in 0..V::value() {
+            buffer[at * V::value() + i] = One::new(value.extract(i));
+        }
+    }
 }

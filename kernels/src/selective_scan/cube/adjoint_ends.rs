@@ -6,9 +6,10 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::common::{
-    CLEARED, Place, V4, at_position, decay_step, entry, gate_at, load_rates, load_states,
-    load_tile, output, place, put_clears, store_states,
+    CLEARED, Place, V4, at_position, decay_step, entry, fetch_tile, gate_at, load_rates,
+    load_states, output, place, put_clears, put_tile, store_states,
 };
+use super::copies::{arrived, copier, copy_sub_chunk, numbers, own};
 use super::plan::{SUB, SweepConfig};
 use crate::cube::OptionalInput;
 use crate::cube::math::{exp2, sigmoid, step_size};
@@ -85,6 +86,7 @@ pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float, S: Size>(
     let mut b_tile = Shared::<[V4]>::new_slice(comptime!(config.tile_vectors()));
     let mut c_tile = Shared::<[V4]>::new_slice(comptime!(config.tile_vectors()));
     let mut clears = Shared::<[f32]>::new_slice(comptime!(config.tile));
+    let mut copied = Shared::<[U]>::new_aligned_slice(comptime!(numbers(&config)), 16usize);
     let mut rates = Array::<f32>::new(per_lane);
     let mut h = Array::<f32>::new(per_lane);
     let mut product = Array::<f32>::new(per_lane);
@@ -120,35 +122,84 @@ pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float, S: Size>(
     let mut sum = 0.0f32;
     let mut skipped_sum = 0.0f32;
 
+    let z_base = first * z_stride + place.channel;
+    let channel0 =
+        CUBE_POS % inner.div_ceil(comptime!(config.channels())) * comptime!(config.channels());
+    let copier = copier(channel0, inner, first, count);
+    if comptime!(config.copies) {
+        let zero = 0usize.runtime();
+        copy_sub_chunk(u, delta, dy, z, &mut copied, &copier, zero, inner, z_stride);
+    }
+
+    let mut next_b = Array::<Vector<P, S>>::new(comptime!(config.tile_loads()));
+    let mut next_c = Array::<Vector<P, S>>::new(comptime!(config.tile_loads()));
+    let rows = min(comptime!(config.tile).runtime(), count);
+    fetch_tile(b, &mut next_b, first, rows, b_stride, state, config);
+    fetch_tile(c, &mut next_c, first, rows, c_stride, state, config);
+
     for tile in 0..count.div_ceil(comptime!(config.tile)) {
         let t0 = tile * comptime!(config.tile);
         let rows = min(comptime!(config.tile).runtime(), count - t0);
         sync_cube();
-        load_tile(b, &mut b_tile, first + t0, rows, b_stride, state, config);
-        load_tile(c, &mut c_tile, first + t0, rows, c_stride, state, config);
+        put_tile(&next_b, &mut b_tile, rows, state, config);
+        put_tile(&next_c, &mut c_tile, rows, state, config);
         put_clears(resets, &mut clears, first + t0, rows, config);
         sync_cube();
+        // Those of the next tile come while this one is worked on.
+        let next0 = min(t0 + comptime!(config.tile), count - 1);
+        let next_rows = min(comptime!(config.tile).runtime(), count - next0);
+        let from = first + next0;
+        fetch_tile(b, &mut next_b, from, next_rows, b_stride, state, config);
+        fetch_tile(c, &mut next_c, from, next_rows, c_stride, state, config);
         for group in 0..rows.div_ceil(SUB) {
-            let sub = sub_row + t0 / SUB + group;
-            store_sub_states(sub_states, &h, sub, &place, state, inner, per_lane);
-            // All loads of the sub-chunk before its first use of one.
+            let sub = t0 / SUB + group;
+            store_sub_states(
+                sub_states,
+                &h,
+                sub_row + sub,
+                &place,
+                state,
+                inner,
+                per_lane,
+            );
             let mut us = Array::<f32>::new(SUB);
             let mut deltas = Array::<f32>::new(SUB);
             let mut dys = Array::<f32>::new(SUB);
             let mut gates = Array::<f32>::new(SUB);
-            #[unroll]
-            for i in 0..SUB {
-                let t = t0 + group * SUB + i;
-                let at = at_position(base, t, count, inner);
-                us[i] = f32::cast_from(u[at]);
-                deltas[i] = f32::cast_from(delta[at]);
-                dys[i] = f32::cast_from(dy[at]);
-                let z_base = first * z_stride + place.channel;
-                gates[i] = f32::cast_from(gate_at(z, at_position(z_base, t, count, z_stride)));
+            if comptime!(config.copies) {
+                arrived();
+                copy_sub_chunk(
+                    u,
+                    delta,
+                    dy,
+                    z,
+                    &mut copied,
+                    &copier,
+                    sub + 1,
+                    inner,
+                    z_stride,
+                );
+            } else {
+                // All loads of the sub-chunk before its first use of one.
+                #[unroll]
+                for i in 0..SUB {
+                    let t = t0 + group * SUB + i;
+                    let at = at_position(base, t, count, inner);
+                    us[i] = f32::cast_from(u[at]);
+                    deltas[i] = f32::cast_from(delta[at]);
+                    dys[i] = f32::cast_from(dy[at]);
+                    gates[i] = f32::cast_from(gate_at(z, at_position(z_base, t, count, z_stride)));
+                }
             }
             #[unroll]
             for i in 0..SUB {
                 let t = group * SUB + i;
+                if comptime!(config.copies) {
+                    us[i] = own(&copied, &copier, t0 + t, 0usize);
+                    deltas[i] = own(&copied, &copier, t0 + t, 1usize);
+                    dys[i] = own(&copied, &copier, t0 + t, 2usize);
+                    gates[i] = own(&copied, &copier, t0 + t, 3usize);
+                }
                 let valid = t < rows;
                 let dt = step_size(deltas[i] + bias, config.softplus, config.ptx);
                 // A position beyond the last leaves states and adjoints as they are.

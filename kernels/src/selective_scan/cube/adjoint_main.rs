@@ -1,17 +1,17 @@
 //! Main kernel of backward: right to left over the sub-chunks of a chunk, each of them a stage.
 //!
-//! Within a plane, neighbouring lanes are neighbouring channels and each quarter (half, …) of the
-//! plane has another part of the states, so sums over channels and sums over states are both sums
-//! over lanes. A unit has [`SweepConfig::per_unit`] channels and goes through them one after the
-//! other for every sub-chunk, adding up what they give to dB and dC.
+//! A part of the states has a part of the cube's units, neighbouring units neighbouring channels. A unit
+//! has [`SweepConfig::per_unit`] channels and goes through them one after the other for every
+//! sub-chunk, adding up what they give to dB and dC. Sums over channels and over states go through
+//! shared memory: shuffles, with the selects that go with them, are twice the instructions.
 
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::adjoint_ends::Wanted;
 use super::adjoint_parts::{
-    Activations, InPlace, Seat, channel, fetch_activations, pass_sub_chunk, put_steps, seat,
-    sum_channels, sum_planes, sum_states,
+    Activations, InPlace, Seat, channel, fetch_activations, pass_sub_chunk, put_contributions,
+    put_steps, put_sums, seat, slot, sum_channels, sum_states,
 };
 use super::common::{
     V2, V4, elements, entries, fetch_tile, load_rates, load_states, put_clears, put_tile,
@@ -19,6 +19,7 @@ use super::common::{
 use super::plan::{SUB, SweepConfig};
 use crate::cube::OptionalInput;
 use crate::cube::math::LN2;
+use crate::cube::wide::One;
 
 /// Gradients of one segment of chunks.
 ///
@@ -42,7 +43,7 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
     entering: &[f32],
     du: &mut [Vector<U, V>],
     ddelta: &mut [Vector<D, V>],
-    sums_bc: &mut [V4],
+    sums_bc: &mut [V2],
     sums_e: &mut [f32],
     batch: usize,
     length: usize,
@@ -84,12 +85,14 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
     let mut b_tile = Shared::<[V4]>::new_slice(comptime!(config.tile * states / 4));
     let mut c_tile = Shared::<[V4]>::new_slice(comptime!(config.tile * states / 4));
     // (Δ, Δ·u, gated dy, slope of Δ) of every position and channel ...
-    let mut steps = Shared::<[V4]>::new_slice(comptime!(config.tile * config.channels()));
-    // ... and the sums over states (dx, dΔ through the decay).
-    let mut sums = Shared::<[V2]>::new_slice(comptime!(config.tile * config.channels()));
-    let mut plane_sums = Shared::<[V4]>::new_slice(comptime!(
-        config.units.div_ceil(config.plane) * config.tile * states / 2
-    ));
+    let mut steps = Shared::<[V4]>::new_slice(comptime!(config.tile * config.step_pitch()));
+    // ... the parts of the sums over states (dx, dΔ through the decay) ...
+    let mut sums = Shared::<[V2]>::new_slice(comptime!(config.lanes * SUB * config.channels()));
+    // ... and the units' contributions to dB and dC.
+    let mut crossing = Shared::<[One]>::new_aligned_slice(
+        comptime!(SUB * 2 * config.per_lane * config.crossing()),
+        16usize,
+    );
     let mut clears = Shared::<[f32]>::new_slice(tile);
 
     let mut rates = Array::<f32>::new(held);
@@ -129,6 +132,7 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
     for i in 0..vector {
         acc_bias[i] = 0.0f32;
     }
+    let own_slot = slot(own.column);
     let passes = comptime!(config.passes());
     let stages = count.div_ceil(tile);
     let last = count - 1;
@@ -142,6 +146,27 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
     fetch_activations(
         u, delta, z, dy, du, ddelta, &mut next, &own, first, last_stage, last, inner, z_stride,
         in_place, config,
+    );
+    let mut next_b = Array::<Vector<P, S>>::new(comptime!(config.tile_loads()));
+    let mut next_c = Array::<Vector<P, S>>::new(comptime!(config.tile_loads()));
+    let from = first + last_stage;
+    fetch_tile(
+        b,
+        &mut next_b,
+        from,
+        count - last_stage,
+        b_stride,
+        state,
+        config,
+    );
+    fetch_tile(
+        c,
+        &mut next_c,
+        from,
+        count - last_stage,
+        c_stride,
+        state,
+        config,
     );
     // The states before the sub-chunk that comes next.
     let mut next_h = Array::<V4>::new(comptime!(held / 4));
@@ -158,10 +183,11 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
     for turned in 0..stages {
         let t0 = (stages - 1 - turned) * tile;
         let rows = min(comptime!(config.tile).runtime(), count - t0);
-        let mut b_fetched = Array::<Vector<P, S>>::new(comptime!(config.tile_loads()));
-        let mut c_fetched = Array::<Vector<P, S>>::new(comptime!(config.tile_loads()));
-        fetch_tile(b, &mut b_fetched, first + t0, rows, b_stride, state, config);
-        fetch_tile(c, &mut c_fetched, first + t0, rows, c_stride, state, config);
+        let mut us = Array::<Vector<U, V>>::new(passes);
+        #[unroll]
+        for p in 0..passes {
+            us[p] = next.u[p];
+        }
         put_steps(
             &next,
             bias,
@@ -171,8 +197,8 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
             comptime!(z.is_some()),
             config,
         );
-        put_tile(&b_fetched, &mut b_tile, rows, state, config);
-        put_tile(&c_fetched, &mut c_tile, rows, state, config);
+        put_tile(&next_b, &mut b_tile, rows, state, config);
+        put_tile(&next_c, &mut c_tile, rows, state, config);
         put_clears(resets, &mut clears, first + t0, rows, config);
         sync_cube();
         // The stage that comes next; the first one again at the end.
@@ -181,6 +207,9 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
             u, delta, z, dy, du, ddelta, &mut next, &own, first, ahead0, last, inner, z_stride,
             in_place, config,
         );
+        let (from, held_rows) = (first + ahead0, min(SUB.runtime(), count - ahead0));
+        fetch_tile(b, &mut next_b, from, held_rows, b_stride, state, config);
+        fetch_tile(c, &mut next_c, from, held_rows, c_stride, state, config);
 
         let mut over = Array::<f32>::new(comptime!(SUB * 2 * per_lane));
         let mut before = Array::<V4>::new(comptime!(held / 4));
@@ -219,35 +248,45 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
                 comptime!(resets.is_some()),
                 config,
             );
-            sum_states(&mut sum_x, &mut sum_decay, &mut sums, &seat, i, config);
+            put_sums(&sum_x, &sum_decay, &mut sums, &seat, i, config);
         }
-        sum_channels(&mut over, &mut plane_sums, &seat, config);
+        put_contributions(&over, &mut crossing, &seat, config);
         sync_cube();
 
+        // All that is summed is read before any of it is used.
+        let mut totals = Array::<V2>::new(comptime!(passes * vector));
+        #[unroll]
+        for p in 0..passes {
+            let t = min(own.turn + comptime!(p * config.stride()), tile - 1);
+            #[unroll]
+            for i in 0..vector {
+                totals[comptime!(p * vector) + i] = sum_states(&sums, t, own.column + i, config);
+            }
+        }
         #[unroll]
         for p in 0..passes {
             let t = own.turn + comptime!(p * config.stride());
-            if own.inside && t < rows {
-                let at = ((first + t0 + t) * inner + own.channel) / vector;
-                let us = u[at];
-                let mut dus = Vector::<U, V>::new(U::from_int(0));
-                let mut ddeltas = Vector::<D, V>::new(D::from_int(0));
-                #[unroll]
-                for i in 0..vector {
-                    let step = steps[t * columns + own.column + i];
-                    let sum = sums[t * columns + own.column + i];
-                    let dx = sum.extract(0usize);
-                    // The rates carry log₂ e, so the sum does too.
-                    let through = sum.extract(1usize) * LN2;
-                    let uf = f32::cast_from(us.extract(i));
-                    let draw = fma(dx, uf, through) * step.extract(3usize);
-                    let skipped = skip.extract(i) * step.extract(2usize);
-                    dus.insert(i, U::cast_from(fma(dx, step.extract(0usize), skipped)));
-                    ddeltas.insert(i, D::cast_from(draw));
-                    if wanted.bias {
-                        acc_bias[i] += draw;
-                    }
+            let valid = own.inside && t < rows;
+            let mut dus = Vector::<U, V>::new(U::from_int(0));
+            let mut ddeltas = Vector::<D, V>::new(D::from_int(0));
+            #[unroll]
+            for i in 0..vector {
+                let step = steps[min(t, tile - 1) * comptime!(config.step_pitch()) + own_slot + i];
+                let sum = totals[comptime!(p * vector) + i];
+                let dx = sum.extract(0usize);
+                // The rates carry log₂ e, so the sum does too.
+                let through = sum.extract(1usize) * LN2;
+                let uf = f32::cast_from(us[p].extract(i));
+                let draw = fma(dx, uf, through) * step.extract(3usize);
+                let skipped = skip.extract(i) * step.extract(2usize);
+                dus.insert(i, U::cast_from(fma(dx, step.extract(0usize), skipped)));
+                ddeltas.insert(i, D::cast_from(draw));
+                if wanted.bias {
+                    acc_bias[i] += select(valid, draw, 0.0f32);
                 }
+            }
+            if valid {
+                let at = ((first + t0 + t) * inner + own.channel) / vector;
                 du[at] = dus;
                 ddelta[at] = ddeltas;
             }
@@ -256,7 +295,7 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
         let row = (sequence * cubes + cube) * (segment * comptime!(config.chunk))
             + chunk * comptime!(config.chunk)
             + t0;
-        sum_planes(sums_bc, &plane_sums, row, config);
+        sum_channels(sums_bc, &mut crossing, row, config);
     }
 
     // The chunk's partials of dA and the bias's gradient.

@@ -6,14 +6,11 @@ use cubecl::prelude::*;
 use super::common::{Elements, V2, V4, decay_step, gates_at};
 use super::plan::{SUB, SweepConfig};
 use crate::cube::math::{exp2, sigmoid, softplus_exp, softplus_of, softplus_slope_of};
-use crate::cube::reduce::{spread_start, spread_sum, spread_width, spread_writer};
+use crate::cube::wide::{One, put_wide_at, wide_at};
 
 /// Where a unit works in the main kernel, state-wise.
 #[derive(CubeType)]
 pub(super) struct Seat {
-    /// Plane and lane of the unit.
-    pub plane: usize,
-    pub lane: usize,
     /// The part of the states it has.
     pub part: usize,
     /// Its first channel within the cube; the others follow at `config.spacing()`.
@@ -26,15 +23,10 @@ pub(super) struct Seat {
 /// The seat of the unit in cube number `cube` of its chunk.
 #[cube]
 pub(super) fn seat(cube: usize, inner: usize, #[comptime] config: SweepConfig) -> Seat {
-    let across = comptime!(config.plane / config.lanes);
     let unit = UNIT_POS as usize;
-    let plane = unit / comptime!(config.plane);
-    let lane = unit % comptime!(config.plane);
     Seat {
-        plane,
-        lane,
-        part: lane / across,
-        column: plane * across + lane % across,
+        part: unit / comptime!(config.spacing()),
+        column: unit % comptime!(config.spacing()),
         channel0: cube * comptime!(config.channels()),
         inner,
     }
@@ -103,6 +95,24 @@ pub(super) fn fetch_activations<U: Float, D: Float, Z: Float, V: Size>(
     }
 }
 
+/// Where the numbers of channel `column` of a stage are: one place in nine is empty, so that neither
+/// units with one channel each nor those with two meet in a bank of shared memory.
+#[cube]
+pub(super) fn slot(column: usize) -> usize {
+    column + column / 8
+}
+
+/// [`slot`] of the unit's channel `i`.
+#[cube]
+fn own_slot(seat: &Seat, #[comptime] i: usize, #[comptime] config: SweepConfig) -> usize {
+    let spacing = comptime!(config.spacing());
+    if comptime!(spacing % 8 == 0) {
+        slot(seat.column) + comptime!(i * (spacing + spacing / 8))
+    } else {
+        slot(seat.column + comptime!(i * spacing))
+    }
+}
+
 /// Puts (Δ, Δ·u, gated dy, slope of Δ) of the stage's positions into shared memory.
 #[cube]
 pub(super) fn put_steps<U: Float, D: Float, Z: Float, V: Size>(
@@ -115,7 +125,7 @@ pub(super) fn put_steps<U: Float, D: Float, Z: Float, V: Size>(
     #[comptime] config: SweepConfig,
 ) {
     let vector = comptime!(config.vector);
-    let columns = comptime!(config.channels());
+    let slot = slot(own.column);
     #[unroll]
     for p in 0..comptime!(config.passes()) {
         let t = own.turn + comptime!(p * config.stride());
@@ -131,7 +141,7 @@ pub(super) fn put_steps<U: Float, D: Float, Z: Float, V: Size>(
             let mut slope = 1.0f32;
             if config.softplus {
                 let e = softplus_exp(raw, config.ptx);
-                dt = softplus_of(raw, e, config.ptx);
+                dt = softplus_of(raw, e);
                 slope = softplus_slope_of(raw, e, config.ptx);
             }
             let mut w = f32::cast_from(dys.extract(i));
@@ -146,10 +156,10 @@ pub(super) fn put_steps<U: Float, D: Float, Z: Float, V: Size>(
             step.insert(1usize, dt * f32::cast_from(us.extract(i)));
             step.insert(2usize, select(valid, w, 0.0f32));
             if comptime!(config.exact()) {
-                steps[t * columns + own.column + i] = step;
+                steps[t * comptime!(config.step_pitch()) + slot + i] = step;
             } else {
                 if t < comptime!(config.tile) {
-                    steps[t * columns + own.column + i] = step;
+                    steps[t * comptime!(config.step_pitch()) + slot + i] = step;
                 }
             }
         }
@@ -180,7 +190,7 @@ pub(super) fn pass_sub_chunk(
 ) {
     let per_lane = comptime!(config.per_lane);
     let offset = comptime!(i * config.per_lane);
-    let step0 = seat.column + comptime!(i * config.spacing());
+    let step0 = own_slot(seat, i, config);
     let row0 = seat.part * comptime!(per_lane / 4);
     let mut h = Array::<f32>::new(comptime!((SUB + 1) * per_lane));
     let mut decays = Array::<f32>::new(comptime!(SUB * per_lane));
@@ -190,7 +200,7 @@ pub(super) fn pass_sub_chunk(
     }
     #[unroll]
     for t in 0..SUB {
-        let step = steps[step0 + comptime!(t * config.channels())];
+        let step = steps[step0 + comptime!(t * config.step_pitch())];
         let dt = decay_step(step.extract(0usize), clears, t, resets);
         let x = step.extract(1usize);
         #[unroll]
@@ -209,7 +219,7 @@ pub(super) fn pass_sub_chunk(
     #[unroll]
     for back in 0..SUB {
         let t = comptime!(SUB - 1 - back);
-        let step = steps[step0 + comptime!(t * config.channels())];
+        let step = steps[step0 + comptime!(t * config.step_pitch())];
         let dt = step.extract(0usize);
         let x = step.extract(1usize);
         let w = step.extract(2usize);
@@ -252,85 +262,96 @@ pub(super) fn pass_sub_chunk(
     }
 }
 
-/// Sums the planes' contributions to dB and dC of a stage: the cube's partials, from row `row`
-/// of `sums_bc` on.
+/// Puts channel `i`'s parts of the sums over states, (dx, dΔ through the decay), into the rows of
+/// `sums`, `[lanes, SUB, channels]`.
 #[cube]
-pub(super) fn sum_planes(
-    sums_bc: &mut [V4],
-    plane_sums: &Shared<[V4]>,
-    row: usize,
-    #[comptime] config: SweepConfig,
-) {
-    let units = comptime!(config.units);
-    let width = comptime!(config.states() / 2);
-    let vectors = comptime!(config.tile * config.states() / 2);
-    #[unroll]
-    for p in 0..comptime!(vectors.div_ceil(units)) {
-        let at = UNIT_POS as usize + comptime!(p * units);
-        if at < vectors {
-            let mut sum = plane_sums[at];
-            #[unroll]
-            for plane in 1..comptime!(units / config.plane) {
-                sum += plane_sums[at + comptime!(plane * vectors)];
-            }
-            sums_bc[row * width + at] = sum;
-        }
-    }
-}
-
-/// Sums a sub-chunk's contributions to dB and dC over the channels of the plane, into the plane's
-/// rows of `plane_sums`.
-#[cube]
-pub(super) fn sum_channels(
-    values: &mut Array<f32>,
-    plane_sums: &mut Shared<[V4]>,
-    seat: &Seat,
-    #[comptime] config: SweepConfig,
-) {
-    let per_lane = comptime!(config.per_lane);
-    let quarters = comptime!(config.states() / 4);
-    let width = comptime!(SUB * 2 * config.per_lane);
-    let across = comptime!(config.plane / config.lanes);
-    spread_sum(values, seat.lane, width, across, 1usize);
-    let start = spread_start(seat.lane, width, across, 1usize);
-    let row0 = seat.plane * comptime!(2 * config.tile);
-    #[unroll]
-    for j in 0..comptime!(spread_width(SUB * 2 * config.per_lane, config.plane / config.lanes) / 4)
-    {
-        let at = start + comptime!(j * 4);
-        let mut four = V4::new(0.0f32);
-        #[unroll]
-        for k in 0..4usize {
-            four.insert(k, values[comptime!(j * 4 + k)]);
-        }
-        let n = seat.part * per_lane + at % per_lane;
-        plane_sums[(row0 + at / per_lane) * quarters + n / 4] = four;
-    }
-}
-
-/// Sums channel `i`'s two sums of every position over the lanes that have its states.
-#[cube]
-pub(super) fn sum_states(
-    dx: &mut Array<f32>,
-    ddecay: &mut Array<f32>,
+pub(super) fn put_sums(
+    dx: &Array<f32>,
+    ddecay: &Array<f32>,
     sums: &mut Shared<[V2]>,
     seat: &Seat,
     #[comptime] i: usize,
     #[comptime] config: SweepConfig,
 ) {
-    let lanes = comptime!(config.lanes);
-    let across = comptime!(config.plane / config.lanes);
     let column = seat.column + comptime!(i * config.spacing());
-    spread_sum(dx, seat.lane, SUB, lanes, across);
-    spread_sum(ddecay, seat.lane, SUB, lanes, across);
-    let start = spread_start(seat.lane, SUB, lanes, across);
-    if spread_writer(seat.lane, SUB, lanes, across) {
+    let row0 = seat.part * comptime!(SUB * config.channels());
+    #[unroll]
+    for t in 0..SUB {
+        let mut two = V2::new(dx[t]);
+        two.insert(1usize, ddecay[t]);
+        sums[row0 + comptime!(t * config.channels()) + column] = two;
+    }
+}
+
+/// The sums over states of position `t` and channel `column` of the cube.
+#[cube]
+pub(super) fn sum_states(
+    sums: &Shared<[V2]>,
+    t: usize,
+    column: usize,
+    #[comptime] config: SweepConfig,
+) -> V2 {
+    let at = t * comptime!(config.channels()) + column;
+    let mut sum = sums[at];
+    #[unroll]
+    for part in 1..comptime!(config.lanes) {
+        sum += sums[at + comptime!(part * SUB * config.channels())];
+    }
+    sum
+}
+
+/// Puts a unit's contributions to dB and dC of a stage into `crossing`, whose rows
+/// [`SweepConfig::crossing`] describes.
+#[cube]
+pub(super) fn put_contributions(
+    over: &Array<f32>,
+    crossing: &mut Shared<[One]>,
+    seat: &Seat,
+    #[comptime] config: SweepConfig,
+) {
+    let at = seat.part * comptime!(config.spacing() + 1) + seat.column;
+    #[unroll]
+    for row in 0..comptime!(SUB * 2 * config.per_lane / 4) {
+        let mut four = V4::new(0.0f32);
         #[unroll]
-        for j in 0..comptime!(spread_width(SUB, config.lanes)) {
-            let mut sum = V2::new(0.0f32);
-            sum.insert(0usize, dx[j]);
-            sum.insert(1usize, ddecay[j]);
-            sums[(start + j) * comptime!(config.channels()) + column] = sum;
+        for k in 0..4usize {
+            four.insert(k, over[comptime!(row * 4 + k)]);
+        }
+        let row0 = comptime!(row * config.crossing());
+        put_wide_at::<Const<4>>(crossing, row0 + at, four, config.ptx);
+    }
+}
+
+/// Sums the units' contributions to dB and dC of a stage over the cube's channels: its partials, from
+/// row `row` of `sums_bc` on.
+#[cube]
+pub(super) fn sum_channels(
+    sums_bc: &mut [V2],
+    crossing: &mut Shared<[One]>,
+    row: usize,
+    #[comptime] config: SweepConfig,
+) {
+    let units = comptime!(config.units);
+    let pairs = comptime!(config.per_lane / 2);
+    let count = comptime!(SUB * config.states());
+    #[unroll]
+    for p in 0..comptime!(count.div_ceil(units)) {
+        let at = UNIT_POS as usize + comptime!(p * units);
+        if at < count {
+            // In the order of `sums_bc`: position and kind, part, pair of states.
+            let pair = at % pairs;
+            let part = at / pairs % comptime!(config.lanes);
+            let of = at / comptime!(pairs * config.lanes);
+            let vector = (of * comptime!(config.per_lane / 4) + pair / 2)
+                * comptime!(config.crossing())
+                + part * comptime!(config.spacing() + 1);
+            let from = vector * 2 + pair % 2;
+            let mut sum = wide_at::<Const<2>>(crossing, from, config.ptx);
+            #[unroll]
+            for column in 1..comptime!(config.spacing()) {
+                sum += wide_at::<Const<2>>(crossing, from + comptime!(2 * column), config.ptx);
+            }
+            sums_bc[row * comptime!(config.states()) + at] = sum;
         }
     }
 }

@@ -9,7 +9,8 @@ use super::adjoint_ends::Wanted;
 use super::adjoint_parts::InPlace;
 use super::plan::{Chunks, SUB, ScanShape, SweepConfig, adjoint, segment_chunks, sweep};
 use super::{
-    CARRY_UNITS, RowStrides, address, adjoint_ends, adjoint_main, alignment, carry, prepare, sums,
+    CARRY_UNITS, RowStrides, address, adjoint_ends, adjoint_main, alignment, carry, in_eights,
+    prepare, sums,
 };
 use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, dims, elem, empty,
@@ -166,7 +167,8 @@ impl Pass {
             false => (du.clone(), 0),
         };
         let outputs = [(&dz, z_stride), (&dy, inner)];
-        let alignment = alignment(&inputs, &strides, &shape, &outputs);
+        let mut alignment = alignment(&inputs, &strides, &shape, &outputs);
+        alignment.eights = in_eights(&inputs, &strides, &shape, &dy);
         let ends = sweep(
             &shape,
             &chunks.cut(),
@@ -174,7 +176,8 @@ impl Pass {
             alignment,
             softplus,
             ENDS_UNITS,
-        );
+        )
+        .copy_ahead(alignment, &device);
         let main = adjoint(&shape, &chunks, &device, alignment, softplus);
         let segment = segment_chunks(&shape, &chunks, &main);
         let grads = Grads {

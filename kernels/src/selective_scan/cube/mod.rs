@@ -47,6 +47,7 @@ mod adjoint_parts;
 mod backward;
 mod carry;
 mod common;
+mod copies;
 mod forward;
 pub(crate) mod plan;
 mod sums;
@@ -186,7 +187,26 @@ fn alignment(
     Alignment {
         channels: if pairs { 2 } else { 1 },
         states: if fours { 4 } else { 1 },
+        eights: false,
     }
+}
+
+/// Whether all activations are of one type of 16 bits, with rows for [`copies`].
+fn in_eights(
+    inputs: &ScanInputs<CubeTensor>,
+    strides: &RowStrides,
+    shape: &ScanShape,
+    dy: &CubeTensor,
+) -> bool {
+    let rows = |tensor: &CubeTensor, stride: usize| {
+        let same = tensor.dtype == inputs.u.dtype && tensor.dtype.size() == 2;
+        same && aligned(tensor, stride, copies::WIDTH)
+    };
+    shape.inner.is_multiple_of(copies::WIDTH)
+        && [&inputs.u, &inputs.delta, dy]
+            .into_iter()
+            .all(|tensor| rows(tensor, shape.inner))
+        && inputs.z.as_ref().is_none_or(|z| rows(z, strides.z))
 }
 
 /// Whether the kernel of [`walk`] can read the inputs: as words, four channels and two states at once.

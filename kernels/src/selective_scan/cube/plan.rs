@@ -4,7 +4,7 @@ use std::cell::Cell;
 
 use burn_cubecl::tensor::CubeTensor;
 
-use super::walk;
+use super::{copies, walk};
 use crate::cube::{DeviceTraits, dims, power_of_two_below};
 use crate::selective_scan::BACKWARD_TRANSIENT_BYTES;
 use crate::selective_scan::ScanInputs;
@@ -174,11 +174,30 @@ pub(super) struct SweepConfig {
     pub source: usize,
     /// Whether the step size goes through softplus.
     pub softplus: bool,
+    /// Whether activations are copied to shared memory ahead of their use (first backward kernel).
+    pub copies: bool,
     /// Whether kernels may hold PTX.
     pub ptx: bool,
 }
 
 impl SweepConfig {
+    /// Has activations copied ahead, where a plane's copies are whole and a cube has room for them.
+    pub fn copy_ahead(mut self, alignment: Alignment, device: &DeviceTraits) -> Self {
+        let planes = self.plane == copies::PLANE && self.units.is_multiple_of(copies::PLANE);
+        self.copies = self.ptx && alignment.eights && self.lanes == 1 && planes;
+        while self.tile > SUB && self.shared_bytes() > device.shared_bytes {
+            self.tile /= 2;
+        }
+        self.copies &= self.shared_bytes() <= device.shared_bytes;
+        self
+    }
+
+    /// Shared memory of a kernel that goes left to right: B and C of a stage, which of its positions
+    /// clear the state, and the activations on their way.
+    pub const fn shared_bytes(&self) -> usize {
+        self.tile * (2 * 4 * self.states() + 4) + 2 * copies::numbers(self)
+    }
+
     /// States of a channel, padded to full lanes.
     pub const fn states(&self) -> usize {
         self.per_lane * self.lanes
@@ -197,6 +216,18 @@ impl SweepConfig {
     /// From one channel of a unit to the next.
     pub const fn spacing(&self) -> usize {
         self.units / self.lanes
+    }
+
+    /// Vectors of a row of the units' contributions to dB and dC: those of every part of the states and
+    /// one more, without which sums of the parts would read the same banks of shared memory.
+    pub const fn crossing(&self) -> usize {
+        self.lanes * (self.spacing() + 1)
+    }
+
+    /// From a position's numbers of the channels to the next one's, with an empty place after every
+    /// eight.
+    pub const fn step_pitch(&self) -> usize {
+        self.channels() + self.channels() / 8
     }
 
     /// From one position of a unit to the next, element-wise.
@@ -237,6 +268,8 @@ pub(super) struct Alignment {
     pub channels: usize,
     /// Neighbouring numbers of B and C.
     pub states: usize,
+    /// Whether eight neighbouring channels of every activation are 16 bytes that can be copied at once.
+    pub eights: bool,
 }
 
 /// States of one lane and lanes of a channel for about `wanted` states a lane.
@@ -284,11 +317,10 @@ pub(super) fn sweep(
         vector: 1,
         source: alignment.states,
         softplus,
+        copies: false,
         ptx: device.ptx,
     };
-    // B and C of a stage, and which of its positions clear the state.
-    let bytes = |c: &SweepConfig| c.tile * (2 * 4 * c.states() + 4);
-    while config.tile > SUB && bytes(&config) > device.shared_bytes / 2 {
+    while config.tile > SUB && config.shared_bytes() > device.shared_bytes / 2 {
         config.tile /= 2;
     }
     config
@@ -319,10 +351,8 @@ pub(super) fn adjoint(
     softplus: bool,
 ) -> SweepConfig {
     let (per_lane, lanes) = spread_states(shape.state, 4, device.plane);
-    // Sums over at most 8 lanes leave four neighbouring numbers in each lane.
-    let lanes = lanes.max(device.plane / 8);
-    // Several channels a lane share the shuffles that sum over channels: 4 are faster than 2 by a
-    // sixth. More units of a cube, or positions of a stage, wait longer for each other.
+    // Several channels a lane share the sums over channels: 4 are faster than 2. More units of a cube,
+    // or positions of a stage, wait longer for each other.
     let per_unit = if lanes > 1 && per_lane == 4 {
         4.min(lanes)
     } else {
@@ -339,25 +369,33 @@ pub(super) fn adjoint(
         vector: 1,
         source: alignment.states,
         softplus,
+        copies: false,
         ptx: device.ptx,
     };
     let least = device.plane.max(lanes);
-    while config.units > least
-        && (config.channels() >= 2 * shape.inner.max(1)
-            || adjoint_shared_bytes(&config) > device.shared_bytes)
-    {
-        config.units /= 2;
+    loop {
+        let wide = config.units > least && config.channels() >= 2 * shape.inner.max(1);
+        let fits = adjoint_shared_bytes(&config) <= device.shared_bytes;
+        if !wide && fits {
+            break;
+        } else if config.units > least {
+            config.units /= 2;
+        } else if config.per_unit > 1 {
+            config.per_unit /= 2;
+        } else {
+            break;
+        }
     }
     config.vector = alignment.channels.min(config.channels());
     config
 }
 
-/// Shared memory of the main backward kernel: tiles of B and C, six numbers for every position and
-/// channel of a stage, and the partial sums of dB and dC of every plane.
+/// Shared memory of the main backward kernel: tiles of B and C, four numbers for every position and
+/// channel of a stage, the parts of their two sums over states, and the contributions to dB and dC.
 pub(super) fn adjoint_shared_bytes(config: &SweepConfig) -> usize {
-    let states = config.states();
-    let planes = config.units.div_ceil(config.plane);
-    config.tile * (2 * 4 * states + 4 + 24 * config.channels() + 4 * 2 * states * planes)
+    let a_channel = 16 + 2 + 8 * config.lanes;
+    let contributions = 4 * SUB * 2 * config.per_lane * config.crossing();
+    config.tile * (2 * 4 * config.states() + 4 + a_channel * config.channels()) + contributions
 }
 
 /// Chunks that backward processes at once, right to left, to stay within its transient memory.

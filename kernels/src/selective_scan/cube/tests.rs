@@ -54,16 +54,19 @@ fn plans_cover_every_state_within_every_limit() {
             let alignment = Alignment {
                 channels: 2,
                 states: 4,
+                eights: true,
             };
             for config in [
                 sweep(&shape, &chunks, &device, alignment, true, 1024),
-                sweep(&shape, &chunks.cut(), &device, alignment, true, 128),
+                sweep(&shape, &chunks.cut(), &device, alignment, true, 512)
+                    .copy_ahead(alignment, &device),
             ] {
                 let what = format!("{device:?} {shape:?} {config:?}");
                 assert!(config.states() >= shape.state, "{what}");
                 assert!(config.lanes <= device.plane, "{what}");
                 assert!(config.units <= device.max_units, "{what}");
                 assert!(config.tile.is_multiple_of(SUB), "{what}");
+                assert!(config.shared_bytes() <= device.shared_bytes, "{what}");
                 assert!(config.units.is_multiple_of(device.plane), "{what}");
                 assert!(chunks.size.is_multiple_of(config.tile), "{what}");
             }

@@ -8,7 +8,7 @@ use super::walk::{CHANNELS, SHARES, STATES, STEP_PITCH, TILE, WalkConfig};
 use crate::cube::OptionalInput;
 use crate::cube::math::{sigmoid, step_size};
 use crate::cube::reduce::tree_sum;
-use crate::cube::wide::{One, wide_at};
+use crate::cube::wide::{One, put_wide_at, wide_at};
 use crate::cube::words::{Words, number};
 
 /// From a position to the next: of u, delta and y, and of z, in fours; of B and C in twos.
@@ -261,14 +261,9 @@ pub(super) fn put<SP: Size>(
 /// Pair number `at` of a buffer.
 #[cube]
 fn put_two(buffer: &mut Shared<[One]>, at: usize, first: f32, second: f32, #[comptime] ptx: bool) {
-    if ptx {
-        let mut two = V2::new(first);
-        two.insert(1usize, second);
-        buffer.with_vector_size_mut::<Const<2>>()[at] = two;
-    } else {
-        buffer[2 * at] = One::new(first);
-        buffer[2 * at + 1] = One::new(second);
-    }
+    let mut two = V2::new(first);
+    two.insert(1usize, second);
+    put_wide_at::<Const<2>>(buffer, at, two, ptx);
 }
 
 /// Completes the outputs of the tile from position `t0` on, which is tile k - 1. Of a tile beyond
