@@ -87,7 +87,10 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
     // (Δ, Δ·u, gated dy, slope of Δ) of every position and channel ...
     let mut steps = Shared::<[V4]>::new_slice(comptime!(config.tile * config.step_pitch()));
     // ... the parts of the sums over states (dx, dΔ through the decay) ...
-    let mut sums = Shared::<[V2]>::new_slice(comptime!(config.lanes * SUB * config.channels()));
+    let mut sums = Shared::<[V2]>::new_aligned_slice(
+        comptime!(config.lanes * SUB * config.pair_pitch()),
+        16usize,
+    );
     // ... and the units' contributions to dB and dC.
     let mut crossing = Shared::<[One]>::new_aligned_slice(
         comptime!(SUB * 2 * config.per_lane * config.crossing()),
@@ -258,9 +261,10 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
         #[unroll]
         for p in 0..passes {
             let t = min(own.turn + comptime!(p * config.stride()), tile - 1);
+            let own_totals = sum_states(&sums, t, own.column, vector, config);
             #[unroll]
             for i in 0..vector {
-                totals[comptime!(p * vector) + i] = sum_states(&sums, t, own.column + i, config);
+                totals[comptime!(p * vector) + i] = own_totals[i];
             }
         }
         #[unroll]

@@ -95,22 +95,18 @@ pub(super) fn fetch_activations<U: Float, D: Float, Z: Float, V: Size>(
     }
 }
 
-/// Where the numbers of channel `column` of a stage are: one place in nine is empty, so that neither
-/// units with one channel each nor those with two meet in a bank of shared memory.
+/// Where the four numbers of channel `column` of a stage are: one place in nine is empty, so that
+/// neither units with one channel each nor those with several neighbouring ones meet in a bank of
+/// shared memory.
 #[cube]
 pub(super) fn slot(column: usize) -> usize {
     column + column / 8
 }
 
-/// [`slot`] of the unit's channel `i`.
+/// [`slot`] for two numbers a channel.
 #[cube]
-fn own_slot(seat: &Seat, #[comptime] i: usize, #[comptime] config: SweepConfig) -> usize {
-    let spacing = comptime!(config.spacing());
-    if comptime!(spacing % 8 == 0) {
-        slot(seat.column) + comptime!(i * (spacing + spacing / 8))
-    } else {
-        slot(seat.column + comptime!(i * spacing))
-    }
+fn pair_slot(column: usize) -> usize {
+    column + column / 16 * 2
 }
 
 /// Puts (Δ, Δ·u, gated dy, slope of Δ) of the stage's positions into shared memory.
@@ -190,7 +186,12 @@ pub(super) fn pass_sub_chunk(
 ) {
     let per_lane = comptime!(config.per_lane);
     let offset = comptime!(i * config.per_lane);
-    let step0 = own_slot(seat, i, config);
+    let spacing = comptime!(config.spacing());
+    let step0 = if comptime!(spacing % 8 == 0) {
+        slot(seat.column) + comptime!(i * (spacing + spacing / 8))
+    } else {
+        slot(seat.column + comptime!(i * spacing))
+    };
     let row0 = seat.part * comptime!(per_lane / 4);
     let mut h = Array::<f32>::new(comptime!((SUB + 1) * per_lane));
     let mut decays = Array::<f32>::new(comptime!(SUB * per_lane));
@@ -263,7 +264,7 @@ pub(super) fn pass_sub_chunk(
 }
 
 /// Puts channel `i`'s parts of the sums over states, (dx, dΔ through the decay), into the rows of
-/// `sums`, `[lanes, SUB, channels]`.
+/// `sums`, `[lanes, SUB, pair_pitch]`.
 #[cube]
 pub(super) fn put_sums(
     dx: &Array<f32>,
@@ -273,31 +274,42 @@ pub(super) fn put_sums(
     #[comptime] i: usize,
     #[comptime] config: SweepConfig,
 ) {
-    let column = seat.column + comptime!(i * config.spacing());
-    let row0 = seat.part * comptime!(SUB * config.channels());
+    let spacing = comptime!(config.spacing());
+    let own = if comptime!(spacing % 16 == 0) {
+        pair_slot(seat.column) + comptime!(i * (spacing + spacing / 16 * 2))
+    } else {
+        pair_slot(seat.column + comptime!(i * spacing))
+    };
+    let row0 = seat.part * comptime!(SUB * config.pair_pitch());
     #[unroll]
     for t in 0..SUB {
         let mut two = V2::new(dx[t]);
         two.insert(1usize, ddecay[t]);
-        sums[row0 + comptime!(t * config.channels()) + column] = two;
+        sums[row0 + comptime!(t * config.pair_pitch()) + own] = two;
     }
 }
 
-/// The sums over states of position `t` and channel `column` of the cube.
+/// The sums over states of position `t` and `count` neighbouring channels from `column` on.
 #[cube]
 pub(super) fn sum_states(
     sums: &Shared<[V2]>,
     t: usize,
     column: usize,
+    #[comptime] count: usize,
     #[comptime] config: SweepConfig,
-) -> V2 {
-    let at = t * comptime!(config.channels()) + column;
-    let mut sum = sums[at];
+) -> Array<V2> {
+    let at = t * comptime!(config.pair_pitch()) + pair_slot(column);
+    let mut totals = Array::<V2>::new(count);
     #[unroll]
-    for part in 1..comptime!(config.lanes) {
-        sum += sums[at + comptime!(part * SUB * config.channels())];
+    for i in 0..count {
+        let mut sum = sums[at + i];
+        #[unroll]
+        for part in 1..comptime!(config.lanes) {
+            sum += sums[at + comptime!(part * SUB * config.pair_pitch()) + i];
+        }
+        totals[i] = sum;
     }
-    sum
+    totals
 }
 
 /// Puts a unit's contributions to dB and dC of a stage into `crossing`, whose rows

@@ -173,19 +173,20 @@ fn alignment(
     shape: &ScanShape,
     outputs: &[(&CubeTensor, usize)],
 ) -> Alignment {
-    let pairs = shape.inner.is_multiple_of(2)
-        && [&inputs.u, &inputs.delta]
-            .into_iter()
-            .all(|tensor| aligned(tensor, shape.inner, 2))
-        && inputs.z.as_ref().is_none_or(|z| aligned(z, strides.z, 2))
-        && outputs
-            .iter()
-            .all(|(tensor, stride)| aligned(tensor, *stride, 2));
+    let wide = |count: &usize| {
+        let rows = |tensor: &CubeTensor, stride: usize| aligned(tensor, stride, *count);
+        shape.inner.is_multiple_of(*count)
+            && [&inputs.u, &inputs.delta]
+                .into_iter()
+                .all(|tensor| rows(tensor, shape.inner))
+            && inputs.z.as_ref().is_none_or(|z| rows(z, strides.z))
+            && outputs.iter().all(|(tensor, stride)| rows(tensor, *stride))
+    };
     let fours = shape.state.is_multiple_of(4)
         && aligned(&inputs.b, strides.b, 4)
         && aligned(&inputs.c, strides.c, 4);
     Alignment {
-        channels: if pairs { 2 } else { 1 },
+        channels: [4, 2].into_iter().find(wide).unwrap_or(1),
         states: if fours { 4 } else { 1 },
         eights: false,
     }

@@ -230,6 +230,11 @@ impl SweepConfig {
         self.channels() + self.channels() / 8
     }
 
+    /// The same for two numbers a channel.
+    pub const fn pair_pitch(&self) -> usize {
+        self.channels() + self.channels() / 16 * 2
+    }
+
     /// From one position of a unit to the next, element-wise.
     pub const fn stride(&self) -> usize {
         self.units / (self.channels() / self.vector)
@@ -393,9 +398,9 @@ pub(super) fn adjoint(
 /// Shared memory of the main backward kernel: tiles of B and C, four numbers for every position and
 /// channel of a stage, the parts of their two sums over states, and the contributions to dB and dC.
 pub(super) fn adjoint_shared_bytes(config: &SweepConfig) -> usize {
-    let a_channel = 16 + 2 + 8 * config.lanes;
     let contributions = 4 * SUB * 2 * config.per_lane * config.crossing();
-    config.tile * (2 * 4 * config.states() + 4 + a_channel * config.channels()) + contributions
+    let a_position = 2 * 4 * config.states() + 4 + 16 * config.step_pitch();
+    config.tile * a_position + SUB * 8 * config.lanes * config.pair_pitch() + contributions
 }
 
 /// Chunks that backward processes at once, right to left, to stay within its transient memory.
