@@ -24,15 +24,16 @@
 //! 1. *Adjoint ends*: one sweep left to right writes the states at every sub-chunk of 4 positions
 //!    and the chunk's own adjoint at its left end, `Σ_t (Π_{s≤t} a_s) · C_t · dy_t`. All states of a
 //!    channel are close by there, so it also computes the outputs again (with the bits of forward),
-//!    which the gradient of the gate needs.
+//!    which the gradient of the gate needs. Where it can, activations come through shared memory, copied
+//!    ahead by the hardware ([`copies`]).
 //! 2. *Carry* of the adjoints, right to left.
 //! 3. *Main*: right to left over sub-chunks, whose states are recomputed into registers. dB and dC
-//!    are summed over channels in the plane, then in the cube, then over cubes by a small sum
-//!    kernel; dA, dD and the gradient of the bias leave one partial a chunk.
+//!    are summed over the cube's channels in shared memory, then over cubes by a small sum kernel;
+//!    dA, dD and the gradient of the bias leave one partial a chunk.
 //!
 //! The other sweeps left to right have all of a channel in one unit and are bound by the
 //! special-function unit and by registers; the main kernel is bound by its number of instructions,
-//! most of them sums over channels and states.
+//! and with registers for two planes a scheduler only, they hide little of each other's waiting.
 //!
 //! A reset clears the state: its decay is 0, and so is its chunk's whole decay. No atomics
 //! anywhere: two runs give the same bits.

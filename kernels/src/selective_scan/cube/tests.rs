@@ -1,5 +1,5 @@
 use burn::backend::ops::FloatTensorOps;
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use burn_cubecl::ops::into_data_sync;
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
@@ -410,6 +410,49 @@ fn columns_of_wider_tensors_equal_tensors_of_their_own() {
             let written = values(&columns(&dxz, inner, 2 * inner));
             let expected = values(expected.z.as_ref().expect("there is a gate"));
             assert_same_bits("the view", &written, &expected);
+        }
+    }
+}
+
+/// Where rows of 16-bit activations are aligned they are copied to shared memory ahead of their use:
+/// that gives the bits of plain loads, which gates in rows of another width need.
+#[test]
+fn activations_copied_ahead_have_the_same_bits() {
+    for (device, dims) in cube_devices()
+        .into_iter()
+        .flat_map(|device| [[2, 301, 72, 16], [1, 67, 520, 5]].map(|dims| (device.clone(), dims)))
+    {
+        let narrow = |tensor: CubeTensor| CubeBackend::float_cast(tensor, FloatDType::BF16);
+        let [batch, length, inner, _] = dims;
+        let mut inputs = inputs_with_columns(dims, &device);
+        if !DeviceTraits::of(&inputs.u).ptx {
+            continue;
+        }
+        let wide = narrow(raw(
+            &mut Rng::new(5),
+            [batch, length, 2 * inner + 4],
+            &device,
+        ));
+        inputs.u = narrow(inputs.u);
+        inputs.delta = narrow(inputs.delta);
+        (inputs.b, inputs.c) = (narrow(inputs.b), narrow(inputs.c));
+        inputs.z = Some(columns(&wide, inner, 2 * inner));
+        let dy = narrow(raw(&mut Rng::new(9), [batch, length, inner], &device));
+        let saved = CubeBackend::selective_scan(inputs.clone()).saved;
+        let backward = |inputs: &Inputs| {
+            let request = ScanRequest::none();
+            let (saved, dy) = (saved.clone(), dy.clone());
+            CubeBackend::selective_scan_backward(inputs.clone(), saved, dy, request)
+        };
+        let loaded = backward(&inputs);
+        inputs.z = inputs.z.map(contiguous);
+        let copied = backward(&inputs);
+        for (i, (copied, loaded)) in all_values(&copied)
+            .iter()
+            .zip(all_values(&loaded))
+            .enumerate()
+        {
+            assert_same_bits(&format!("{device:?} {dims:?} {i}"), copied, &loaded);
         }
     }
 }
