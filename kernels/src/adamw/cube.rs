@@ -133,45 +133,24 @@ fn update<G: Float, N: Size>(
     correction2: f32,
     #[define(G)] _type: ElemType,
 ) {
-    let count = comptime!(params.len());
     let scale = grad_scale[0];
-    let zero = Vector::<f32, N>::new(0.0f32);
-    let mut p = zero;
-    let mut m = zero;
-    let mut v = zero;
-    let mut g = zero;
-    // Loads and stores are there once a parameter, the arithmetic between them once.
+    // A buffer is known when a kernel is compiled: each parameter has code of its own. Loads that
+    // choose among buffers and meet in one register would wait for each other.
     #[unroll]
-    for i in 0..count {
+    for i in 0..comptime!(params.len()) {
+        let own = CUBE_POS >= cubes[i] && CUBE_POS < cubes[comptime!(i + 1)];
         let at = (CUBE_POS - cubes[i]) * UNITS + UNIT_POS as usize;
-        if owns(cubes, i) && at < vectors[i] {
-            p = params.index(i)[at];
-            m = moments1.index(i)[at];
-            v = moments2.index(i)[at];
-            g = Vector::cast_from(grads.index(i)[at]);
+        if own && at < vectors[i] && is_finite(scale) {
+            let g = Vector::<f32, N>::cast_from(grads.index(i)[at]) * Vector::new(scale);
+            let m = moments1.index(i)[at] * Vector::new(beta1) + g * Vector::new(1.0f32 - beta1);
+            let v =
+                moments2.index(i)[at] * Vector::new(beta2) + g * g * Vector::new(1.0f32 - beta2);
+            let root = (v / Vector::new(correction2)).sqrt() + Vector::new(eps);
+            let update = m / Vector::new(correction1) / root;
+            params.index_mut(i)[at] =
+                params.index(i)[at] * Vector::new(keep) - update * Vector::new(lr);
+            moments1.index_mut(i)[at] = m;
+            moments2.index_mut(i)[at] = v;
         }
     }
-    g = g * Vector::new(scale);
-    m = m * Vector::new(beta1) + g * Vector::new(1.0f32 - beta1);
-    v = v * Vector::new(beta2) + g * g * Vector::new(1.0f32 - beta2);
-    let root = (v / Vector::new(correction2)).sqrt() + Vector::new(eps);
-    let update = m / Vector::new(correction1) / root;
-    p = p * Vector::new(keep) - update * Vector::new(lr);
-    if is_finite(scale) {
-        #[unroll]
-        for i in 0..count {
-            let at = (CUBE_POS - cubes[i]) * UNITS + UNIT_POS as usize;
-            if owns(cubes, i) && at < vectors[i] {
-                params.index_mut(i)[at] = p;
-                moments1.index_mut(i)[at] = m;
-                moments2.index_mut(i)[at] = v;
-            }
-        }
-    }
-}
-
-/// Whether the cube is one of those of parameter `i`.
-#[cube]
-fn owns(cubes: &Sequence<usize>, #[comptime] i: usize) -> bool {
-    CUBE_POS >= cubes[i] && CUBE_POS < cubes[comptime!(i + 1)]
 }
