@@ -15,8 +15,8 @@ use burn::tensor::{DType, Slice, Tensor};
 use burn_autodiff::Autodiff;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 
-use crate::adamw::AdamwStep;
 use crate::adamw::int8::RawMoments;
+use crate::adamw::{AdamwStep, RawUpdate};
 use crate::add_norm::{NormGrads, NormInputs, NormKind, NormOutputs, NormSaved};
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
 use crate::linear::{self, Product, Target};
@@ -153,15 +153,13 @@ pub trait MambaKernels: Backend {
         None
     }
 
-    /// See [`adamw_step`](crate::adamw::adamw_step): returns the parameter and both moments, updated.
-    fn adamw_step(
-        param: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
-        moment1: FloatTensor<Self>,
-        moment2: FloatTensor<Self>,
+    /// See [`adamw_steps`](crate::adamw::adamw_steps): returns each parameter and its two moments,
+    /// updated.
+    fn adamw_steps(
+        updates: Vec<RawUpdate<FloatTensor<Self>>>,
         grad_scale: FloatTensor<Self>,
         step: AdamwStep,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    ) -> Vec<[FloatTensor<Self>; 3]>;
 
     /// See [`adamw_int8_step`](crate::adamw::int8::adamw_int8_step): returns the parameter and its
     /// moments, updated.
@@ -200,6 +198,19 @@ impl<B: Backend> OptionalTensor<B> {
 /// Any number of tensors that Burn's dispatch macro can route (it does not take `Vec` arguments).
 #[derive(Clone, Debug)]
 pub struct TensorList<B: Backend>(pub Vec<FloatTensor<B>>);
+
+impl<B: Backend> TensorList<B> {
+    /// The tensors in groups of `N`, of which there are whole ones only.
+    pub(crate) fn into_groups<const N: usize>(self) -> Vec<[FloatTensor<B>; N]> {
+        assert!(self.0.len().is_multiple_of(N), "groups of {N} tensors");
+        let groups = self.0.len() / N;
+        let mut tensors = self.0.into_iter();
+        let mut next = |_| tensors.next().expect("counted");
+        (0..groups)
+            .map(|_| std::array::from_fn(&mut next))
+            .collect()
+    }
+}
 
 impl<B: Backend> ExtensionType<B> for TensorList<B> {
     type Target = TensorList<Dispatch>;
@@ -314,15 +325,13 @@ pub trait MambaOps: Backend {
         settings: LayerSettings,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 
-    /// Returns `(param, moment1, moment2)`.
+    /// Takes four tensors of each parameter, those of [`RawUpdate`], and returns three: itself and
+    /// its moments.
     fn adamw_op(
-        param: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
-        moment1: FloatTensor<Self>,
-        moment2: FloatTensor<Self>,
+        #[extension_type] tensors: TensorList<Self>,
         grad_scale: FloatTensor<Self>,
         step: AdamwStep,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    ) -> TensorList<Self>;
 
     /// Returns the parameter and its moments.
     fn adamw_int8_op(
@@ -457,14 +466,13 @@ macro_rules! forward_to_kernels {
             }
 
             fn adamw_op(
-                param: FloatTensor<Self>,
-                grad: FloatTensor<Self>,
-                moment1: FloatTensor<Self>,
-                moment2: FloatTensor<Self>,
+                tensors: TensorList<Self>,
                 grad_scale: FloatTensor<Self>,
                 step: AdamwStep,
-            ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-                <Self as MambaKernels>::adamw_step(param, grad, moment1, moment2, grad_scale, step)
+            ) -> TensorList<Self> {
+                let updates = tensors.into_updates();
+                let results = <Self as MambaKernels>::adamw_steps(updates, grad_scale, step);
+                TensorList(results.into_iter().flatten().collect())
             }
 
             fn adamw_int8_op(

@@ -11,7 +11,7 @@
 //! | [`cross_entropy`] | softmax cross-entropy, one loss a row |
 //! | [`linear`] | matrix products of reduced precision and their gradients |
 //! | [`mamba_layer`] | a residual Mamba layer, norm to addition, in one operation |
-//! | [`adamw`] | one AdamW update of one parameter, its moments in f32 or in 8 bits |
+//! | [`adamw`] | one AdamW update of the parameters, their moments in f32 or in 8 bits |
 //! | [`sum_squares`] | sum of the squares of many tensors, for the norm of a gradient |
 //! | [`decode`] | a whole language model, one byte at a time |
 //! | [`sampling`] | the choice of a byte from its logits |

@@ -215,8 +215,10 @@ impl Step {
             saved.push(self.with_weight(arena, 0, |arena| arena.take(self.projected)));
         }
         let dout = arena.take(if self.casts.is_some() { self.outer } else { 0 });
+        // Two products take the weight of the step sizes: it stays.
+        let dt_proj = self.casts.map(|casts| arena.take(casts[2]));
         let u = arena.take(self.inner);
-        let step = self.with_weight(arena, 2, |arena| arena.take(self.inner));
+        let step = arena.take(self.inner);
         let dy = self.with_weight(arena, 3, |arena| arena.take(self.inner));
         let dxz = arena.take(self.projected);
         let dlow = arena.take(self.low);
@@ -227,12 +229,12 @@ impl Step {
         gradients.push(arena.take(out));
         arena.free(dout);
         gradients.push(arena.take(delta));
-        self.with_weight(arena, 2, |_| ());
         arena.free(step);
         gradients.push(arena.take(low));
         arena.free(u);
         self.with_weight(arena, 1, |_| ());
         arena.free_all([dlow, dy]);
+        arena.free_all(dt_proj);
         let [hat, statistics, kept_low, states, xz]: [Block; 5] =
             saved.try_into().expect("what a layer keeps, and xz");
         arena.free_all([kept_low, states, xz]);

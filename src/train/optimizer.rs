@@ -1,12 +1,12 @@
 //! AdamW over a whole model, with the gradient clipped by its global norm.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use mambabyte_kernels::adamw::int8::{BLOCK, Int8Moments, adamw_int8_step};
-use mambabyte_kernels::adamw::{AdamwState, AdamwStep, adamw_step};
+use mambabyte_kernels::adamw::{AdamwState, AdamwStep, adamw_steps};
 use mambabyte_kernels::sum_squares::sum_squares;
 use safetensors::tensor::Dtype;
 
@@ -40,35 +40,6 @@ impl Moments {
             }
             OptimizerState::Int8 => {
                 Self::Int8(lasting(device, |device| Int8Moments::zeros(count, device)))
-            }
-        }
-    }
-
-    /// One update of `param`, flat.
-    fn step(
-        self,
-        param: Tensor<1>,
-        grad: Tensor<1>,
-        grad_scale: Tensor<1>,
-        numbers: AdamwStep,
-    ) -> (Tensor<1>, Self) {
-        match self {
-            Self::Fp32 { first, second } => {
-                let state = AdamwState {
-                    param,
-                    moment1: first,
-                    moment2: second,
-                };
-                let state = adamw_step(state, grad, grad_scale, numbers);
-                let moments = Self::Fp32 {
-                    first: state.moment1,
-                    second: state.moment2,
-                };
-                (state.param, moments)
-            }
-            Self::Int8(moments) => {
-                let (param, moments) = adamw_int8_step(param, moments, grad, grad_scale, numbers);
-                (param, Self::Int8(moments))
             }
         }
     }
@@ -180,18 +151,24 @@ impl AdamW {
         lr: f64,
     ) -> M {
         self.updates += 1;
-        model.map(&mut Updater {
+        let mut taker = Taker {
             path: Path::default(),
             optimizer: self,
             grads,
             grad_scale,
             lr,
-        })
+            waiting: [Vec::new(), Vec::new()],
+            updated: HashMap::new(),
+        };
+        let model = model.map(&mut taker);
+        let updated = taker.update_waiting();
+        model.map(&mut Giver { updated })
     }
 
-    fn numbers(&self, name: &str, rank: usize, lr: f64) -> AdamwStep {
+    /// The numbers of this update for parameters that decay or do not.
+    fn numbers(&self, decays: bool, lr: f64) -> AdamwStep {
         let betas = (self.config.beta1, self.config.beta2);
-        let decay = if decays(name, rank) {
+        let decay = if decays {
             self.config.weight_decay
         } else {
             0.0
@@ -237,15 +214,62 @@ fn decays(name: &str, rank: usize) -> bool {
     rank >= 2 && !name.ends_with("a_log")
 }
 
-struct Updater<'a> {
+/// A parameter that waits for its update, flat.
+struct Waiting {
+    id: ParamId,
+    name: String,
+    state: AdamwState<1>,
+    grad: Tensor<1>,
+}
+
+/// Takes the parameters out of a model: many small ones are updated together, and in place if
+/// nothing else holds them.
+struct Taker<'a> {
     path: Path,
     optimizer: &'a mut AdamW,
     grads: GradientsParams,
     grad_scale: Tensor<1>,
     lr: f64,
+    /// Those that do not decay, and those that do.
+    waiting: [Vec<Waiting>; 2],
+    /// Parameters after their update, flat.
+    updated: HashMap<ParamId, Tensor<1>>,
 }
 
-impl ModuleMapper for Updater<'_> {
+impl Taker<'_> {
+    /// Updates what waits; returns all parameters, flat.
+    fn update_waiting(self) -> HashMap<ParamId, Tensor<1>> {
+        let Self {
+            optimizer,
+            grad_scale,
+            lr,
+            waiting,
+            mut updated,
+            ..
+        } = self;
+        for (decays, waiting) in [false, true].into_iter().zip(waiting) {
+            let mut names = Vec::with_capacity(waiting.len());
+            let mut updates = Vec::with_capacity(waiting.len());
+            for it in waiting {
+                names.push((it.id, it.name));
+                updates.push((it.state, it.grad));
+            }
+            let numbers = optimizer.numbers(decays, lr);
+            let states = adamw_steps(updates, grad_scale.clone(), numbers);
+            for ((id, name), state) in names.into_iter().zip(states) {
+                let moments = Moments::Fp32 {
+                    first: state.moment1,
+                    second: state.moment2,
+                };
+                optimizer.moments.insert(name, moments);
+                updated.insert(id, state.param);
+            }
+        }
+        updated
+    }
+}
+
+impl ModuleMapper for Taker<'_> {
     fn enter_module(&mut self, name: &str, _container: &str) {
         self.path.enter(name);
     }
@@ -267,12 +291,46 @@ impl ModuleMapper for Updater<'_> {
             let state = self.optimizer.config.state_of(count as u64);
             Moments::zeros(count, state, &param.device())
         });
-        let numbers = self.optimizer.numbers(&name, D, self.lr);
+        let decays = decays(&name, D);
         let grad = grad.reshape([count]);
-        let (param, moments) = moments.step(param, grad, self.grad_scale.clone(), numbers);
-        self.optimizer.moments.insert(name, moments);
-        let updated = Tensor::from_inner(param.reshape(dims)).require_grad();
-        Param::from_mapped_value(id, updated, mapper)
+        match moments {
+            Moments::Fp32 { first, second } => self.waiting[usize::from(decays)].push(Waiting {
+                id,
+                name,
+                state: AdamwState {
+                    param,
+                    moment1: first,
+                    moment2: second,
+                },
+                grad,
+            }),
+            Moments::Int8(moments) => {
+                let numbers = self.optimizer.numbers(decays, self.lr);
+                let scale = self.grad_scale.clone();
+                let (param, moments) = adamw_int8_step(param, moments, grad, scale, numbers);
+                self.optimizer.moments.insert(name, Moments::Int8(moments));
+                self.updated.insert(id, param);
+            }
+        }
+        // What stays in its place is one number, seen in its shape.
+        let place = self.grad_scale.clone().reshape([1; D]).expand(dims);
+        Param::from_mapped_value(id, Tensor::from_inner(place), mapper)
+    }
+}
+
+/// Gives the updated parameters back to their model.
+struct Giver {
+    updated: HashMap<ParamId, Tensor<1>>,
+}
+
+impl ModuleMapper for Giver {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let (id, tensor, mapper) = param.consume();
+        let Some(updated) = self.updated.remove(&id) else {
+            return Param::from_mapped_value(id, tensor, mapper);
+        };
+        let updated = updated.reshape(tensor.dims());
+        Param::from_mapped_value(id, Tensor::from_inner(updated).require_grad(), mapper)
     }
 }
 

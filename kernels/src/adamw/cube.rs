@@ -1,13 +1,18 @@
-//! AdamW on a GPU: one element-wise pass over the parameter and its moments, four numbers a unit
-//! where the size allows, in place where nothing else holds the buffer.
+//! AdamW on a GPU: one element-wise pass over parameters and their moments, four numbers a unit where
+//! the sizes allow, in place where nothing else holds a buffer.
+//!
+//! A model has hundreds of parameters of which most are small: one launch takes as many as the
+//! device binds buffers.
 
+use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
-use super::AdamwStep;
+use super::{AdamwStep, RawUpdate};
 use crate::cube::{
-    address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, grid, vector_width,
+    address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, grid, tensors_of_a_launch,
+    vector_width,
 };
 
 /// Units of a cube.
@@ -15,38 +20,71 @@ const UNITS: usize = 256;
 /// Most numbers of a unit.
 const VECTOR: usize = 4;
 
-/// See [`MambaKernels::adamw_step`](crate::MambaKernels::adamw_step).
-pub(crate) fn step(
-    param: CubeTensor,
-    grad: CubeTensor,
-    moment1: CubeTensor,
-    moment2: CubeTensor,
+/// See [`MambaKernels::adamw_steps`](crate::MambaKernels::adamw_steps).
+pub(crate) fn steps(
+    updates: Vec<RawUpdate<CubeTensor>>,
     grad_scale: CubeTensor,
     step: AdamwStep,
-) -> (CubeTensor, CubeTensor, CubeTensor) {
-    let param = writable(contiguous_f32(param));
-    let moment1 = writable(contiguous_f32(moment1));
-    let moment2 = writable(contiguous_f32(moment2));
-    let grad = contiguous(grad);
-    let elements = param.meta.num_elements();
-    let rows = [&param, &moment1, &moment2, &grad].map(|tensor| (tensor, elements));
-    let vector = vector_width(VECTOR, elements, &rows);
-    let vectors = elements / vector;
-    // SAFETY: all four buffers are contiguous, of `elements` numbers, and the three that are
-    // written belong to this call alone; units beyond the last vector write nothing.
+) -> Vec<[CubeTensor; 3]> {
+    let grad_scale = contiguous_f32(grad_scale);
+    let updates: Vec<_> = updates
+        .into_iter()
+        .map(|update| RawUpdate {
+            param: writable(contiguous_f32(update.param)),
+            grad: contiguous(update.grad),
+            moment1: writable(contiguous_f32(update.moment1)),
+            moment2: writable(contiguous_f32(update.moment2)),
+        })
+        .collect();
+    // Neighbours that are read alike share a launch, as far as the device binds their buffers.
+    for alike in updates.chunk_by(|a, b| form(a) == form(b)) {
+        for some in alike.chunks(tensors_of_a_launch(&grad_scale, 4)) {
+            launch(some, &grad_scale, step);
+        }
+    }
+    let results = |it: RawUpdate<_>| [it.param, it.moment1, it.moment2];
+    updates.into_iter().map(results).collect()
+}
+
+/// Numbers of a unit, and the data type of the gradient.
+fn form(update: &RawUpdate<CubeTensor>) -> (usize, DType) {
+    let elements = update.param.meta.num_elements();
+    let buffers = [
+        &update.param,
+        &update.moment1,
+        &update.moment2,
+        &update.grad,
+    ];
+    let rows = buffers.map(|tensor| (tensor, elements));
+    (vector_width(VECTOR, elements, &rows), update.grad.dtype)
+}
+
+/// Updates the parameters, which are of one form.
+fn launch(updates: &[RawUpdate<CubeTensor>], grad_scale: &CubeTensor, step: AdamwStep) {
+    let (vector, dtype) = form(&updates[0]);
+    let vectors = |it: &RawUpdate<CubeTensor>| it.param.meta.num_elements() / vector;
+    // The first cube of each parameter, and the one after the last.
+    let mut cubes = vec![0];
+    for update in updates {
+        cubes.push(cubes[cubes.len() - 1] + vectors(update).div_ceil(UNITS));
+    }
+    let params: Vec<_> = updates.iter().map(|it| &it.param).collect();
+    // SAFETY: the four buffers of a parameter are contiguous and as long as it is, and the three
+    // that are written belong to this call alone; units beyond the last vector write nothing.
     unsafe {
         update::launch_unchecked(
-            &param.client,
-            grid(vectors.div_ceil(UNITS)),
+            &grad_scale.client,
+            grid(cubes[updates.len()]),
             cube_dim(UNITS),
-            address_type(&[&param]),
+            address_type(&params),
             vector,
-            buffer(&param),
-            buffer(&moment1),
-            buffer(&moment2),
-            buffer(&grad),
-            buffer(&contiguous_f32(grad_scale)),
-            vectors,
+            updates.iter().map(|it| buffer(&it.param)).collect(),
+            updates.iter().map(|it| buffer(&it.moment1)).collect(),
+            updates.iter().map(|it| buffer(&it.moment2)).collect(),
+            updates.iter().map(|it| buffer(&it.grad)).collect(),
+            buffer(grad_scale),
+            updates.iter().map(vectors).collect(),
+            cubes.into_iter().collect(),
             step.beta1,
             step.beta2,
             step.eps,
@@ -54,10 +92,9 @@ pub(crate) fn step(
             step.lr,
             step.correction1,
             step.correction2,
-            elem(grad.dtype),
+            elem(dtype),
         );
     }
-    (param, moment1, moment2)
 }
 
 /// A tensor whose buffer nothing else holds: the tensor itself or a copy.
@@ -76,15 +113,17 @@ pub(super) fn is_finite(x: f32) -> bool {
     u32::reinterpret(x) & 0x7f80_0000u32 != 0x7f80_0000u32
 }
 
-/// The update; the formulas are in the [module's documentation](super).
+/// The update; the formulas are in the [module's documentation](super). Parameter `i` has
+/// `vectors[i]` vectors, and the cubes from `cubes[i]` up to `cubes[i + 1]`.
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn update<G: Float, N: Size>(
-    param: &mut [Vector<f32, N>],
-    moment1: &mut [Vector<f32, N>],
-    moment2: &mut [Vector<f32, N>],
-    grad: &[Vector<G, N>],
+    params: &mut Sequence<Box<[Vector<f32, N>]>>,
+    moments1: &mut Sequence<Box<[Vector<f32, N>]>>,
+    moments2: &mut Sequence<Box<[Vector<f32, N>]>>,
+    grads: &Sequence<Box<[Vector<G, N>]>>,
     grad_scale: &[f32],
-    vectors: usize,
+    vectors: &Sequence<usize>,
+    cubes: &Sequence<usize>,
     beta1: f32,
     beta2: f32,
     eps: f32,
@@ -94,16 +133,24 @@ fn update<G: Float, N: Size>(
     correction2: f32,
     #[define(G)] _type: ElemType,
 ) {
-    let at = CUBE_POS * CUBE_DIM as usize + UNIT_POS as usize;
     let scale = grad_scale[0];
-    if at < vectors && is_finite(scale) {
-        let g = Vector::<f32, N>::cast_from(grad[at]) * Vector::new(scale);
-        let m = moment1[at] * Vector::new(beta1) + g * Vector::new(1.0f32 - beta1);
-        let v = moment2[at] * Vector::new(beta2) + g * g * Vector::new(1.0f32 - beta2);
-        let root = (v / Vector::new(correction2)).sqrt() + Vector::new(eps);
-        let update = m / Vector::new(correction1) / root;
-        param[at] = param[at] * Vector::new(keep) - update * Vector::new(lr);
-        moment1[at] = m;
-        moment2[at] = v;
+    // A buffer is known when a kernel is compiled: each parameter has code of its own. Loads that
+    // choose among buffers and meet in one register would wait for each other.
+    #[unroll]
+    for i in 0..comptime!(params.len()) {
+        let own = CUBE_POS >= cubes[i] && CUBE_POS < cubes[comptime!(i + 1)];
+        let at = (CUBE_POS - cubes[i]) * UNITS + UNIT_POS as usize;
+        if own && at < vectors[i] && is_finite(scale) {
+            let g = Vector::<f32, N>::cast_from(grads.index(i)[at]) * Vector::new(scale);
+            let m = moments1.index(i)[at] * Vector::new(beta1) + g * Vector::new(1.0f32 - beta1);
+            let v =
+                moments2.index(i)[at] * Vector::new(beta2) + g * g * Vector::new(1.0f32 - beta2);
+            let root = (v / Vector::new(correction2)).sqrt() + Vector::new(eps);
+            let update = m / Vector::new(correction1) / root;
+            params.index_mut(i)[at] =
+                params.index(i)[at] * Vector::new(keep) - update * Vector::new(lr);
+            moments1.index_mut(i)[at] = m;
+            moments2.index_mut(i)[at] = v;
+        }
     }
 }

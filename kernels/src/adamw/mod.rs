@@ -1,4 +1,4 @@
-//! One AdamW update (arXiv 1711.05101), gradient scaling included, in one pass over a parameter.
+//! One AdamW update (arXiv 1711.05101), gradient scaling included, in one pass over the parameters.
 //!
 //! ```text
 //! g  = grad · grad_scale
@@ -20,10 +20,11 @@ pub mod reference;
 #[cfg(test)]
 mod tests;
 
-use burn::backend::Dispatch;
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, Dispatch};
 use burn::tensor::Tensor;
 
-use crate::backend::MambaOps;
+use crate::backend::{MambaOps, TensorList};
 
 /// The numbers of one update.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -72,36 +73,85 @@ pub struct AdamwState<const D: usize> {
     pub moment2: Tensor<D>,
 }
 
-/// Updates one parameter; none of the tensors is tracked by autodiff.
-///
-/// Buffers that nothing else holds are updated in place.
-///
-/// # Shapes
-///
-/// - state, grad: any, all the same
-/// - grad_scale: `[1]`
+/// The raw tensors of one parameter's update.
+#[derive(Clone, Debug)]
+pub struct RawUpdate<T> {
+    /// The parameter, f32.
+    pub param: T,
+    /// Its gradient.
+    pub grad: T,
+    /// Mean of the gradients, f32.
+    pub moment1: T,
+    /// Mean of their squares, f32.
+    pub moment2: T,
+}
+
+impl<B: Backend> TensorList<B> {
+    /// The updates of which these are the tensors, in the order of the fields.
+    pub(crate) fn into_updates(self) -> Vec<RawUpdate<FloatTensor<B>>> {
+        let update = |[param, grad, moment1, moment2]: [_; 4]| RawUpdate {
+            param,
+            grad,
+            moment1,
+            moment2,
+        };
+        self.into_groups().into_iter().map(update).collect()
+    }
+}
+
+/// Updates one parameter; see [`adamw_steps`].
 pub fn adamw_step<const D: usize>(
     state: AdamwState<D>,
     grad: Tensor<D>,
     grad_scale: Tensor<1>,
     step: AdamwStep,
 ) -> AdamwState<D> {
-    assert_eq!(
-        state.param.dims(),
-        grad.dims(),
-        "adamw_step: shapes of parameter and gradient"
-    );
-    let (param, moment1, moment2) = <Dispatch as MambaOps>::adamw_op(
-        state.param.into_dispatch(),
-        grad.into_dispatch(),
-        state.moment1.into_dispatch(),
-        state.moment2.into_dispatch(),
-        grad_scale.into_dispatch(),
-        step,
-    );
-    AdamwState {
-        param: Tensor::from_dispatch(param),
-        moment1: Tensor::from_dispatch(moment1),
-        moment2: Tensor::from_dispatch(moment2),
+    let mut states = adamw_steps(vec![(state, grad)], grad_scale, step);
+    states.pop().expect("as many as there were")
+}
+
+/// Updates parameters, given with their gradients; none of the tensors is tracked by autodiff.
+///
+/// Buffers that nothing else holds are updated in place. A GPU updates many small parameters of one
+/// call together.
+///
+/// # Shapes
+///
+/// - state, grad: any, all the same for each parameter
+/// - grad_scale: `[1]`
+///
+/// # Panics
+///
+/// If shapes disagree.
+pub fn adamw_steps<const D: usize>(
+    updates: Vec<(AdamwState<D>, Tensor<D>)>,
+    grad_scale: Tensor<1>,
+    step: AdamwStep,
+) -> Vec<AdamwState<D>> {
+    let mut tensors = Vec::with_capacity(4 * updates.len());
+    for (state, grad) in updates {
+        let dims = state.param.dims();
+        assert_eq!(
+            [dims; 3],
+            [grad.dims(), state.moment1.dims(), state.moment2.dims()],
+            "adamw_steps: shapes of gradient and moments of a parameter"
+        );
+        let list = [state.param, grad, state.moment1, state.moment2];
+        tensors.extend(list.map(Tensor::into_dispatch));
     }
+    if tensors.is_empty() {
+        return Vec::new();
+    }
+    let tensors = TensorList(tensors);
+    let scale = grad_scale.into_dispatch();
+    let results = <Dispatch as MambaOps>::adamw_op(tensors, scale, step);
+    let state = |tensors: [_; 3]| {
+        let [param, moment1, moment2] = tensors.map(Tensor::from_dispatch);
+        AdamwState {
+            param,
+            moment1,
+            moment2,
+        }
+    };
+    results.into_groups().into_iter().map(state).collect()
 }

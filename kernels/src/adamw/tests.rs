@@ -1,7 +1,7 @@
 use burn::tensor::{Device, Tensor};
 
-use super::{AdamwState, AdamwStep, adamw_step, reference};
-use crate::testing::{Rng, assert_close, devices, read, tensor};
+use super::{AdamwState, AdamwStep, adamw_step, adamw_steps, reference};
+use crate::testing::{Rng, assert_close, assert_same_bits, devices, read, tensor};
 
 type Update = fn(AdamwState<2>, Tensor<2>, Tensor<1>, AdamwStep) -> AdamwState<2>;
 
@@ -33,6 +33,53 @@ fn equals_reference() {
                 assert_close(&format!("{device:?} {dims:?}"), got, expected, 1e-5, 1e-6);
             }
         }
+    }
+}
+
+/// More parameters than a launch takes, of lengths that vectors divide and do not.
+#[test]
+fn many_together_have_the_bits_of_each_alone() {
+    const COUNT: usize = 45;
+    for device in devices() {
+        let mut rng = Rng::new(9);
+        let lengths: Vec<usize> = (0..COUNT)
+            .map(|i| match i {
+                0..40 => [4, 1024, 4096, 1028, 70_000][i % 5],
+                _ => [1, 7][i % 2],
+            })
+            .collect();
+        let updates: Vec<_> = lengths
+            .iter()
+            .map(|n| {
+                let mut normals = || tensor(&rng.normals(*n, 1.0), [*n], &device);
+                let state = AdamwState {
+                    param: normals(),
+                    moment1: normals(),
+                    moment2: normals().powi_scalar(2),
+                };
+                (state, normals())
+            })
+            .collect();
+        let step = AdamwStep::new(3, 1e-2, (0.9, 0.95), 1e-8, 0.1);
+        let scale = tensor(&[0.7], [1], &device);
+        let together = adamw_steps(updates.clone(), scale.clone(), step);
+        assert_eq!(together.len(), COUNT);
+        for (i, ((state, grad), got)) in updates.into_iter().zip(together).enumerate() {
+            let alone = adamw_step(state, grad, scale.clone(), step);
+            let what = format!("{device:?} parameter {i}, {} numbers", lengths[i]);
+            assert_same_bits(&what, &read(got.param), &read(alone.param));
+            assert_same_bits(&what, &read(got.moment1), &read(alone.moment1));
+            assert_same_bits(&what, &read(got.moment2), &read(alone.moment2));
+        }
+    }
+}
+
+#[test]
+fn no_parameters_are_no_work() {
+    for device in devices() {
+        let step = AdamwStep::new(1, 0.1, (0.9, 0.95), 1e-8, 0.0);
+        let updated = adamw_steps::<1>(Vec::new(), Tensor::ones([1], &device), step);
+        assert!(updated.is_empty());
     }
 }
 

@@ -115,26 +115,15 @@ impl<B: MambaKernels, C: CheckpointStrategy> MambaOps for Autodiff<B, C> {
 
     /// An update is not differentiated: it runs on the raw tensors.
     fn adamw_op(
-        param: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
-        moment1: FloatTensor<Self>,
-        moment2: FloatTensor<Self>,
+        tensors: TensorList<Self>,
         grad_scale: FloatTensor<Self>,
         step: AdamwStep,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        let (param, moment1, moment2) = B::adamw_step(
-            param.into_primitive(),
-            grad.into_primitive(),
-            moment1.into_primitive(),
-            moment2.into_primitive(),
-            grad_scale.into_primitive(),
-            step,
-        );
-        (
-            from_inner::<B, C>(param),
-            from_inner::<B, C>(moment1),
-            from_inner::<B, C>(moment2),
-        )
+    ) -> TensorList<Self> {
+        let tensors = tensors.0.into_iter().map(|t| t.into_primitive()).collect();
+        let updates = TensorList::<B>(tensors).into_updates();
+        let results = B::adamw_steps(updates, grad_scale.into_primitive(), step);
+        let results = results.into_iter().flatten();
+        TensorList(results.map(from_inner::<B, C>).collect())
     }
 
     fn adamw_int8_op(

@@ -4,8 +4,8 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::DType;
 use burn_cubecl::CubeBackend;
 
-use crate::adamw::AdamwStep;
 use crate::adamw::int8::RawMoments;
+use crate::adamw::{AdamwStep, RawUpdate};
 use crate::add_norm::{NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::backend::MambaKernels;
 use crate::causal_conv1d::{ConvGrads, ConvInputs, ConvOutputs};
@@ -131,15 +131,12 @@ impl MambaKernels for CubeBackend {
             .then_some(whole)
     }
 
-    fn adamw_step(
-        param: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
-        moment1: FloatTensor<Self>,
-        moment2: FloatTensor<Self>,
+    fn adamw_steps(
+        updates: Vec<RawUpdate<FloatTensor<Self>>>,
         grad_scale: FloatTensor<Self>,
         step: AdamwStep,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        adamw::cube::step(param, grad, moment1, moment2, grad_scale, step)
+    ) -> Vec<[FloatTensor<Self>; 3]> {
+        adamw::cube::steps(updates, grad_scale, step)
     }
 
     fn adamw_int8_step(

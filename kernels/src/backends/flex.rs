@@ -6,7 +6,7 @@ use burn::tensor::DType;
 
 use crate::MambaKernels;
 use crate::adamw::int8::RawMoments;
-use crate::adamw::{self, AdamwStep};
+use crate::adamw::{self, AdamwStep, RawUpdate};
 use crate::add_norm::{self, NormGrads, NormInputs, NormOutputs, NormSaved};
 use crate::causal_conv1d::{self, ConvGrads, ConvInputs, ConvOutputs};
 use crate::cross_entropy;
@@ -117,15 +117,12 @@ impl MambaKernels for Flex {
         linear::flex::product(a, b, how, target)
     }
 
-    fn adamw_step(
-        param: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
-        moment1: FloatTensor<Self>,
-        moment2: FloatTensor<Self>,
+    fn adamw_steps(
+        updates: Vec<RawUpdate<FloatTensor<Self>>>,
         grad_scale: FloatTensor<Self>,
         step: AdamwStep,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        adamw::flex::step(param, grad, moment1, moment2, grad_scale, step)
+    ) -> Vec<[FloatTensor<Self>; 3]> {
+        adamw::flex::steps(updates, grad_scale, step)
     }
 
     fn adamw_int8_step(

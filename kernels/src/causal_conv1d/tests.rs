@@ -145,6 +145,12 @@ fn every_vector_of_channels() {
     }
 }
 
+/// Rows that large cubes of the backward pass fill, and enough of them.
+#[test]
+fn long_rows_equal_reference() {
+    Case::new([1, 1300, 1024, 4], 3).check("");
+}
+
 #[test]
 fn every_combination_of_optional_inputs() {
     for bits in 0..16u32 {

@@ -164,6 +164,16 @@ pub(crate) fn vector_width(most: usize, width: usize, rows: &[(&CubeTensor, usiz
         .unwrap_or(1)
 }
 
+/// Tensors, of `buffers` buffers each, that one launch takes where it may take many: more of them
+/// cost each unit more time to find its own than launches do.
+pub(crate) fn tensors_of_a_launch(like: &CubeTensor, buffers: usize) -> usize {
+    const MOST: usize = 16;
+    // Those that all tensors share: one or two of the kernel's own, its scalars, its sizes.
+    const SHARED: usize = 4;
+    let bindings = like.client.properties().hardware.max_bindings as usize;
+    (bindings.saturating_sub(SHARED) / buffers).clamp(1, MOST)
+}
+
 /// The tensor as contiguous f32.
 pub(crate) fn contiguous_f32(tensor: CubeTensor) -> CubeTensor {
     contiguous(burn_cubecl::kernel::cast(tensor, DType::F32))

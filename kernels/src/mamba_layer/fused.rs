@@ -42,6 +42,8 @@ pub(crate) struct LayerSaved<T> {
     low: T,
     /// The scan's own.
     states: T,
+    /// Decay rates, `[E, N]`.
+    rates: T,
 }
 
 /// Gradients.
@@ -154,7 +156,14 @@ impl<T: TensorMetadata + Clone> Layer<T> {
     }
 
     /// The scan's inputs; B, C and the gate are views.
-    fn scan<B>(&self, sizes: Sizes, u: Raw<B>, low: &Raw<B>, xz: &Raw<B>) -> ScanInputs<Raw<B>>
+    fn scan<B>(
+        &self,
+        sizes: Sizes,
+        rates: Raw<B>,
+        u: Raw<B>,
+        low: &Raw<B>,
+        xz: &Raw<B>,
+    ) -> ScanInputs<Raw<B>>
     where
         B: MambaKernels<FloatTensorPrimitive = T>,
     {
@@ -168,7 +177,7 @@ impl<T: TensorMetadata + Clone> Layer<T> {
         ScanInputs {
             u,
             delta,
-            a: self.rates::<B>(),
+            a: rates,
             b: B::columns(low, rank, rank + states),
             c: B::columns(low, rank + states, rank + 2 * states),
             d: Some(self.weights.d.clone()),
@@ -216,7 +225,8 @@ pub(crate) fn forward<B: MambaKernels>(
     let xz = layer.in_proj::<B>(rows_of::<B>(normed, sizes));
     let ConvOutputs { y: u, last_window } = B::causal_conv1d(layer.conv::<B>(&xz, sizes.inner));
     let low = layer.project::<B>(u.clone(), &weights.x_proj);
-    let scan = B::selective_scan(layer.scan::<B>(sizes, u, &low, &xz));
+    let rates = layer.rates::<B>();
+    let scan = B::selective_scan(layer.scan::<B>(sizes, rates.clone(), u, &low, &xz));
     let out = B::product(
         scan.y,
         rounded::<B>(weights.out_proj.clone(), dtype),
@@ -235,6 +245,7 @@ pub(crate) fn forward<B: MambaKernels>(
             xz: layer.settings.keep.then_some(xz),
             low,
             states: scan.saved,
+            rates,
         },
     }
 }
@@ -258,6 +269,7 @@ pub(crate) fn backward<B: MambaKernels>(
         xz,
         low,
         states,
+        rates,
     } = saved;
     let normed = B::affine(
         normalized.hat.clone(),
@@ -267,7 +279,7 @@ pub(crate) fn backward<B: MambaKernels>(
     let normed = rows_of::<B>(normed, sizes);
     let xz = xz.unwrap_or_else(|| layer.in_proj::<B>(normed.clone()));
 
-    let mixed = backward_mixer::<B>(layer, sizes, &xz, low, states, &dout);
+    let mixed = backward_mixer::<B>(layer, sizes, &xz, [low, states, rates], &dout);
     let in_bias = weights
         .in_bias
         .as_ref()
@@ -314,8 +326,7 @@ fn backward_mixer<B: MambaKernels>(
     layer: &Layer<Raw<B>>,
     sizes: Sizes,
     xz: &Raw<B>,
-    low: Raw<B>,
-    states: Raw<B>,
+    [low, states, rates]: [Raw<B>; 3],
     dout: &Raw<B>,
 ) -> MixerGrads<Raw<B>> {
     let Sizes {
@@ -324,11 +335,14 @@ fn backward_mixer<B: MambaKernels>(
         rank,
         ..
     } = sizes;
+    let dtype = layer.settings.dtype;
+    let dout = rounded::<B>(dout.clone(), dtype);
+    // Two products take this weight.
+    let mut layer = layer.clone();
+    layer.weights.dt_proj = rounded::<B>(layer.weights.dt_proj, dtype);
     let weights = &layer.weights;
-    let dout = rounded::<B>(dout.clone(), layer.settings.dtype);
     let u = B::causal_conv1d(layer.conv::<B>(xz, inner)).y;
-    let scan = layer.scan::<B>(sizes, u.clone(), &low, xz);
-    let rates = scan.a.clone();
+    let scan = layer.scan::<B>(sizes, rates.clone(), u.clone(), &low, xz);
     let dy = layer.project_back::<B>(dout.clone(), &weights.out_proj, Target::New);
 
     // Gradients of parts of one tensor are written into its place where the backend can.

@@ -1,8 +1,8 @@
 //! The sum on a GPU.
 //!
-//! The cubes of a tensor's launch take turns over it in steps of the whole grid, each unit adding
-//! up one vector a step with several loads in flight; every cube leaves one number. A last cube
-//! adds up the numbers of all tensors.
+//! The cubes of a tensor take turns over it in steps of all of them, each unit adding up one vector
+//! a step with several loads in flight; every cube leaves one number. A last cube adds up the numbers
+//! of all tensors. One launch takes as many tensors as the device binds buffers.
 
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
@@ -11,7 +11,8 @@ use cubecl::prelude::*;
 
 use crate::cube::reduce::{cube_sum, sum_strided, total};
 use crate::cube::{
-    DeviceTraits, address_type, buffer, contiguous, cube_dim, elem, empty, grid, vector_width,
+    DeviceTraits, address_type, buffer, contiguous, cube_dim, elem, empty, grid,
+    tensors_of_a_launch, vector_width,
 };
 
 /// Most elements of a vector.
@@ -29,16 +30,21 @@ pub(crate) fn sum_squares(tensors: Vec<CubeTensor>) -> CubeTensor {
     tensors.retain(|x| x.meta.num_elements() > 0);
     let device = DeviceTraits::of(&first);
     let units = UNITS.next_multiple_of(device.plane).min(device.max_units);
-    let cubes: Vec<usize> = tensors
-        .iter()
-        .map(|x| cubes_of(x, units, &device))
-        .collect();
-    let count: usize = cubes.iter().sum();
+    let cubes = |x: &CubeTensor| cubes_of(x, units, &device);
+    let count: usize = tensors.iter().map(cubes).sum();
     let partials = empty(&first, [count.max(1)], DType::F32);
     let mut at = 0;
-    for (x, cubes) in tensors.iter().zip(cubes) {
-        launch_partials(x, &partials, at, cubes, [units, device.plane]);
-        at += cubes;
+    // Neighbours that are read alike share a launch, as far as the device binds their buffers.
+    for alike in tensors.chunk_by(|a, b| form(a) == form(b)) {
+        for some in alike.chunks(tensors_of_a_launch(&first, 1)) {
+            let mut starts = vec![0];
+            for x in some {
+                starts.push(starts[starts.len() - 1] + cubes(x));
+            }
+            let all = starts[some.len()];
+            launch_partials(some, starts, &partials, at, [units, device.plane]);
+            at += all;
+        }
     }
     let sum = empty(&first, [1], DType::F32);
     // SAFETY: the kernel reads the first `count` numbers, all of which were written, and writes one.
@@ -64,33 +70,41 @@ fn cubes_of(x: &CubeTensor, units: usize, device: &DeviceTraits) -> usize {
     useful.clamp(1, (device.busy_units / units).max(1))
 }
 
-/// Writes the sums of the squares of `x` to `cubes` places of `partials`, from `at` on.
+/// Numbers of a vector, and the data type.
+fn form(x: &CubeTensor) -> (usize, DType) {
+    let elements = x.meta.num_elements();
+    (vector_width(VECTOR, elements, &[(x, elements)]), x.dtype)
+}
+
+/// Writes the sums of the squares of the tensors, which are of one form, to `partials`, from `at` on:
+/// those of tensor `i` to the places `starts[i] .. starts[i + 1]` after that, by as many cubes.
 fn launch_partials(
-    x: &CubeTensor,
+    tensors: &[CubeTensor],
+    starts: Vec<usize>,
     partials: &CubeTensor,
     at: usize,
-    cubes: usize,
     [units, plane]: [usize; 2],
 ) {
-    let elements = x.meta.num_elements();
-    let vector = vector_width(VECTOR, elements, &[(x, elements)]);
-    // SAFETY: positions in `x` are bounded by its number of vectors; there is a place of `partials`
-    // for every cube, and cubes beyond them do nothing.
+    let (vector, dtype) = form(&tensors[0]);
+    let vectors = |x: &CubeTensor| x.meta.num_elements() / vector;
+    let buffers: Vec<_> = tensors.iter().chain([partials]).collect();
+    // SAFETY: positions in a tensor are bounded by its number of vectors; there is a place of
+    // `partials` for every cube, and cubes beyond them do nothing.
     unsafe {
         square_sums::launch_unchecked(
-            &x.client,
-            grid(cubes),
+            &partials.client,
+            grid(starts[tensors.len()]),
             cube_dim(units),
-            address_type(&[x, partials]),
+            address_type(&buffers),
             vector,
-            buffer(x),
+            tensors.iter().map(buffer).collect(),
             buffer(partials),
-            elements / vector,
+            tensors.iter().map(vectors).collect(),
+            starts.into_iter().collect(),
             at,
-            cubes,
             units,
             plane,
-            elem(x.dtype),
+            elem(dtype),
         );
     }
 }
@@ -98,23 +112,48 @@ fn launch_partials(
 /// One partial sum a cube.
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn square_sums<X: Float, N: Size>(
-    x: &[Vector<X, N>],
+    tensors: &Sequence<Box<[Vector<X, N>]>>,
     partials: &mut [f32],
-    vectors: usize,
+    vectors: &Sequence<usize>,
+    starts: &Sequence<usize>,
     at: usize,
-    cubes: usize,
     #[comptime] units: usize,
     #[comptime] plane: usize,
     #[define(X)] _type: ElemType,
 ) {
-    if CUBE_POS >= cubes {
+    let count = comptime!(tensors.len());
+    if CUBE_POS >= starts[count] {
         terminate!();
     }
     let mut scratch = Shared::<[f32]>::new_slice(comptime!(units / plane));
+    let mut sums = Vector::<f32, N>::new(0.0f32);
+    #[unroll]
+    for i in 0..count {
+        if CUBE_POS >= starts[i] && CUBE_POS < starts[comptime!(i + 1)] {
+            let cube = CUBE_POS - starts[i];
+            let cubes = starts[comptime!(i + 1)] - starts[i];
+            sums = own_squares::<X, N>(&tensors[i], vectors[i], cube, cubes, units);
+        }
+    }
+    let sum = cube_sum(total(sums), &mut scratch, units, plane);
+    if UNIT_POS == 0 {
+        partials[at + CUBE_POS] = sum;
+    }
+}
+
+/// The unit's share of a tensor's squares; its cube is number `cube` of `cubes`.
+#[cube]
+fn own_squares<X: Float, N: Size>(
+    x: &[Vector<X, N>],
+    vectors: usize,
+    cube: usize,
+    cubes: usize,
+    #[comptime] units: usize,
+) -> Vector<f32, N> {
     let stride = cubes * units;
     let mut sums = Vector::<f32, N>::new(0.0f32);
     for turn in 0..vectors.div_ceil(stride * AHEAD) {
-        let first = turn * AHEAD * stride + CUBE_POS * units + UNIT_POS as usize;
+        let first = turn * AHEAD * stride + cube * units + UNIT_POS as usize;
         let mut loaded = Array::<Vector<X, N>>::new(AHEAD);
         #[unroll]
         for i in 0..AHEAD {
@@ -128,10 +167,7 @@ fn square_sums<X: Float, N: Size>(
             }
         }
     }
-    let sum = cube_sum(total(sums), &mut scratch, units, plane);
-    if UNIT_POS == 0 {
-        partials[at + CUBE_POS] = sum;
-    }
+    sums
 }
 
 /// The sum of all partials, by one cube.

@@ -1,7 +1,7 @@
 //! Sum of the squares of many tensors' elements: the square of a gradient's global norm.
 //!
-//! Every tensor is read once, by one kernel, and leaves partial sums; one more kernel adds up those
-//! of all tensors. The order of the additions is fixed: the same bits every run.
+//! Every tensor is read once and leaves partial sums; one more kernel adds up those of all tensors.
+//! The order of the additions is fixed: the same bits every run.
 
 #[cfg(feature = "cube")]
 pub(crate) mod cube;

@@ -54,9 +54,12 @@ fn backward_rows<X: Float, Y: Float, N: Size>(
     let width = comptime!(config.width);
     let zero = Vector::<f32, N>::new(0.0f32);
     let first = rows.first + group * AHEAD;
-    let next = load_rows::<X, N>(x, rows.x_stride, first, rows.last, rows.vector);
-    let next_dy = load_rows::<Y, N>(dy, rows.dy_stride, first, rows.last, rows.vector);
+    // What lies further on than the tile's inputs reach need not come from memory.
+    let last = min(rows.last, rows.end + comptime!(width - 1) - 1);
+    let next = load_rows::<X, N>(x, rows.x_stride, first, last, rows.vector, inside);
+    let next_dy = load_rows::<Y, N>(dy, rows.dy_stride, first, last, rows.vector, inside);
     let flags = load_resets(resets, first, rows.last);
+    let start = first * rows.dx_stride + rows.vector;
     #[unroll]
     for i in 0..AHEAD {
         let row = first + i;
@@ -91,10 +94,11 @@ fn backward_rows<X: Float, Y: Float, N: Size>(
                 comptime!(resets.is_some()),
                 width,
             );
-            // The window's oldest position is complete.
-            if row + 1 >= rows.first + width {
-                let done = row + 1 - width;
-                dx[done * rows.dx_stride + rows.vector] = Vector::cast_from(adjoint.pending[0]);
+            // The window's oldest position is complete; before the first K rows it is none of the
+            // tile's.
+            if comptime!(i + 1 >= width) || row + 1 >= rows.first + width {
+                let done = start + i * rows.dx_stride - comptime!(width - 1) * rows.dx_stride;
+                dx[done] = Vector::cast_from(adjoint.pending[0]);
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::{AHEAD, ConvConfig, UNITS};
+use super::{AHEAD, ConvConfig};
 use crate::cube::OptionalInput;
 use crate::cube::math::sigmoid;
 
@@ -18,13 +18,13 @@ pub(super) struct Place {
 /// `vectors` is the number of vectors in a row.
 #[cube]
 pub(super) fn place(length: usize, vectors: usize, #[comptime] config: ConvConfig) -> Place {
-    let cubes = vectors.div_ceil(UNITS);
+    let cubes = vectors.div_ceil(comptime!(config.units));
     let tiles = length.div_ceil(comptime!(config.tile));
     let row = CUBE_POS / cubes;
     Place {
         batch: row / tiles,
         tile: row % tiles,
-        vector: CUBE_POS % cubes * UNITS + UNIT_POS as usize,
+        vector: CUBE_POS % cubes * comptime!(config.units) + UNIT_POS as usize,
     }
 }
 
@@ -173,7 +173,8 @@ pub(super) fn convolve<N: Size>(
     sum
 }
 
-/// Rows `first .. first + AHEAD` of the unit's channels, those beyond `last` being `last`.
+/// Rows `first .. first + AHEAD` of the unit's channels, those beyond `last` being `last`. If `inside`
+/// none are: their places are then a stride apart, which saves arithmetic.
 #[cube]
 pub(super) fn load_rows<X: Float, N: Size>(
     x: &[Vector<X, N>],
@@ -181,11 +182,17 @@ pub(super) fn load_rows<X: Float, N: Size>(
     first: usize,
     last: usize,
     vector: usize,
+    #[comptime] inside: bool,
 ) -> Array<Vector<X, N>> {
     let mut rows = Array::<Vector<X, N>>::new(AHEAD);
+    let start = first * stride + vector;
     #[unroll]
     for i in 0..AHEAD {
-        rows[i] = x[min(first + i, last) * stride + vector];
+        if inside {
+            rows[i] = x[start + i * stride];
+        } else {
+            rows[i] = x[min(first + i, last) * stride + vector];
+        }
     }
     rows
 }

@@ -28,8 +28,9 @@ fn forward_rows<X: Float, N: Size>(
     #[comptime] config: ConvConfig,
     #[comptime] inside: bool,
 ) {
-    let next = load_rows::<X, N>(x, x_stride, first, end - 1, vector);
+    let next = load_rows::<X, N>(x, x_stride, first, end - 1, vector, inside);
     let flags = load_resets(resets, first, end - 1);
+    let start = first * vectors + vector;
     #[unroll]
     for i in 0..AHEAD {
         let row = first + i;
@@ -42,7 +43,7 @@ fn forward_rows<X: Float, N: Size>(
             if config.silu {
                 value = value * gate(value, config.ptx);
             }
-            y[row * vectors + vector] = Vector::cast_from(value);
+            y[start + i * vectors] = Vector::cast_from(value);
         }
     }
 }

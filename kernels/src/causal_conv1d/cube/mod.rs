@@ -29,10 +29,19 @@ use crate::cube::{
 
 /// Units of a cube.
 const UNITS: usize = 128;
+/// Units of a cube backward, where a row fills such cubes and the problem the device.
+///
+/// An NVIDIA multiprocessor has 128 registers for each of so many units, with which backward does
+/// well: the compiler, which would rather take more, has to keep to them where a cube is that large.
+const MANY_UNITS: usize = 512;
 /// Positions whose loads are in flight together.
 const AHEAD: usize = 8;
-/// Most channels of a unit, forward and backward: wide loads against registers.
-const CHANNELS: [usize; 2] = [4, 2];
+/// Most channels of a unit, and most bytes of them backward: wide loads against registers.
+const CHANNELS: usize = 4;
+const BACKWARD_BYTES: usize = 8;
+/// The share of the units that keep a device busy which its registers have room for, forward and
+/// backward (one half). With more, the last cubes would begin when the others are done.
+const SHARE: [usize; 2] = [1, 2];
 /// Bounds of the positions in a tile: short ones read much twice, long ones leave the device idle.
 const TILE: [usize; 2] = [16, 256];
 
@@ -45,6 +54,8 @@ struct ConvConfig {
     tile: usize,
     /// Channels of a unit.
     channels: usize,
+    /// Units of a cube.
+    units: usize,
     silu: bool,
     /// Whether a bias (and its gradient) exists.
     bias: bool,
@@ -76,17 +87,23 @@ impl ConvShape {
         }
     }
 
-    fn config(&self, inputs: &ConvInputs<CubeTensor>, channels: usize) -> ConvConfig {
+    /// `pass` is 0 forward, 1 backward.
+    fn config(&self, inputs: &ConvInputs<CubeTensor>, channels: usize, pass: usize) -> ConvConfig {
         let device = DeviceTraits::of(&inputs.x);
         let [_, width] = dims(&inputs.weight);
         let elements = (self.batch * self.inner).saturating_mul(self.length);
+        let tile = elements
+            .div_ceil(device.busy_units / SHARE[pass] * channels)
+            .next_power_of_two();
+        let many = pass == 1
+            && tile >= TILE[0]
+            && (self.inner / channels).is_multiple_of(MANY_UNITS)
+            && device.max_units >= MANY_UNITS;
         ConvConfig {
             width,
-            tile: elements
-                .div_ceil(device.busy_units * channels)
-                .next_power_of_two()
-                .clamp(TILE[0], TILE[1]),
+            tile: tile.clamp(TILE[0], TILE[1]),
             channels,
+            units: if many { MANY_UNITS } else { UNITS },
             silu: inputs.silu,
             bias: inputs.bias.is_some(),
             ptx: device.ptx,
@@ -100,7 +117,7 @@ impl ConvShape {
 
     /// Cubes of a launch with one unit for each sequence, tile and vector.
     fn blocks(&self, config: &ConvConfig) -> usize {
-        self.batch * self.length.div_ceil(config.tile) * self.vectors(config).div_ceil(UNITS)
+        self.batch * self.length.div_ceil(config.tile) * self.vectors(config).div_ceil(config.units)
     }
 }
 
@@ -113,8 +130,8 @@ pub(crate) fn forward(inputs: ConvInputs<CubeTensor>) -> ConvOutputs<CubeTensor>
         length,
         inner,
     } = shape;
-    let channels = vector_width(CHANNELS[0], inner, &[(&inputs.x, x_stride)]);
-    let config = shape.config(&inputs, channels);
+    let channels = vector_width(CHANNELS, inner, &[(&inputs.x, x_stride)]);
+    let config = shape.config(&inputs, channels, 0);
     let y = empty(&inputs.x, [batch, length, inner], inputs.x.dtype);
     let last_window = empty(&inputs.x, [batch, inner, config.width - 1], DType::F32);
     // An empty buffer cannot be bound; nothing is written to its stand-in.
@@ -125,7 +142,7 @@ pub(crate) fn forward(inputs: ConvInputs<CubeTensor>) -> ConvOutputs<CubeTensor>
         forward::conv_forward::launch_unchecked(
             &inputs.x.client,
             grid(shape.blocks(&config)),
-            cube_dim(UNITS),
+            cube_dim(config.units),
             address_type(&[&inputs.x, &inputs.weight]),
             channels,
             buffer(&inputs.x),
@@ -162,8 +179,9 @@ pub(crate) fn backward(
     } = shape;
     let (dx, dx_stride) = gradient_rows(&inputs.x, dx_into);
     let views = [(&inputs.x, x_stride), (&dy, dy_stride), (&dx, dx_stride)];
-    let channels = vector_width(CHANNELS[1], inner, &views);
-    let config = shape.config(&inputs, channels);
+    let most = BACKWARD_BYTES / inputs.x.dtype.size();
+    let channels = vector_width(most, inner, &views);
+    let config = shape.config(&inputs, channels, 1);
     let tiles = batch * length.div_ceil(config.tile);
     let sums = empty(&inputs.x, [tiles, config.partials() * inner], DType::F32);
     // SAFETY: as in `forward`.
@@ -171,7 +189,7 @@ pub(crate) fn backward(
         backward::conv_backward::launch_unchecked(
             &inputs.x.client,
             grid(shape.blocks(&config)),
-            cube_dim(UNITS),
+            cube_dim(config.units),
             address_type(&[&inputs.x, &dy, &dx, &sums]),
             channels,
             buffer(&inputs.x),
