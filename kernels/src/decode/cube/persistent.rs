@@ -19,8 +19,8 @@ use cubecl::server::Handle;
 use super::exchange::{Pattern, Tagged, give, settle, take};
 use super::phases::{
     AdvanceAhead, EnterAhead, LeaveAhead, enter_group, first_vector, head_group, leave_group,
-    load_enter, load_gates, load_head, load_leave, load_parameters, load_states, no_advance, no_enter,
-    no_leave, own_place, part, part_place, part_sums, place_in_entering_cube, recur,
+    load_enter, load_gates, load_head, load_leave, load_parameters, load_states, no_advance,
+    no_enter, no_leave, own_place, part, part_place, part_sums, place_in_entering_cube, recur,
 };
 use super::plan::StepConfig;
 use super::{AHEAD, Buffers, Weights};
@@ -244,7 +244,16 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
         // the choice, which needs registers.
         let first = 0usize.runtime();
         load_enter(
-            &mut entering, widths, channels, in_proj, x_proj, window, first, batch, cube, c,
+            &mut entering,
+            widths,
+            channels,
+            in_proj,
+            x_proj,
+            window,
+            first,
+            batch,
+            cube,
+            c,
         );
         load_gates(&mut entering, in_proj, first, cube, c);
         load_leave(&mut leaving, out_proj, widths, first, cube, c);
@@ -254,16 +263,44 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
             let tag = first_tag + 1u32 + layer as u32;
             let values = take_stream(stream, batch, tag - 1u32, c);
             enter_group::<P, V>(
-                &mut entering, &values, channels, in_proj, window, &mut us, &mut zs, layer, batch,
-                0usize.runtime(), cube, eps, c,
+                &mut entering,
+                &values,
+                channels,
+                in_proj,
+                window,
+                &mut us,
+                &mut zs,
+                layer,
+                batch,
+                0usize.runtime(),
+                cube,
+                eps,
+                c,
             );
             give_parts(&entering, &us, parts, batch, cube, tag, c);
             load_advance(
-                &mut advancing, channels, dt_proj, rates, h, layer, batch, cube, c,
+                &mut advancing,
+                channels,
+                dt_proj,
+                rates,
+                h,
+                layer,
+                batch,
+                cube,
+                c,
             );
             if next < layers {
                 load_enter(
-                    &mut entering, widths, channels, in_proj, x_proj, window, next, batch, cube, c,
+                    &mut entering,
+                    widths,
+                    channels,
+                    in_proj,
+                    x_proj,
+                    window,
+                    next,
+                    batch,
+                    cube,
+                    c,
                 );
             }
             let sums = take_low(parts, low, batch, cube, cubes as usize, tag, c);
@@ -276,7 +313,15 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
                 load_gates(&mut entering, in_proj, next, cube, c);
             }
             leave(
-                &mut leaving, y, out_proj, stream, layer, batch, cube, tag, c,
+                &mut leaving,
+                y,
+                out_proj,
+                stream,
+                layer,
+                batch,
+                cube,
+                tag,
+                c,
             );
             if next < layers {
                 load_leave(&mut leaving, out_proj, widths, next, cube, c);
@@ -286,7 +331,15 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
             let mut ahead = load_head(norm_f, head_weights, cube, c);
             let values = take_stream(stream, batch, first_tag + layers as u32, c);
             head_group::<P, V>(
-                &mut ahead, &values, head_weights, logits, 0usize.runtime(), batch, cube, eps, c,
+                &mut ahead,
+                &values,
+                head_weights,
+                logits,
+                0usize.runtime(),
+                batch,
+                cube,
+                eps,
+                c,
             );
         }
         come(arrivals, c.ptx);
@@ -318,7 +371,13 @@ fn next_byte(
             // A byte that the vocabulary does not have reads its last row.
             let place = min(byte * comptime!(c.width) + column, embedding.len() - 1);
             let number = embedding[place];
-            give(stream, sequence * comptime!(c.width) + column, number, tag, c.ptx);
+            give(
+                stream,
+                sequence * comptime!(c.width) + column,
+                number,
+                tag,
+                c.ptx,
+            );
         }
     }
 }
@@ -414,7 +473,15 @@ fn take_low(
     while number < count {
         let from = number * comptime!(c.parts / each);
         let last = from + comptime!(c.parts / each - 1);
-        let own = take(parts, from + slice, last, 0usize.runtime(), tag, pattern, c.ptx);
+        let own = take(
+            parts,
+            from + slice,
+            last,
+            0usize.runtime(),
+            tag,
+            pattern,
+            c.ptx,
+        );
         let mut sum = own[0];
         #[unroll]
         for i in 1..comptime!(pattern.numbers()) {
@@ -498,9 +565,7 @@ fn advance<T: Size, S: Size>(
         let own = UNIT_POS as usize / comptime!(c.lanes()) % comptime!(c.channels);
         let at = own * comptime!(c.group) + place.sequence;
         let from = place.sequence * comptime!(c.low());
-        let value = recur(
-            ahead, low, from, us[at], zs[at], h, layer, batch, &place, c,
-        );
+        let value = recur(ahead, low, from, us[at], zs[at], h, layer, batch, &place, c);
         if place.inside && place.lane == 0 {
             let at = place.sequence * comptime!(c.inner) + place.channel;
             give(y, at, value, tag, c.ptx);

@@ -4,8 +4,9 @@ use crate::cube::{DeviceTraits, power_of_two_below};
 
 /// Units of a cube at most.
 const UNITS: usize = 512;
-/// Vectors of a row of weights that a lane has in flight.
+/// Vectors of weights that a lane has in flight: of one row, and of each of two.
 const AHEAD: usize = 8;
+const EACH_AHEAD: usize = 4;
 /// Most sequences whose sums a plane holds at once.
 const GROUP: usize = 8;
 /// Most channels of a cube: their rows of `x_proj` are held in registers.
@@ -330,7 +331,7 @@ impl StepConfig {
     /// Vectors of a row of `count` vectors that a lane reads, and in how many rounds of loads.
     pub const fn loads(&self, count: usize) -> [usize; 2] {
         let all = count.div_ceil(self.plane);
-        let rounds = all.div_ceil(AHEAD);
+        let rounds = all.div_ceil(EACH_AHEAD);
         [all.div_ceil(rounds), rounds]
     }
 }

@@ -7,8 +7,8 @@
 use cubecl::prelude::*;
 
 use super::{
-    CHANNEL_NUMBERS, CONV_BIAS, ENTER_NUMBERS, NormAhead, StepConfig, WIDTH_NUMBERS, X_BIAS, Z_BIAS, add_products,
-    load_norm, load_now, no_norm, normalise, own_sum, read_row, read_stream,
+    CHANNEL_NUMBERS, CONV_BIAS, ENTER_NUMBERS, NormAhead, StepConfig, WIDTH_NUMBERS, X_BIAS,
+    Z_BIAS, add_products, load_norm, load_now, no_norm, normalise, own_sum, read_row, read_stream,
 };
 use crate::cube::math::sigmoid;
 use crate::cube::reduce::lane_sum;
@@ -144,11 +144,7 @@ fn load_channel<P: Size>(
 
 /// Parameter `number` of the plane's channel.
 #[cube]
-fn parameter(
-    parameters: &Array<f32>,
-    #[comptime] number: usize,
-    #[comptime] c: StepConfig,
-) -> f32 {
+fn parameter(parameters: &Array<f32>, #[comptime] number: usize, #[comptime] c: StepConfig) -> f32 {
     let own = parameters[comptime!(number / c.plane)];
     if comptime!(c.plane == 1) {
         own
@@ -184,8 +180,8 @@ pub(in crate::decode::cube) fn enter<P: Size, V: Size>(
         let first = group * comptime!(c.group);
         let values = read_stream(stream, first, batch, c);
         enter_group::<P, V>(
-            ahead, &values, channels, in_proj, window, &mut us, &mut zs, layer, batch, group,
-            cube, eps, c,
+            ahead, &values, channels, in_proj, window, &mut us, &mut zs, layer, batch, group, cube,
+            eps, c,
         );
         let channel = cube * comptime!(c.channels) + unit / comptime!(c.group);
         let sequence = first + unit % comptime!(c.group);

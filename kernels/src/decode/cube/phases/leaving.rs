@@ -156,7 +156,10 @@ pub(in crate::decode::cube) fn own_place(
     let inside = unit < comptime!(c.out_rows * c.group) && sequence < batch;
     let inside = inside && column < comptime!(c.width);
     let column = min(column, comptime!(c.width - 1).runtime());
-    (inside, min(sequence, batch - 1) * comptime!(c.width) + column)
+    (
+        inside,
+        min(sequence, batch - 1) * comptime!(c.width) + column,
+    )
 }
 
 /// What the layer adds to the unit's number of the stream. `inputs` is what the lane has of y, for

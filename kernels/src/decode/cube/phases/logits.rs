@@ -31,7 +31,14 @@ pub(in crate::decode::cube) fn load_head<P: Size>(
         weights: Array::new(comptime!(c.loads(vectors)[0])),
     };
     load_norm(&mut ahead.norm, norm, 0usize, c);
-    read_row(head, &mut ahead.weights, head_row(cube, c), vectors, 0usize, c);
+    read_row(
+        head,
+        &mut ahead.weights,
+        head_row(cube, c),
+        vectors,
+        0usize,
+        c,
+    );
     ahead
 }
 
@@ -62,15 +69,7 @@ pub(in crate::decode::cube) fn head<P: Size, V: Size>(
         let first = group * comptime!(c.group);
         let values = read_stream(stream, first, batch, c);
         head_group::<P, V>(
-            &mut ahead,
-            &values,
-            head,
-            logits,
-            first,
-            batch,
-            cube,
-            eps,
-            c,
+            &mut ahead, &values, head, logits, first, batch, cube, eps, c,
         );
     }
 }

@@ -31,7 +31,9 @@ pub(super) use advancing::{
 pub(super) use entering::{
     EnterAhead, enter, enter_group, load_enter, load_gates, no_enter, part_place, part_sums,
 };
-pub(super) use leaving::{LeaveAhead, first_vector, leave, leave_group, load_leave, no_leave, own_place};
+pub(super) use leaving::{
+    LeaveAhead, first_vector, leave, leave_group, load_leave, no_leave, own_place,
+};
 pub(super) use logits::{head, head_group, load_head};
 
 /// Numbers of a channel in the buffer of channel parameters: its taps, then these.
@@ -184,7 +186,11 @@ pub(super) fn normalise(
             let column = unit + comptime!(i * c.units);
             let mut value = values[comptime!(b * columns + i)];
             if norm {
-                value = fma((value - means[b]) * scales[b], ahead.weight[i], ahead.bias[i]);
+                value = fma(
+                    (value - means[b]) * scales[b],
+                    ahead.weight[i],
+                    ahead.bias[i],
+                );
             }
             let inside = column < comptime!(c.width) && first + b < batch;
             if column < comptime!(c.padded()) {
@@ -232,7 +238,12 @@ fn dot_hat<P: Size, V: Size>(
         }
         result
     } else {
-        dot::<P, V>(weights, wide_at::<V>(hat, row + vector, c.ptx), sum, c.halves)
+        dot::<P, V>(
+            weights,
+            wide_at::<V>(hat, row + vector, c.ptx),
+            sum,
+            c.halves,
+        )
     }
 }
 
@@ -252,11 +263,7 @@ fn plane_columns(plane: usize, #[comptime] c: StepConfig) -> f32 {
 /// Mean and sum of squared differences from it, of a plane's columns of every sequence; the mean is
 /// zero where the norm subtracts none.
 #[cube]
-fn plane_moments(
-    values: &Array<f32>,
-    scratch: &mut Shared<[f32]>,
-    #[comptime] c: StepConfig,
-) {
+fn plane_moments(values: &Array<f32>, scratch: &mut Shared<[f32]>, #[comptime] c: StepConfig) {
     let columns = comptime!(c.columns());
     let unit = UNIT_POS as usize;
     let lane = unit % comptime!(c.plane);
