@@ -43,6 +43,12 @@ fn look(from: &mut [Tagged], at: usize, #[comptime] ptx: bool) -> Tagged {
     }
 }
 
+/// A number that is there: this unit, or one it has synchronised with since, took it before.
+#[cube]
+pub(super) fn again(from: &mut [Tagged], at: usize, #[comptime] ptx: bool) -> f32 {
+    f32::reinterpret(look(from, at, ptx).extract(0usize))
+}
+
 /// Two neighbours; `at` is even.
 #[cube]
 fn look_at_two(from: &mut [Tagged], at: usize) -> Vector<u32, Const<4>> {

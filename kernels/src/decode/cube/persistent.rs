@@ -16,11 +16,12 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use super::exchange::{Pattern, Tagged, give, settle, take};
+use super::exchange::{Pattern, Tagged, again, give, settle, take};
 use super::phases::{
-    AdvanceAhead, EnterAhead, LeaveAhead, enter_group, first_vector, head_group, leave_group,
-    load_enter, load_gates, load_head, load_leave, load_parameters, load_states, no_advance,
-    no_enter, no_leave, own_place, part, part_place, part_sums, place_in_entering_cube, recur,
+    AdvanceAhead, EnterAhead, LeaveAhead, enter_group, first_vector, head_group, leave_products,
+    leave_sum, load_enter, load_gates, load_head, load_leave, load_parameters, load_states,
+    no_advance, no_enter, no_leave, own_place, part, part_place, part_sums, place_in_entering_cube,
+    recur,
 };
 use super::plan::StepConfig;
 use super::{AHEAD, Buffers, Weights};
@@ -316,16 +317,15 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
                 &mut leaving,
                 y,
                 out_proj,
+                widths,
                 stream,
                 layer,
+                layers,
                 batch,
                 cube,
                 tag,
                 c,
             );
-            if next < layers {
-                load_leave(&mut leaving, out_proj, widths, next, cube, c);
-            }
         }
         if cube < comptime!(c.head_cubes()) {
             let mut ahead = load_head(norm_f, head_weights, cube, c);
@@ -573,14 +573,16 @@ fn advance<T: Size, S: Size>(
     }
 }
 
-/// `out_proj`; the stream is handed on.
+/// `out_proj`; the stream is handed on. The next layer's weights are loaded before the sums are taken.
 #[cube]
 fn leave<O: Size>(
     ahead: &mut LeaveAhead<O>,
     y: &mut [Tagged],
     out_proj: &[Words<O>],
+    widths: &[One],
     stream: &mut [Tagged],
     layer: usize,
+    layers: usize,
     batch: usize,
     cube: usize,
     tag: u32,
@@ -588,16 +590,8 @@ fn leave<O: Size>(
 ) {
     if cube < comptime!(c.out_cubes()) {
         let (inside, at) = own_place(0usize.runtime(), batch, cube, c);
-        let one = comptime!(Pattern {
-            rows: 1,
-            row: 0,
-            count: 1,
-            stride: 1,
-            each: 1,
-        });
-        let last = batch * comptime!(c.width) - 1;
         settle(c.ptx);
-        let before = take(stream, at, last, 0usize.runtime(), tag - 1u32, one, c.ptx);
+        let before = again(stream, at, c.ptx);
         let pattern = comptime!(Pattern {
             rows: c.group,
             row: c.inner,
@@ -607,9 +601,14 @@ fn leave<O: Size>(
         });
         let last = comptime!(c.inner / c.out_vector - 1).runtime();
         let inputs = take(y, first_vector(c), last, batch - 1, tag, pattern, c.ptx);
-        let sum = leave_group(ahead, &inputs, out_proj, layer, 0usize.runtime(), cube, c);
+        let sums = leave_products(ahead, &inputs, out_proj, layer, 0usize.runtime(), cube, c);
+        let bias = ahead.bias[0];
+        if layer + 1 < layers {
+            load_leave(ahead, out_proj, widths, layer + 1, cube, c);
+        }
+        let sum = leave_sum(&sums, c) + bias;
         if inside {
-            give(stream, at, before[0] + sum, tag, c.ptx);
+            give(stream, at, before + sum, tag, c.ptx);
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::cube::words::{Words, number};
 pub(in crate::decode::cube) struct LeaveAhead<P: Size> {
     weights: Array<Words<P>>,
     /// The bias of the unit's number of the result.
-    bias: Array<f32>,
+    pub bias: Array<f32>,
 }
 
 /// An empty [`LeaveAhead`].
@@ -126,7 +126,8 @@ pub(in crate::decode::cube) fn leave<P: Size, V: Size>(
                 }
             }
         }
-        let sum = leave_group(ahead, &inputs, out_proj, layer, group, cube, c);
+        let sums = leave_products(ahead, &inputs, out_proj, layer, group, cube, c);
+        let sum = leave_sum(&sums, c) + ahead.bias[0];
         if inside {
             stream[at] = Vector::new(before + sum);
         }
@@ -162,10 +163,10 @@ pub(in crate::decode::cube) fn own_place(
     )
 }
 
-/// What the layer adds to the unit's number of the stream. `inputs` is what the lane has of y, for
-/// every sequence of a group: vectors beyond E are anything that is finite.
+/// The planes' sums for the cube's rows, `[slices, rows, group]`. `inputs` is what the lane has of y,
+/// for every sequence of a group: vectors beyond E are anything.
 #[cube]
-pub(in crate::decode::cube) fn leave_group<P: Size>(
+pub(in crate::decode::cube) fn leave_products<P: Size>(
     ahead: &mut LeaveAhead<P>,
     inputs: &Array<f32>,
     out_proj: &[Words<P>],
@@ -173,7 +174,7 @@ pub(in crate::decode::cube) fn leave_group<P: Size>(
     group: usize,
     cube: usize,
     #[comptime] c: StepConfig,
-) -> f32 {
+) -> Shared<[f32]> {
     let unit = UNIT_POS as usize;
     let lane = unit % comptime!(c.plane);
     let plane = unit / comptime!(c.plane);
@@ -225,12 +226,19 @@ pub(in crate::decode::cube) fn leave_group<P: Size>(
             }
         }
     }
+    shared
+}
+
+/// The sum that is the unit's number of the result, from those of [`leave_products`].
+#[cube]
+pub(in crate::decode::cube) fn leave_sum(sums: &Shared<[f32]>, #[comptime] c: StepConfig) -> f32 {
+    let numbers = comptime!(c.out_rows * c.group);
+    let own = min(UNIT_POS as usize, comptime!(numbers - 1).runtime());
     sync_cube();
-    let own = min(unit, comptime!(rows * c.group - 1).runtime());
     let mut sum = 0.0f32;
     #[unroll]
-    for slice in 0..slices {
-        sum += shared[comptime!(slice * rows * c.group) + own];
+    for slice in 0..c.out_slices {
+        sum += sums[comptime!(slice * numbers) + own];
     }
-    sum + ahead.bias[0]
+    sum
 }

@@ -32,7 +32,7 @@ pub(super) use entering::{
     EnterAhead, enter, enter_group, load_enter, load_gates, no_enter, part_place, part_sums,
 };
 pub(super) use leaving::{
-    LeaveAhead, first_vector, leave, leave_group, load_leave, no_leave, own_place,
+    LeaveAhead, first_vector, leave, leave_products, leave_sum, load_leave, no_leave, own_place,
 };
 pub(super) use logits::{head, head_group, load_head};
 
