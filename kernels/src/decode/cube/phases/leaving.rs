@@ -63,7 +63,7 @@ fn read_rows<P: Size>(
 /// The row of a cube that is a plane's number `row`.
 #[cube]
 fn out_row(plane: usize, #[comptime] row: usize, #[comptime] c: StepConfig) -> usize {
-    plane / comptime!(c.out_slices) + comptime!(row * c.planes() / c.out_slices)
+    plane / comptime!(c.out_slices) + comptime!(row * (c.planes() / c.out_slices))
 }
 
 /// Loads ahead for [`leave`].
