@@ -29,6 +29,10 @@ const AHEAD: usize = 64;
 /// Most sequences whose products are done row by row where there are tensor cores.
 const NARROW: usize = 8;
 
+/// Most sequences of one kernel for many steps: with more, what cubes hand to each other takes longer
+/// than getting from one kernel to the next.
+const TOGETHER: usize = 2;
+
 /// What is written while decoding, for one number of sequences.
 #[derive(Clone, Debug)]
 pub(super) struct Buffers {
@@ -106,7 +110,7 @@ impl Mode {
 fn persistent_cubes(config: &StepConfig, batch: usize, traits: &DeviceTraits) -> Option<usize> {
     let cubes = config.cubes_at_once(batch)?;
     let fits = cubes <= traits.busy_units / 1024 && config.fits_together(traits.shared_bytes);
-    (traits.ptx && fits).then_some(cubes)
+    (traits.ptx && batch <= TOGETHER && fits).then_some(cubes)
 }
 
 /// A number of sequences with all that belongs to it.

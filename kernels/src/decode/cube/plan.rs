@@ -295,8 +295,9 @@ impl StepConfig {
     pub const fn slices(&self) -> usize {
         let columns = self.low() / self.low_vector;
         let mut most = self.units / columns;
-        if most > self.parts {
-            most = self.parts;
+        // Every slice has parts.
+        if most > self.parts / self.part_each() {
+            most = self.parts / self.part_each();
         }
         if most > self.plane {
             most = self.plane;
