@@ -2,6 +2,7 @@
 //!
 //! The choice of a byte is part of the graph, so bytes reach the host in pieces, not one by one.
 
+mod exchange;
 mod persistent;
 mod phases;
 mod plan;
@@ -13,6 +14,7 @@ use burn::tensor::DType;
 use cubecl::client::Graph;
 use cubecl::server::Handle;
 
+use self::persistent::Exchange;
 use self::plan::{Sizes, StepConfig};
 use self::weights::{Weights, raw, whole_words};
 use self::wide::{WideBuffers, WideConfig};
@@ -26,6 +28,10 @@ use crate::sampling::{BYTES, Choice, Draw, Lane};
 const AHEAD: usize = 64;
 /// Most sequences whose products are done row by row where there are tensor cores.
 const NARROW: usize = 8;
+
+/// Most sequences of one kernel for many steps: with more, what cubes hand to each other takes longer
+/// than getting from one kernel to the next.
+const TOGETHER: usize = 2;
 
 /// What is written while decoding, for one number of sequences.
 #[derive(Clone, Debug)]
@@ -102,9 +108,9 @@ impl Mode {
 /// How many cubes run a whole step in one kernel; none where there is too much work, or where cubes
 /// that wait for each other are not sure to run at the same time.
 fn persistent_cubes(config: &StepConfig, batch: usize, traits: &DeviceTraits) -> Option<usize> {
-    let cubes = traits.busy_units / 1024;
-    let fits = config.fits_at_once(cubes, batch) && config.fits_together(traits.shared_bytes);
-    (traits.ptx && fits).then_some(cubes)
+    let cubes = config.cubes_at_once(batch)?;
+    let fits = cubes <= traits.busy_units / 1024 && config.fits_together(traits.shared_bytes);
+    (traits.ptx && batch <= TOGETHER && fits).then_some(cubes)
 }
 
 /// A number of sequences with all that belongs to it.
@@ -122,8 +128,8 @@ struct Session {
 /// How steps are run.
 #[derive(Debug)]
 enum Recording {
-    /// Many of them in one kernel, of so many cubes.
-    Persistent(usize),
+    /// Many of them in one kernel.
+    Persistent(Exchange),
     /// One by one, as a graph that is not there yet: nothing ran.
     None,
     Graph(Graph),
@@ -256,6 +262,7 @@ impl Session {
             };
             (config, buffers)
         });
+        let exchange = |cubes: usize| Exchange::new(weights, &config, batch, cubes);
         let parts = wide
             .as_ref()
             .map_or(config.parts, |(wide, _)| wide.step.parts);
@@ -281,13 +288,13 @@ impl Session {
                 Mode::Kernels => Recording::Impossible,
                 Mode::Graph => Recording::None,
                 Mode::Best => match persistent_cubes(&config, batch, traits) {
-                    Some(cubes) if wide.is_none() => Recording::Persistent(cubes),
+                    Some(cubes) if wide.is_none() => Recording::Persistent(exchange(cubes)),
                     _ => Recording::None,
                 },
                 #[cfg(test)]
                 Mode::Wide => Recording::None,
                 #[cfg(test)]
-                Mode::Persistent(cubes) => Recording::Persistent(cubes),
+                Mode::Persistent(cubes) => Recording::Persistent(exchange(cubes)),
             },
             config,
             sequences: 0,
@@ -358,11 +365,11 @@ impl Session {
             &self.buffers.position,
             cubecl::bytes::Bytes::from_elems(vec![0u32]),
         );
-        match self.graph {
-            Recording::Persistent(cubes) => {
+        match &mut self.graph {
+            Recording::Persistent(exchange) => {
                 let zero = cubecl::bytes::Bytes::from_elems(vec![0u32]);
                 client.write(&self.buffers.arrivals, zero);
-                persistent::launch(weights, &self.buffers, &self.config, steps, cubes);
+                persistent::launch(weights, &self.buffers, exchange, &self.config, steps);
             }
             _ => (0..steps).for_each(|_| self.step(weights)),
         }

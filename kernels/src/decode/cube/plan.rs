@@ -4,8 +4,9 @@ use crate::cube::{DeviceTraits, power_of_two_below};
 
 /// Units of a cube at most.
 const UNITS: usize = 512;
-/// Vectors of a row of weights that a lane has in flight.
+/// Vectors of weights that a lane has in flight: of one row, and of each of two.
 const AHEAD: usize = 8;
+const EACH_AHEAD: usize = 4;
 /// Most sequences whose sums a plane holds at once.
 const GROUP: usize = 8;
 /// Most channels of a cube: their rows of `x_proj` are held in registers.
@@ -51,9 +52,10 @@ pub(super) struct StepConfig {
     pub out_slices: usize,
     /// Rows of the head of a cube.
     pub head_rows: usize,
-    /// Elements of a vector: of weights along D and E, of `dt_proj` along R, of states, of the
-    /// small products' sums.
+    /// Elements of a vector: of weights along D, of `out_proj` along E, of `dt_proj` along R, of
+    /// states, of the small products' sums.
     pub vector: usize,
+    pub out_vector: usize,
     pub rank_vector: usize,
     pub state_vector: usize,
     pub low_vector: usize,
@@ -88,6 +90,11 @@ impl StepConfig {
                 .unwrap_or(1)
         };
         let vector = widest(16 / sizes.weight_bytes, &[sizes.width, sizes.inner]);
+        // So short that every plane has a slice of a row: it needs the fewest numbers of y then.
+        let mut out_vector = vector;
+        while out_vector * sizes.weight_bytes > 4 && sizes.inner / out_vector / plane < planes {
+            out_vector /= 2;
+        }
         let rank_vector = widest(vector, &[sizes.rank]);
         let halves = sizes.weight_bytes == 2;
         let low = sizes.rank + 2 * sizes.states;
@@ -124,16 +131,17 @@ impl StepConfig {
             // A cube has channels of one sequence only.
             block: sizes.inner.div_ceil(sizes.inner.div_ceil(block)),
             out_rows,
-            out_slices: power_of_two_below(planes.min(sizes.inner / vector / plane).max(1)),
+            out_slices: power_of_two_below(planes.min(sizes.inner / out_vector / plane).max(1)),
             head_rows: share(sizes.rows, planes),
             vector,
+            out_vector,
             rank_vector,
             state_vector: widest(4, &[sizes.states]),
             low_vector: widest(4, &[low]),
         };
         // Weights are read as words of four bytes.
         let per_word = 4 / sizes.weight_bytes;
-        let words = [vector, rank_vector, low]
+        let words = [vector, out_vector, rank_vector, low]
             .iter()
             .all(|it| it.is_multiple_of(per_word));
         let fits = fitting > 0
@@ -156,8 +164,8 @@ impl StepConfig {
         [
             // Four numbers for each of 256 bytes, and sums.
             4 * 256 + 64,
-            hat + self.group * self.channels,
-            self.low() * (self.slices() + 1),
+            hat + 2 * self.group * self.channels,
+            self.low() * (self.slices() + self.group),
             self.out_slices * self.out_rows * self.group,
             hat,
         ]
@@ -188,10 +196,11 @@ impl StepConfig {
         if self.halves { 2 } else { 1 }
     }
 
-    /// Words of a vector of weights along D and E, and of `dt_proj` along R.
-    pub const fn words(&self) -> [usize; 2] {
+    /// Words of a vector of weights along D, of `out_proj` along E, and of `dt_proj` along R.
+    pub const fn words(&self) -> [usize; 3] {
         [
             self.vector / self.per_word(),
+            self.out_vector / self.per_word(),
             self.rank_vector / self.per_word(),
         ]
     }
@@ -235,7 +244,7 @@ impl StepConfig {
 
     /// Vectors of a row of `out_proj` of a lane.
     pub const fn out_loads(&self) -> usize {
-        (self.inner / self.vector).div_ceil(self.out_slices * self.plane)
+        (self.inner / self.out_vector).div_ceil(self.out_slices * self.plane)
     }
 
     /// Rows of `out_proj` of a plane, at a time, and how often.
@@ -246,7 +255,8 @@ impl StepConfig {
             1
         };
         let rows = self.out_plane_rows();
-        if rows < most { rows } else { most }
+        let rows = if rows < most { rows } else { most };
+        if rows < self.plane { rows } else { self.plane }
     }
 
     pub const fn out_turns(&self) -> usize {
@@ -262,16 +272,12 @@ impl StepConfig {
         self.shared_bytes().into_iter().sum::<usize>() <= bytes
     }
 
-    /// Whether every phase has at most one piece of work for each of `cubes` cubes.
-    pub fn fits_at_once(&self, cubes: usize, batch: usize) -> bool {
-        let phases = [
-            self.in_cubes(),
-            self.blocks() * batch,
-            self.out_cubes(),
-            self.head_cubes(),
-            batch,
-        ];
-        phases.iter().all(|pieces| *pieces <= cubes)
+    /// Cubes that one kernel for all phases needs; none where a cube would have more than one piece
+    /// of work in a phase. The second phase's channels are there those of the first.
+    pub fn cubes_at_once(&self, batch: usize) -> Option<usize> {
+        let pieces = [self.in_cubes(), self.out_cubes(), self.head_cubes(), batch];
+        let fits = batch <= self.group && self.channels * self.lanes() * batch <= self.units;
+        fits.then(|| pieces.into_iter().fold(1, usize::max))
     }
 
     /// Vectors of states of a lane.
@@ -284,15 +290,28 @@ impl StepConfig {
         self.inner.div_ceil(self.channels)
     }
 
-    /// Parts of the partial sums that are added up at the same time.
+    /// Parts of the partial sums that are added up at the same time: a power of two, of lanes of a
+    /// plane.
     pub const fn slices(&self) -> usize {
         let columns = self.low() / self.low_vector;
-        let slices = self.units / columns;
-        if slices < self.parts {
-            slices
-        } else {
-            self.parts
+        let mut most = self.units / columns;
+        // Every slice has parts.
+        if most > self.parts / self.part_each() {
+            most = self.parts / self.part_each();
         }
+        if most > self.plane {
+            most = self.plane;
+        }
+        1 << most.ilog2()
+    }
+
+    /// Neighbouring parts that are read together, and how many such groups a slice has.
+    pub const fn part_each(&self) -> usize {
+        if self.parts % 2 == 0 { 2 } else { 1 }
+    }
+
+    pub const fn part_groups(&self) -> usize {
+        (self.parts / self.part_each()).div_ceil(self.slices())
     }
 
     /// Cubes of the second phase for one sequence.
@@ -313,7 +332,7 @@ impl StepConfig {
     /// Vectors of a row of `count` vectors that a lane reads, and in how many rounds of loads.
     pub const fn loads(&self, count: usize) -> [usize; 2] {
         let all = count.div_ceil(self.plane);
-        let rounds = all.div_ceil(AHEAD);
+        let rounds = all.div_ceil(EACH_AHEAD);
         [all.div_ceil(rounds), rounds]
     }
 }

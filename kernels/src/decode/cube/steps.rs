@@ -56,7 +56,7 @@ pub(super) fn launch(
     let c = *config;
     let client = &weights.embedding.client;
     let batch = buffers.batch;
-    let [words, rank_words] = c.words();
+    let [words, out_words, rank_words] = c.words();
     let dim = cube_dim(c.units);
     let address = address_type(&[&weights.in_proj, &weights.rates]);
     // SAFETY: every buffer has the size its field documents, which is what the kernels index by
@@ -139,8 +139,8 @@ pub(super) fn launch(
                 grid(c.out_cubes()),
                 dim,
                 address,
-                words,
-                c.vector,
+                out_words,
+                c.out_vector,
                 all(&buffers.y, channels),
                 word_buffer(&weights.out_proj),
                 buffer(&weights.widths),
@@ -198,7 +198,7 @@ fn choose_and_embed(
 
 /// Chooses the byte of a sequence and puts its row of the embedding into the stream.
 #[cube]
-pub(super) fn next_byte(
+fn next_byte(
     logits: &mut [f32],
     seen: &mut [f32],
     limits: &[f32],
@@ -249,6 +249,7 @@ fn enter<P: Size, V: Size>(
     phases::load_enter(
         &mut ahead, widths, channels, in_proj, x_proj, window, layer, batch, cube, c,
     );
+    phases::load_gates(&mut ahead, in_proj, layer, cube, c);
     phases::enter::<P, V>(
         &mut ahead, stream, channels, in_proj, window, u, z, parts, layer, batch, cube, eps, c,
     );

@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::{CHANNEL_NUMBERS, DT_BIAS, SKIP, StepConfig, load_now};
 use crate::cube::math::{exp2, sigmoid, step_size};
-use crate::cube::reduce::lane_sum;
+use crate::cube::reduce::{lane_sum, tree_sum};
 use crate::cube::wide::{One, wide_at};
 use crate::cube::words::{Words, number};
 
@@ -78,6 +78,27 @@ pub(in crate::decode::cube) fn load_advance<T: Size, S: Size>(
     let place = place(cube / blocks, cube % blocks, c);
     load_parameters(ahead, channels, dt_proj, rates, layer, &place, c);
     load_states(&mut ahead.state, h, layer, batch, &place, c);
+}
+
+/// The place of this unit in a cube that has the channels of a cube of the first phase, of every
+/// sequence: sequence by sequence.
+#[cube]
+pub(in crate::decode::cube) fn place_in_entering_cube(
+    cube: usize,
+    batch: usize,
+    #[comptime] c: StepConfig,
+) -> Place {
+    let lanes = comptime!(c.lanes());
+    let unit = UNIT_POS as usize;
+    let place = unit / lanes;
+    let sequence = place / comptime!(c.channels);
+    let channel = cube * comptime!(c.channels) + place % comptime!(c.channels);
+    Place {
+        sequence: min(sequence, batch - 1),
+        channel: min(channel, comptime!(c.inner - 1).runtime()),
+        lane: unit % lanes,
+        inside: sequence < batch && channel < comptime!(c.inner),
+    }
 }
 
 /// Loads the states of the lane.
@@ -237,6 +258,17 @@ pub(in crate::decode::cube) fn recur<T: Size, S: Size>(
     value * gate * sigmoid(gate, c.ptx)
 }
 
+/// The part that a slice adds as its number `i`: neighbours together, so that they can be read so.
+#[cube]
+pub(in crate::decode::cube) fn part(
+    #[comptime] i: usize,
+    slice: usize,
+    #[comptime] c: StepConfig,
+) -> usize {
+    let each = comptime!(c.part_each());
+    (comptime!(i / each * c.slices()) + slice) * each + comptime!(i % each)
+}
+
 /// The low-rank product of a sequence, `[R + 2N]`, from its parts.
 #[cube]
 fn low_rank<Q: Size>(
@@ -247,7 +279,7 @@ fn low_rank<Q: Size>(
     let unit = UNIT_POS as usize;
     let columns = comptime!(c.low() / c.low_vector);
     let slices = comptime!(c.slices());
-    let rounds = comptime!(c.parts.div_ceil(slices));
+    let rounds = comptime!(c.part_groups() * c.part_each());
     let mut scratch = Shared::<[f32]>::new_slice(comptime!(c.low() * slices));
     let mut low = Shared::<[f32]>::new_slice(comptime!(c.low()));
     let column = unit % columns;
@@ -259,15 +291,14 @@ fn low_rank<Q: Size>(
         let mut own = Array::<Vector<f32, Q>>::new(rounds);
         #[unroll]
         for i in 0..rounds {
-            let part = comptime!(i * slices) + slice;
-            let part = min(part, comptime!(c.parts - 1).runtime());
+            let part = min(part(i, slice, c), comptime!(c.parts - 1).runtime());
             let at = (sequence * comptime!(c.parts) + part) * columns + column;
             own[i] = wide_at::<Q>(parts, at, c.ptx);
         }
         let mut sum = own[0];
         #[unroll]
         for i in 1..rounds {
-            let inside = comptime!(i * slices) + slice < comptime!(c.parts);
+            let inside = part(i, slice, c) < comptime!(c.parts);
             sum += select(inside, own[i], Vector::new(0.0f32));
         }
         #[unroll]
@@ -277,23 +308,12 @@ fn low_rank<Q: Size>(
     }
     sync_cube();
     if unit < comptime!(c.low()) {
-        // Four sums, so that an addition need not wait for the one before.
-        let mut sums = Array::<f32>::new(4usize);
+        let mut sums = Array::<f32>::new(slices);
         #[unroll]
-        for i in 0..4usize {
-            sums[i] = 0.0f32;
+        for i in 0..slices {
+            sums[i] = scratch[comptime!(i * c.low()) + unit];
         }
-        for i in 0..comptime!(slices / 4) {
-            #[unroll]
-            for k in 0..4usize {
-                sums[k] += scratch[(4 * i + k) * comptime!(c.low()) + unit];
-            }
-        }
-        #[unroll]
-        for k in 0..comptime!(slices % 4) {
-            sums[k] += scratch[comptime!((slices / 4 * 4 + k) * c.low()) + unit];
-        }
-        low[unit] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        low[unit] = tree_sum(&mut sums, slices);
     }
     sync_cube();
     low

@@ -7,8 +7,8 @@
 use cubecl::prelude::*;
 
 use super::{
-    CHANNEL_NUMBERS, CONV_BIAS, NormAhead, StepConfig, WIDTH_NUMBERS, X_BIAS, Z_BIAS, add_products,
-    load_norm, load_now, no_norm, normalise, own_sum, read_row,
+    CHANNEL_NUMBERS, CONV_BIAS, ENTER_NUMBERS, NormAhead, StepConfig, WIDTH_NUMBERS, X_BIAS,
+    Z_BIAS, add_products, load_norm, load_now, no_norm, normalise, own_sum, read_row, read_stream,
 };
 use crate::cube::math::sigmoid;
 use crate::cube::reduce::lane_sum;
@@ -22,11 +22,12 @@ pub(in crate::decode::cube) struct EnterAhead<P: Size> {
     /// The row of x of the plane's first channel, and that of z.
     x_row: Array<Words<P>>,
     z_row: Array<Words<P>>,
-    /// The channel's parameters, and the inputs of its convolution for the lane's sequence.
+    /// The channel's parameters, spread over the lanes, and the inputs of its convolution for the
+    /// lane's sequence.
     parameters: Array<f32>,
     inputs: Array<f32>,
     /// The unit's words of the cube's rows of `x_proj`.
-    low: Array<Words<Const<1>>>,
+    pub low: Array<Words<Const<1>>>,
 }
 
 /// An empty [`EnterAhead`].
@@ -36,13 +37,29 @@ pub(in crate::decode::cube) fn no_enter<P: Size>(#[comptime] c: StepConfig) -> E
         norm: no_norm(c),
         x_row: Array::new(comptime!(c.loads(c.width / c.vector)[0])),
         z_row: Array::new(comptime!(c.loads(c.width / c.vector)[0])),
-        parameters: Array::new(comptime!(c.taps + CHANNEL_NUMBERS)),
+        parameters: Array::new(comptime!((c.taps + ENTER_NUMBERS).div_ceil(c.plane))),
         inputs: Array::new(comptime!(c.taps)),
         low: Array::new(comptime!(c.low_rows())),
     }
 }
 
-/// Loads ahead for [`enter`].
+/// Loads ahead for [`enter`] the row of z: the rest of what [`load_enter`] loads.
+#[cube]
+pub(in crate::decode::cube) fn load_gates<P: Size>(
+    ahead: &mut EnterAhead<P>,
+    in_proj: &[Words<P>],
+    layer: usize,
+    cube: usize,
+    #[comptime] c: StepConfig,
+) {
+    let channel = cube * comptime!(c.channels) + UNIT_POS as usize / comptime!(c.plane);
+    let channel = min(channel, comptime!(c.inner - 1).runtime());
+    let row = layer * comptime!(2 * c.inner) + comptime!(c.inner) + channel;
+    let vectors = comptime!(c.width / c.vector);
+    read_row(in_proj, &mut ahead.z_row, row, vectors, 0usize, c);
+}
+
+/// Loads ahead for [`enter`] all but what [`load_gates`] loads.
 #[cube]
 pub(in crate::decode::cube) fn load_enter<P: Size>(
     ahead: &mut EnterAhead<P>,
@@ -62,8 +79,6 @@ pub(in crate::decode::cube) fn load_enter<P: Size>(
     let last = comptime!(c.inner - 1).runtime();
     let row = layer * comptime!(2 * c.inner) + min(first + unit / comptime!(c.plane), last);
     read_row(in_proj, &mut ahead.x_row, row, vectors, 0usize, c);
-    let z_row = row + comptime!(c.inner);
-    read_row(in_proj, &mut ahead.z_row, z_row, vectors, 0usize, c);
     let norm_at = layer * comptime!(WIDTH_NUMBERS * c.width);
     load_norm(&mut ahead.norm, widths, norm_at, c);
     load_channel(
@@ -114,12 +129,27 @@ fn load_channel<P: Size>(
     let at = (layer * comptime!(c.inner) + channel) * numbers;
     let state = ((layer * batch + sequence) * comptime!(c.inner) + channel) * past;
     #[unroll]
-    for i in 0..numbers {
-        ahead.parameters[i] = load_now(channels, at + i, c.ptx).extract(0usize);
+    for i in 0..comptime!((c.taps + ENTER_NUMBERS).div_ceil(c.plane)) {
+        let number = min(
+            lane + comptime!(i * c.plane),
+            comptime!(c.taps + ENTER_NUMBERS - 1).runtime(),
+        );
+        ahead.parameters[i] = load_now(channels, at + number, c.ptx).extract(0usize);
     }
     #[unroll]
     for i in 0..past {
         ahead.inputs[i] = window[state + i];
+    }
+}
+
+/// Parameter `number` of the plane's channel.
+#[cube]
+fn parameter(parameters: &Array<f32>, #[comptime] number: usize, #[comptime] c: StepConfig) -> f32 {
+    let own = parameters[comptime!(number / c.plane)];
+    if comptime!(c.plane == 1) {
+        own
+    } else {
+        plane_broadcast(own, comptime!((number % c.plane) as u32))
     }
 }
 
@@ -144,99 +174,146 @@ pub(in crate::decode::cube) fn enter<P: Size, V: Size>(
     #[comptime] c: StepConfig,
 ) {
     let unit = UNIT_POS as usize;
+    let mut us = Shared::<[f32]>::new_slice(comptime!(c.group * c.channels));
+    let mut zs = Shared::<[f32]>::new_slice(comptime!(c.group * c.channels));
+    for group in 0..batch.div_ceil(comptime!(c.group)) {
+        let first = group * comptime!(c.group);
+        let values = read_stream(stream, first, batch, c);
+        enter_group::<P, V>(
+            ahead, &values, channels, in_proj, window, &mut us, &mut zs, layer, batch, group, cube,
+            eps, c,
+        );
+        let channel = cube * comptime!(c.channels) + unit / comptime!(c.group);
+        let sequence = first + unit % comptime!(c.group);
+        let inside = unit < comptime!(c.group * c.channels) && channel < comptime!(c.inner);
+        if inside && sequence < batch {
+            u[sequence * comptime!(c.inner) + channel] = us[unit];
+            z[sequence * comptime!(c.inner) + channel] = zs[unit];
+        }
+        let sums = part_sums(&ahead.low, &us, c);
+        let (slice, word) = part_place(c);
+        #[unroll]
+        for b in 0..c.group {
+            #[unroll]
+            for k in 0..comptime!(c.per_word()) {
+                if slice == 0 && word < comptime!(c.low_words()) && first + b < batch {
+                    let row = (first + b) * comptime!(c.parts) + cube;
+                    let at = row * comptime!(c.low()) + word * comptime!(c.per_word()) + k;
+                    parts[at] = Vector::new(sums[comptime!(c.per_word() * b + k)]);
+                }
+            }
+        }
+    }
+}
+
+/// u and z of the cube's channels, of the sequences of a group, into shared memory: `[channels,
+/// group]`. `values` is what the units have of the stream.
+#[cube]
+pub(in crate::decode::cube) fn enter_group<P: Size, V: Size>(
+    ahead: &mut EnterAhead<P>,
+    values: &Array<f32>,
+    channels: &[One],
+    in_proj: &[Words<P>],
+    window: &mut [f32],
+    us: &mut Shared<[f32]>,
+    zs: &mut Shared<[f32]>,
+    layer: usize,
+    batch: usize,
+    group: usize,
+    cube: usize,
+    eps: f32,
+    #[comptime] c: StepConfig,
+) {
+    let unit = UNIT_POS as usize;
     let lane = unit % comptime!(c.plane);
     let plane = unit / comptime!(c.plane);
     let vectors = comptime!(c.width / c.vector);
     let rounds = comptime!(c.loads(vectors)[1]);
     let turns = comptime!(c.channels.div_ceil(c.planes()));
     let past = comptime!(c.taps - 1);
-    let first_channel = cube * comptime!(c.channels);
-
+    let first = group * comptime!(c.group);
+    let sequence = first + lane;
     let mut hat = Shared::<[One]>::new_aligned_slice(comptime!(c.group * c.padded()), 32usize);
-    let mut us = Shared::<[f32]>::new_slice(comptime!(c.group * c.channels));
-    for group in 0..batch.div_ceil(comptime!(c.group)) {
-        let first = group * comptime!(c.group);
-        let sequence = first + lane;
+    #[unroll]
+    for turn in 0..turns {
+        let place = plane + comptime!(turn * c.planes());
+        let channel = cube * comptime!(c.channels) + place;
+        let inside = place < comptime!(c.channels) && channel < comptime!(c.inner);
+        let channel = min(channel, comptime!(c.inner - 1).runtime());
+        let row = layer * comptime!(2 * c.inner) + channel;
+        let own = inside && lane < comptime!(c.group) && sequence < batch;
+        let state = (layer * batch + min(sequence, batch - 1)) * comptime!(c.inner) + channel;
+        // The first turn's numbers are there already, for the first sequences.
+        if comptime!(turn > 0) || group > 0 {
+            load_channel(ahead, channels, window, layer, batch, cube, turn, group, c);
+        }
+        if turn == 0 {
+            // Others may still read the group before.
+            sync_cube();
+            normalise(values, &ahead.norm, &mut hat, first, batch, eps, true, c);
+            sync_cube();
+        }
+        let mut sums = Array::<f32>::new(comptime!(2 * c.group));
         #[unroll]
-        for turn in 0..turns {
-            let place = plane + comptime!(turn * c.planes());
-            let channel = first_channel + place;
-            let inside = place < comptime!(c.channels) && channel < comptime!(c.inner);
-            let channel = min(channel, comptime!(c.inner - 1).runtime());
-            let row = layer * comptime!(2 * c.inner) + channel;
-            let own = inside && lane < comptime!(c.group) && sequence < batch;
-            let state = (layer * batch + min(sequence, batch - 1)) * comptime!(c.inner) + channel;
-            // The first turn's numbers are there already, for the first sequences.
-            if comptime!(turn > 0) || group > 0 {
-                load_channel(ahead, channels, window, layer, batch, cube, turn, group, c);
-            }
-            if turn == 0 {
-                // Others may still read the group before.
-                sync_cube();
-                normalise(stream, &ahead.norm, &mut hat, first, batch, eps, true, c);
-                sync_cube();
-            }
-            let mut sums = Array::<f32>::new(comptime!(2 * c.group));
-            #[unroll]
-            for i in 0..comptime!(2 * c.group) {
-                sums[i] = 0.0f32;
-            }
-            #[unroll]
-            for round in 0..rounds {
-                // And so is the first round of its weights.
-                if comptime!(round > 0 || turn > 0 || turns * rounds > 1) {
-                    if comptime!(round > 0 || turn > 0) || group > 0 {
-                        read_row(in_proj, &mut ahead.x_row, row, vectors, round, c);
-                        let z_row = row + comptime!(c.inner);
-                        read_row(in_proj, &mut ahead.z_row, z_row, vectors, round, c);
-                    }
+        for i in 0..comptime!(2 * c.group) {
+            sums[i] = 0.0f32;
+        }
+        #[unroll]
+        for round in 0..rounds {
+            // And so is the first round of its weights.
+            if comptime!(round > 0 || turn > 0 || turns * rounds > 1) {
+                if comptime!(round > 0 || turn > 0) || group > 0 {
+                    read_row(in_proj, &mut ahead.x_row, row, vectors, round, c);
+                    let z_row = row + comptime!(c.inner);
+                    read_row(in_proj, &mut ahead.z_row, z_row, vectors, round, c);
                 }
-                add_products::<P, V>(&ahead.x_row, &mut hat, &mut sums, 0usize, round, c);
-                add_products::<P, V>(&ahead.z_row, &mut hat, &mut sums, c.group, round, c);
             }
-            let x = own_sum(&sums, lane, 0usize, c);
-            let x = x + ahead.parameters[comptime!(c.taps + X_BIAS)];
-            let gate = own_sum(&sums, lane, c.group, c);
-            let gate = gate + ahead.parameters[comptime!(c.taps + Z_BIAS)];
-            ahead.inputs[past] = x;
-            let mut value = ahead.parameters[comptime!(c.taps + CONV_BIAS)];
+            add_products::<P, V>(&ahead.x_row, &mut hat, &mut sums, 0usize, round, c);
+            add_products::<P, V>(&ahead.z_row, &mut hat, &mut sums, c.group, round, c);
+        }
+        let x = own_sum(&sums, lane, 0usize, c);
+        let x = x + parameter(&ahead.parameters, comptime!(c.taps + X_BIAS), c);
+        let gate = own_sum(&sums, lane, c.group, c);
+        let gate = gate + parameter(&ahead.parameters, comptime!(c.taps + Z_BIAS), c);
+        ahead.inputs[past] = x;
+        let mut value = parameter(&ahead.parameters, comptime!(c.taps + CONV_BIAS), c);
+        #[unroll]
+        for i in 0..c.taps {
+            value = fma(parameter(&ahead.parameters, i, c), ahead.inputs[i], value);
+        }
+        let value = value * sigmoid(value, c.ptx);
+        if own {
             #[unroll]
-            for i in 0..c.taps {
-                value = fma(ahead.parameters[i], ahead.inputs[i], value);
-            }
-            let value = value * sigmoid(value, c.ptx);
-            if own {
-                #[unroll]
-                for i in 0..past {
-                    window[state * past + i] = ahead.inputs[comptime!(i + 1)];
-                }
-                u[sequence * comptime!(c.inner) + channel] = value;
-                z[sequence * comptime!(c.inner) + channel] = gate;
-            }
-            if lane < comptime!(c.group) && place < comptime!(c.channels) {
-                us[place * comptime!(c.group) + lane] = select(own, value, 0.0f32);
+            for i in 0..past {
+                window[state * past + i] = ahead.inputs[comptime!(i + 1)];
             }
         }
-        sync_cube();
-        leave_parts(&ahead.low, &us, parts, first, batch, cube, c);
+        if lane < comptime!(c.group) && place < comptime!(c.channels) {
+            us[place * comptime!(c.group) + lane] = select(own, value, 0.0f32);
+            zs[place * comptime!(c.group) + lane] = gate;
+        }
     }
+    sync_cube();
 }
 
-/// The cube's part of `x_proj`: a few neighbouring units share the sums of a word's columns.
+/// Which share of a word's columns of `x_proj` a unit adds up, and the word.
 #[cube]
-fn leave_parts(
-    weights: &Array<Words<Const<1>>>,
-    us: &Shared<[f32]>,
-    parts: &mut [One],
-    first: usize,
-    batch: usize,
-    cube: usize,
-    #[comptime] c: StepConfig,
-) {
+pub(in crate::decode::cube) fn part_place(#[comptime] c: StepConfig) -> (usize, usize) {
     let unit = UNIT_POS as usize;
     let slices = comptime!(c.low_slices());
-    let word = unit / slices;
-    let slice = unit % slices;
+    (unit % slices, unit / slices)
+}
+
+/// The cube's part of `x_proj`: a few neighbouring units share the sums of a word's columns, and all of
+/// them get them.
+#[cube]
+pub(in crate::decode::cube) fn part_sums(
+    weights: &Array<Words<Const<1>>>,
+    us: &Shared<[f32]>,
+    #[comptime] c: StepConfig,
+) -> Array<f32> {
+    let (slice, _) = part_place(c);
+    let slices = comptime!(c.low_slices());
     let each = comptime!(c.per_word());
     let mut sums = Array::<f32>::new(comptime!(each * c.group));
     #[unroll]
@@ -260,14 +337,8 @@ fn leave_parts(
         }
     }
     #[unroll]
-    for b in 0..c.group {
-        #[unroll]
-        for k in 0..each {
-            let sum = lane_sum(sums[comptime!(each * b + k)], slices, 1usize);
-            if slice == 0 && word < comptime!(c.low_words()) && first + b < batch {
-                let row = (first + b) * comptime!(c.parts) + cube;
-                parts[row * comptime!(c.low()) + word * each + k] = Vector::new(sum);
-            }
-        }
+    for i in 0..comptime!(each * c.group) {
+        sums[i] = lane_sum(sums[i], slices, 1usize);
     }
+    sums
 }

@@ -25,11 +25,16 @@ use crate::cube::reduce::lane_sum;
 use crate::cube::wide::{One, wide_at};
 use crate::cube::words::{Words, number};
 pub(super) use advancing::{
-    advance, load_advance, load_parameters, load_states, no_advance, place, recur,
+    AdvanceAhead, advance, load_advance, load_parameters, load_states, no_advance, part, place,
+    place_in_entering_cube, recur,
 };
-pub(super) use entering::{enter, load_enter, no_enter};
-pub(super) use leaving::{leave, load_leave, no_leave};
-pub(super) use logits::head;
+pub(super) use entering::{
+    EnterAhead, enter, enter_group, load_enter, load_gates, no_enter, part_place, part_sums,
+};
+pub(super) use leaving::{
+    LeaveAhead, first_vector, leave, leave_products, leave_sum, load_leave, no_leave, own_place,
+};
+pub(super) use logits::{head, head_group, load_head};
 
 /// Numbers of a channel in the buffer of channel parameters: its taps, then these.
 pub(super) const CONV_BIAS: usize = 0;
@@ -38,6 +43,8 @@ pub(super) const Z_BIAS: usize = 2;
 pub(super) const DT_BIAS: usize = 3;
 pub(super) const SKIP: usize = 4;
 pub(super) const CHANNEL_NUMBERS: usize = 5;
+/// Those of them, from the first on, that the first phase needs.
+const ENTER_NUMBERS: usize = 3;
 
 /// Numbers of a column in the buffer of width parameters: weight and bias of the norm, then this.
 pub(super) const OUT_BIAS: usize = 2;
@@ -116,25 +123,17 @@ fn load_norm(ahead: &mut NormAhead, widths: &[One], at: usize, #[comptime] c: St
     }
 }
 
-/// Normalises the sequences `first ..` of a group into shared memory; places beyond D and sequences
-/// beyond the last are zero.
+/// The unit's columns of the stream, for every sequence of a group; columns beyond D are zero.
 #[cube]
-fn normalise(
+fn read_stream(
     stream: &mut [One],
-    ahead: &NormAhead,
-    hat: &mut Shared<[One]>,
     first: usize,
     batch: usize,
-    eps: f32,
-    #[comptime] norm: bool,
     #[comptime] c: StepConfig,
-) {
+) -> Array<f32> {
     let columns = comptime!(c.columns());
     let unit = UNIT_POS as usize;
-    let mut scratch = Shared::<[f32]>::new_slice(comptime!(2 * c.planes() * c.group));
     let mut values = Array::<f32>::new(comptime!(columns * c.group));
-    let mut sums = Array::<f32>::new(comptime!(c.group));
-    let mut scales = Array::<f32>::new(comptime!(c.group));
     #[unroll]
     for b in 0..c.group {
         let row = min(first + b, batch - 1) * comptime!(c.width);
@@ -147,43 +146,38 @@ fn normalise(
             }
             values[comptime!(b * columns + i)] = value;
         }
+    }
+    values
+}
+
+/// Normalises the sequences `first ..` of a group, of which a unit has the columns as
+/// [`read_stream`] reads them, into shared memory; places beyond D and sequences beyond the last are
+/// zero.
+#[cube]
+pub(super) fn normalise(
+    values: &Array<f32>,
+    ahead: &NormAhead,
+    hat: &mut Shared<[One]>,
+    first: usize,
+    batch: usize,
+    eps: f32,
+    #[comptime] norm: bool,
+    #[comptime] c: StepConfig,
+) {
+    let columns = comptime!(c.columns());
+    let unit = UNIT_POS as usize;
+    let mut scratch = Shared::<[f32]>::new_slice(comptime!(2 * c.planes() * c.group));
+    let mut means = Array::<f32>::new(comptime!(c.group));
+    let mut scales = Array::<f32>::new(comptime!(c.group));
+    #[unroll]
+    for b in 0..c.group {
+        means[b] = 0.0f32;
         scales[b] = 1.0f32;
     }
     if norm {
-        if c.centred {
-            #[unroll]
-            for b in 0..c.group {
-                sums[b] = 0.0f32;
-                #[unroll]
-                for i in 0..columns {
-                    sums[b] += values[comptime!(b * columns + i)];
-                }
-            }
-            group_sums(&mut sums, &mut scratch, 0usize, c);
-            #[unroll]
-            for b in 0..c.group {
-                #[unroll]
-                for i in 0..columns {
-                    values[comptime!(b * columns + i)] -= sums[b] / comptime!(c.width as f32);
-                }
-            }
-        }
-        #[unroll]
-        for b in 0..c.group {
-            sums[b] = 0.0f32;
-            #[unroll]
-            for i in 0..columns {
-                if unit + comptime!(i * c.units) < comptime!(c.width) {
-                    let value = values[comptime!(b * columns + i)];
-                    sums[b] = fma(value, value, sums[b]);
-                }
-            }
-        }
-        group_sums(&mut sums, &mut scratch, comptime!(c.planes() * c.group), c);
-        #[unroll]
-        for b in 0..c.group {
-            scales[b] = 1.0f32 / (sums[b] / comptime!(c.width as f32) + eps).sqrt();
-        }
+        plane_moments(values, &mut scratch, c);
+        sync_cube();
+        cube_moments(&scratch, &mut means, &mut scales, eps, c);
     }
     #[unroll]
     for b in 0..c.group {
@@ -192,44 +186,150 @@ fn normalise(
             let column = unit + comptime!(i * c.units);
             let mut value = values[comptime!(b * columns + i)];
             if norm {
-                value = fma(value * scales[b], ahead.weight[i], ahead.bias[i]);
+                value = fma(
+                    (value - means[b]) * scales[b],
+                    ahead.weight[i],
+                    ahead.bias[i],
+                );
             }
             let inside = column < comptime!(c.width) && first + b < batch;
             if column < comptime!(c.padded()) {
-                hat[comptime!(b * c.padded()) + column] =
+                hat[comptime!(b * c.padded()) + hat_place(column, c)] =
                     Vector::new(select(inside, value, 0.0f32));
             }
         }
     }
 }
 
-/// Sums over the cube, one for each sequence of a group; every unit gets them. The scratch from
-/// `from` on is used by nobody else until the cube has been synchronised.
+/// Where a column of a normalised row is: of every vector of eight numbers the first four, then of
+/// every one the others. Lanes that read neighbouring vectors of four read all banks.
 #[cube]
-fn group_sums(
-    sums: &mut Array<f32>,
-    scratch: &mut Shared<[f32]>,
-    #[comptime] from: usize,
+fn hat_place(column: usize, #[comptime] c: StepConfig) -> usize {
+    if comptime!(c.vector == 8) {
+        let half = column / 4 % 2 * comptime!(c.padded() / 2);
+        half + column / 8 * 4 + column % 4
+    } else {
+        column
+    }
+}
+
+/// The products of the weights of a vector with its numbers of a normalised row, which begins at
+/// `row` vectors, added to `sum`.
+#[cube]
+fn dot_hat<P: Size, V: Size>(
+    weights: Words<P>,
+    hat: &mut Shared<[One]>,
+    row: usize,
+    vector: usize,
+    sum: f32,
     #[comptime] c: StepConfig,
-) {
-    let lane = UNIT_POS as usize % comptime!(c.plane);
-    let plane = UNIT_POS as usize / comptime!(c.plane);
+) -> f32 {
+    if comptime!(c.vector == 8) {
+        let mut result = sum;
+        #[unroll]
+        for half in 0..2usize {
+            let place = 2 * row + comptime!(half * c.padded() / 8) + vector;
+            let x = wide_at::<Const<4>>(hat, place, c.ptx);
+            #[unroll]
+            for i in 0..4usize {
+                let weight = number(weights, comptime!(4 * half + i), c.halves);
+                result = fma(weight, x.extract(i), result);
+            }
+        }
+        result
+    } else {
+        dot::<P, V>(
+            weights,
+            wide_at::<V>(hat, row + vector, c.ptx),
+            sum,
+            c.halves,
+        )
+    }
+}
+
+/// Columns of D that a plane's units have together.
+#[cube]
+fn plane_columns(plane: usize, #[comptime] c: StepConfig) -> f32 {
+    let mut count = 0usize;
+    #[unroll]
+    for i in 0..comptime!(c.columns()) {
+        let start = plane * comptime!(c.plane) + comptime!(i * c.units);
+        let rest = comptime!(c.width) - min(start, comptime!(c.width).runtime());
+        count += min(rest, comptime!(c.plane).runtime());
+    }
+    f32::cast_from(count as u32)
+}
+
+/// Mean and sum of squared differences from it, of a plane's columns of every sequence; the mean is
+/// zero where the norm subtracts none.
+#[cube]
+fn plane_moments(values: &Array<f32>, scratch: &mut Shared<[f32]>, #[comptime] c: StepConfig) {
+    let columns = comptime!(c.columns());
+    let unit = UNIT_POS as usize;
+    let lane = unit % comptime!(c.plane);
+    let plane = unit / comptime!(c.plane);
+    let count = plane_columns(plane, c);
     #[unroll]
     for b in 0..c.group {
-        let sum = lane_sum(sums[b], comptime!(c.plane), 1usize);
+        let mut mean = 0.0f32;
+        if c.centred {
+            #[unroll]
+            for i in 0..columns {
+                mean += values[comptime!(b * columns + i)];
+            }
+            mean = lane_sum(mean, comptime!(c.plane), 1usize) / max(count, 1.0f32);
+        }
+        let mut sum = 0.0f32;
+        #[unroll]
+        for i in 0..columns {
+            let difference = values[comptime!(b * columns + i)] - mean;
+            let inside = unit + comptime!(i * c.units) < comptime!(c.width);
+            sum += select(inside, difference * difference, 0.0f32);
+        }
+        let sum = lane_sum(sum, comptime!(c.plane), 1usize);
         if lane == 0 {
-            scratch[from + plane * comptime!(c.group) + b] = sum;
+            let at = 2 * (plane * comptime!(c.group) + b);
+            scratch[at] = mean;
+            scratch[at + 1] = sum;
         }
     }
-    sync_cube();
+}
+
+/// Those of all columns, from those of the planes (Chan, Golub and LeVeque 1983, equation 2.1): mean and
+/// one over the root of the variance.
+#[cube]
+fn cube_moments(
+    scratch: &Shared<[f32]>,
+    means: &mut Array<f32>,
+    scales: &mut Array<f32>,
+    eps: f32,
+    #[comptime] c: StepConfig,
+) {
+    let width = comptime!(c.width as f32);
     #[unroll]
     for b in 0..c.group {
+        let mut mean = 0.0f32;
+        if c.centred {
+            #[unroll(c.planes() <= 32)]
+            for p in 0..comptime!(c.planes()) {
+                let count = plane_columns(p, c);
+                mean = fma(count, scratch[2 * (p * comptime!(c.group) + b)], mean);
+            }
+            mean /= width;
+        }
         let mut sum = 0.0f32;
         #[unroll(c.planes() <= 32)]
         for p in 0..comptime!(c.planes()) {
-            sum += scratch[from + p * comptime!(c.group) + b];
+            let at = 2 * (p * comptime!(c.group) + b);
+            let mut own = scratch[at + 1];
+            if c.centred {
+                let difference = scratch[at] - mean;
+                own = fma(plane_columns(p, c) * difference, difference, own);
+            }
+            sum += own;
         }
-        sums[b] = sum;
+        means[b] = mean;
+        scales[b] = 1.0f32 / (sum / width + eps).sqrt();
     }
 }
 
@@ -273,9 +373,9 @@ fn add_products<P: Size, V: Size>(
         if comptime!((round * loads + i) * c.plane < padded) {
             #[unroll]
             for b in 0..c.group {
-                let x = wide_at::<V>(hat, comptime!(b * padded) + column, c.ptx);
+                let row = comptime!(b * padded).runtime();
                 let sum = sums[comptime!(from + b)];
-                sums[comptime!(from + b)] = dot::<P, V>(weights[i], x, sum, c.halves);
+                sums[comptime!(from + b)] = dot_hat::<P, V>(weights[i], hat, row, column, sum, c);
             }
         }
     }
