@@ -30,6 +30,58 @@ pub(crate) fn tree_sum(values: &mut Array<f32>, #[comptime] count: usize) -> f32
     values[0]
 }
 
+/// Sums `width` values at once over groups of lanes, as [`lane_sum`], and spreads the sums over
+/// the group: each lane ends with the sums of some values, from [`spread_start`] on, in
+/// the first places of `values`. That takes about `width` shuffles, not `width · log(lanes)`.
+#[cube]
+pub(crate) fn spread_sum(
+    values: &mut Array<f32>,
+    lane: usize,
+    #[comptime] width: usize,
+    #[comptime] lanes: usize,
+    #[comptime] stride: usize,
+) {
+    let steps = comptime!(lanes.ilog2() as usize);
+    #[unroll]
+    for step in 0..steps {
+        let mask = comptime!((stride << step) as u32);
+        let half = comptime!(width >> (step + 1));
+        if comptime!(half == 0) {
+            values[0] += plane_shuffle_xor(values[0], mask);
+        } else {
+            // Each lane keeps one half of the values and hands the other to its partner.
+            let upper = (lane >> comptime!(stride.ilog2() as usize + step)) % 2 == 1;
+            #[unroll]
+            for i in 0..half {
+                let low = values[i];
+                let high = values[comptime!(half + i)];
+                values[i] =
+                    select(upper, high, low) + plane_shuffle_xor(select(upper, low, high), mask);
+            }
+        }
+    }
+}
+
+/// Number of the first value that a lane holds after [`spread_sum`].
+#[cube]
+pub(crate) fn spread_start(
+    lane: usize,
+    #[comptime] width: usize,
+    #[comptime] lanes: usize,
+    #[comptime] stride: usize,
+) -> usize {
+    let steps = comptime!(lanes.ilog2() as usize);
+    let mut start = 0usize;
+    #[unroll]
+    for step in 0..steps {
+        let half = comptime!(width >> (step + 1));
+        if comptime!(half > 0) {
+            start += ((lane >> comptime!(stride.ilog2() as usize + step)) % 2) * half;
+        }
+    }
+    start
+}
+
 /// Sum of `count` numbers `stride` apart, from `first` on.
 #[cube]
 pub(crate) fn sum_strided(values: &[f32], first: usize, count: usize, stride: usize) -> f32 {
