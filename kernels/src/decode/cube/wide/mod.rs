@@ -150,6 +150,7 @@ pub(super) fn launch(
 ) {
     let w = *config;
     let c = w.step;
+    let [_, _, rank_words] = c.words();
     let client = &weights.embedding.client;
     let batch = buffers.batch;
     let dtype = elem(weights.in_proj.dtype);
@@ -228,7 +229,7 @@ pub(super) fn launch(
                 grid(c.blocks() * batch.div_ceil(SEQUENCES)),
                 cube_dim(c.units),
                 address,
-                c.words()[1],
+                rank_words,
                 c.state_vector,
                 all(&buffers.parts, parts),
                 all(&buffers.u, channels),
