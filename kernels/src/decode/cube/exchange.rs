@@ -1,7 +1,8 @@
 //! Numbers that the cubes of one kernel hand to each other while it runs.
 //!
-//! A number is written together with a tag, in one access of eight bytes, and whoever needs it looks
-//! at it until the tag is the expected one. So it arrives as soon as it can: nobody has to know that
+//! A number is written together with a tag, in one access of eight bytes (which is one on every NVIDIA
+//! GPU, as NCCL's low-latency protocol relies on), and whoever needs it looks at it until the tag is
+//! the expected one. So it arrives as soon as it can: nobody has to know that
 //! everybody has come, no fence waits for what else is on the way, and the number is there with the
 //! answer. Every number has one place and one writer. It may be written again once all who read it
 //! have handed on something that the writer has waited for.
@@ -83,8 +84,8 @@ impl Pattern {
     }
 }
 
-/// Waits until numbers have the tag; all units of a plane come here. The first group is `first`; groups beyond `last` are that one,
-/// rows beyond `last_row` are that one.
+/// Waits until numbers have the tag; all units of a plane come here. The first group is `first`;
+/// groups beyond `last` are that one, rows beyond `last_row` are that one.
 #[cube]
 pub(super) fn take(
     from: &mut [Tagged],
