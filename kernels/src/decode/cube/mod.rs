@@ -129,7 +129,7 @@ struct Session {
 #[derive(Debug)]
 enum Recording {
     /// Many of them in one kernel.
-    Persistent(Exchange),
+    Persistent(Box<Exchange>),
     /// One by one, as a graph that is not there yet: nothing ran.
     None,
     Graph(Graph),
@@ -262,7 +262,7 @@ impl Session {
             };
             (config, buffers)
         });
-        let exchange = |cubes: usize| Exchange::new(weights, &config, batch, cubes);
+        let exchange = |cubes: usize| Box::new(Exchange::new(weights, &config, batch, cubes));
         let parts = wide
             .as_ref()
             .map_or(config.parts, |(wide, _)| wide.step.parts);

@@ -465,7 +465,7 @@ fn take_low(
         row: 0,
         count: c.part_groups(),
         stride: slices,
-        each: each,
+        each,
     });
     let slice = lane % slices;
     settle(c.ptx);

@@ -307,7 +307,7 @@ impl StepConfig {
 
     /// Neighbouring parts that are read together, and how many such groups a slice has.
     pub const fn part_each(&self) -> usize {
-        if self.parts % 2 == 0 { 2 } else { 1 }
+        if self.parts.is_multiple_of(2) { 2 } else { 1 }
     }
 
     pub const fn part_groups(&self) -> usize {
