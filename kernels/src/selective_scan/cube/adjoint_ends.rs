@@ -251,6 +251,10 @@ pub(super) fn adjoint_ends<U: Float, D: Float, P: Float, Z: Float, S: Size>(
         }
     }
 
+    if comptime!(config.copies) {
+        // Nothing may be on its way when the cube ends.
+        arrived();
+    }
     store_states(ends, &adjoint, own_row, &place, state, inner, per_lane);
     if place.inside && place.lane == 0 {
         steps[own_row * inner + place.channel] = sum;
