@@ -16,7 +16,7 @@ use super::adjoint_parts::{
 use super::common::{
     V2, V4, elements, entries, fetch_tile, load_rates, load_states, put_clears, put_tile,
 };
-use super::plan::{SUB, SweepConfig};
+use super::plan::{FOURS, PAIRS, SUB, SweepConfig};
 use crate::cube::OptionalInput;
 use crate::cube::math::LN2;
 use crate::cube::wide::One;
@@ -85,10 +85,10 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
     let mut b_tile = Shared::<[V4]>::new_slice(comptime!(config.tile * states / 4));
     let mut c_tile = Shared::<[V4]>::new_slice(comptime!(config.tile * states / 4));
     // (Δ, Δ·u, gated dy, slope of Δ) of every position and channel ...
-    let mut steps = Shared::<[V4]>::new_slice(comptime!(config.tile * config.step_pitch()));
+    let mut steps = Shared::<[V4]>::new_slice(comptime!(config.tile * FOURS.places(columns)));
     // ... the parts of the sums over states (dx, dΔ through the decay) ...
     let mut sums = Shared::<[V2]>::new_aligned_slice(
-        comptime!(config.lanes * SUB * config.pair_pitch()),
+        comptime!(config.lanes * SUB * PAIRS.places(columns)),
         16usize,
     );
     // ... and the units' contributions to dB and dC.
@@ -135,7 +135,7 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
     for i in 0..vector {
         acc_bias[i] = 0.0f32;
     }
-    let own_slot = slot(own.column);
+    let own_slot = slot(own.column, FOURS);
     let passes = comptime!(config.passes());
     let stages = count.div_ceil(tile);
     let last = count - 1;
@@ -275,7 +275,8 @@ pub(super) fn adjoint_main<U: Float, D: Float, P: Float, Z: Float, V: Size, S: S
             let mut ddeltas = Vector::<D, V>::new(D::from_int(0));
             #[unroll]
             for i in 0..vector {
-                let step = steps[min(t, tile - 1) * comptime!(config.step_pitch()) + own_slot + i];
+                let step =
+                    steps[min(t, tile - 1) * comptime!(FOURS.places(columns)) + own_slot + i];
                 let sum = totals[comptime!(p * vector) + i];
                 let dx = sum.extract(0usize);
                 // The rates carry log₂ e, so the sum does too.

@@ -4,7 +4,7 @@
 use cubecl::prelude::*;
 
 use super::common::{Elements, V2, V4, decay_step, gates_at};
-use super::plan::{SUB, SweepConfig};
+use super::plan::{FOURS, PAIRS, SUB, Spaced, SweepConfig};
 use crate::cube::math::{exp2, sigmoid, softplus_exp, softplus_of, softplus_slope_of};
 use crate::cube::wide::{One, put_wide_at, wide_at};
 
@@ -95,18 +95,26 @@ pub(super) fn fetch_activations<U: Float, D: Float, Z: Float, V: Size>(
     }
 }
 
-/// Where the four numbers of channel `column` of a stage are: one place in nine is empty, so that
-/// neither units with one channel each nor those with several neighbouring ones meet in a bank of
-/// shared memory.
+/// Where channel `column` of a stage is in a row.
 #[cube]
-pub(super) fn slot(column: usize) -> usize {
-    column + column / 8
+pub(super) fn slot(column: usize, #[comptime] row: Spaced) -> usize {
+    column + column / comptime!(row.run) * comptime!(row.gap)
 }
 
-/// [`slot`] for two numbers a channel.
+/// Where the unit's channel `i` is.
 #[cube]
-fn pair_slot(column: usize) -> usize {
-    column + column / 16 * 2
+fn own_slot(
+    seat: &Seat,
+    #[comptime] i: usize,
+    #[comptime] row: Spaced,
+    #[comptime] config: SweepConfig,
+) -> usize {
+    let spacing = comptime!(config.spacing());
+    if comptime!(spacing % row.run == 0) {
+        slot(seat.column, row) + comptime!(i * row.places(spacing))
+    } else {
+        slot(seat.column + comptime!(i * spacing), row)
+    }
 }
 
 /// Puts (Δ, Δ·u, gated dy, slope of Δ) of the stage's positions into shared memory.
@@ -121,7 +129,8 @@ pub(super) fn put_steps<U: Float, D: Float, Z: Float, V: Size>(
     #[comptime] config: SweepConfig,
 ) {
     let vector = comptime!(config.vector);
-    let slot = slot(own.column);
+    let pitch = comptime!(FOURS.places(config.channels()));
+    let slot = slot(own.column, FOURS);
     #[unroll]
     for p in 0..comptime!(config.passes()) {
         let t = own.turn + comptime!(p * config.stride());
@@ -152,10 +161,10 @@ pub(super) fn put_steps<U: Float, D: Float, Z: Float, V: Size>(
             step.insert(1usize, dt * f32::cast_from(us.extract(i)));
             step.insert(2usize, select(valid, w, 0.0f32));
             if comptime!(config.exact()) {
-                steps[t * comptime!(config.step_pitch()) + slot + i] = step;
+                steps[t * pitch + slot + i] = step;
             } else {
                 if t < comptime!(config.tile) {
-                    steps[t * comptime!(config.step_pitch()) + slot + i] = step;
+                    steps[t * pitch + slot + i] = step;
                 }
             }
         }
@@ -186,12 +195,8 @@ pub(super) fn pass_sub_chunk(
 ) {
     let per_lane = comptime!(config.per_lane);
     let offset = comptime!(i * config.per_lane);
-    let spacing = comptime!(config.spacing());
-    let step0 = if comptime!(spacing % 8 == 0) {
-        slot(seat.column) + comptime!(i * (spacing + spacing / 8))
-    } else {
-        slot(seat.column + comptime!(i * spacing))
-    };
+    let pitch = comptime!(FOURS.places(config.channels()));
+    let step0 = own_slot(seat, i, FOURS, config);
     let row0 = seat.part * comptime!(per_lane / 4);
     let mut h = Array::<f32>::new(comptime!((SUB + 1) * per_lane));
     let mut decays = Array::<f32>::new(comptime!(SUB * per_lane));
@@ -201,7 +206,7 @@ pub(super) fn pass_sub_chunk(
     }
     #[unroll]
     for t in 0..SUB {
-        let step = steps[step0 + comptime!(t * config.step_pitch())];
+        let step = steps[step0 + comptime!(t * pitch)];
         let dt = decay_step(step.extract(0usize), clears, t, resets);
         let x = step.extract(1usize);
         #[unroll]
@@ -220,7 +225,7 @@ pub(super) fn pass_sub_chunk(
     #[unroll]
     for back in 0..SUB {
         let t = comptime!(SUB - 1 - back);
-        let step = steps[step0 + comptime!(t * config.step_pitch())];
+        let step = steps[step0 + comptime!(t * pitch)];
         let dt = step.extract(0usize);
         let x = step.extract(1usize);
         let w = step.extract(2usize);
@@ -264,7 +269,7 @@ pub(super) fn pass_sub_chunk(
 }
 
 /// Puts channel `i`'s parts of the sums over states, (dx, dΔ through the decay), into the rows of
-/// `sums`, `[lanes, SUB, pair_pitch]`.
+/// `sums`, `[lanes, SUB, channels]`, each row spaced.
 #[cube]
 pub(super) fn put_sums(
     dx: &Array<f32>,
@@ -274,18 +279,14 @@ pub(super) fn put_sums(
     #[comptime] i: usize,
     #[comptime] config: SweepConfig,
 ) {
-    let spacing = comptime!(config.spacing());
-    let own = if comptime!(spacing % 16 == 0) {
-        pair_slot(seat.column) + comptime!(i * (spacing + spacing / 16 * 2))
-    } else {
-        pair_slot(seat.column + comptime!(i * spacing))
-    };
-    let row0 = seat.part * comptime!(SUB * config.pair_pitch());
+    let pitch = comptime!(PAIRS.places(config.channels()));
+    let own = own_slot(seat, i, PAIRS, config);
+    let row0 = seat.part * comptime!(SUB * pitch);
     #[unroll]
     for t in 0..SUB {
         let mut two = V2::new(dx[t]);
         two.insert(1usize, ddecay[t]);
-        sums[row0 + comptime!(t * config.pair_pitch()) + own] = two;
+        sums[row0 + comptime!(t * pitch) + own] = two;
     }
 }
 
@@ -298,14 +299,15 @@ pub(super) fn sum_states(
     #[comptime] count: usize,
     #[comptime] config: SweepConfig,
 ) -> Array<V2> {
-    let at = t * comptime!(config.pair_pitch()) + pair_slot(column);
+    let pitch = comptime!(PAIRS.places(config.channels()));
+    let at = t * pitch + slot(column, PAIRS);
     let mut totals = Array::<V2>::new(count);
     #[unroll]
     for i in 0..count {
         let mut sum = sums[at + i];
         #[unroll]
         for part in 1..comptime!(config.lanes) {
-            sum += sums[at + comptime!(part * SUB * config.pair_pitch()) + i];
+            sum += sums[at + comptime!(part * SUB * pitch) + i];
         }
         totals[i] = sum;
     }

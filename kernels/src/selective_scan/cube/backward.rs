@@ -167,8 +167,7 @@ impl Pass {
             false => (du.clone(), 0),
         };
         let outputs = [(&dz, z_stride), (&dy, inner)];
-        let mut alignment = alignment(&inputs, &strides, &shape, &outputs);
-        alignment.eights = in_eights(&inputs, &strides, &shape, &dy);
+        let alignment = alignment(&inputs, &strides, &shape, &outputs);
         let ends = sweep(
             &shape,
             &chunks.cut(),
@@ -177,7 +176,7 @@ impl Pass {
             softplus,
             ENDS_UNITS,
         )
-        .copy_ahead(alignment, &device);
+        .copy_ahead(in_eights(&inputs, &strides, &shape, &dy), &device);
         let main = adjoint(&shape, &chunks, &device, alignment, softplus);
         let segment = segment_chunks(&shape, &chunks, &main);
         let grads = Grads {

@@ -189,7 +189,6 @@ fn alignment(
     Alignment {
         channels: [4, 2].into_iter().find(wide).unwrap_or(1),
         states: if fours { 4 } else { 1 },
-        eights: false,
     }
 }
 

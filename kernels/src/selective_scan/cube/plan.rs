@@ -151,6 +151,26 @@ pub(super) fn shares(shape: &ScanShape, device: &DeviceTraits) -> bool {
         .map_or(own, |chosen| chosen == Forward::Share)
 }
 
+/// A position's numbers of the channels in shared memory: after every `run` of them `gap` places are
+/// empty, so that neither units with one channel each nor those with several neighbouring ones meet in
+/// a bank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Spaced {
+    pub run: usize,
+    pub gap: usize,
+}
+
+/// Four numbers a channel, and two.
+pub(super) const FOURS: Spaced = Spaced { run: 8, gap: 1 };
+pub(super) const PAIRS: Spaced = Spaced { run: 16, gap: 2 };
+
+impl Spaced {
+    /// Places of so many channels.
+    pub const fn places(&self, channels: usize) -> usize {
+        channels + channels / self.run * self.gap
+    }
+}
+
 /// How a kernel spreads channels and states over lanes, and its compile-time switches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct SweepConfig {
@@ -182,9 +202,10 @@ pub(super) struct SweepConfig {
 
 impl SweepConfig {
     /// Has activations copied ahead, where a plane's copies are whole and a cube has room for them.
-    pub fn copy_ahead(mut self, alignment: Alignment, device: &DeviceTraits) -> Self {
+    /// `eights`: eight neighbouring channels of every activation are 16 bytes that can be copied at once.
+    pub fn copy_ahead(mut self, eights: bool, device: &DeviceTraits) -> Self {
         let planes = self.plane == copies::PLANE && self.units.is_multiple_of(copies::PLANE);
-        self.copies = self.ptx && alignment.eights && self.lanes == 1 && planes;
+        self.copies = self.ptx && eights && self.lanes == 1 && planes;
         while self.tile > SUB && self.shared_bytes() > device.shared_bytes {
             self.tile /= 2;
         }
@@ -222,17 +243,6 @@ impl SweepConfig {
     /// one more, without which sums of the parts would read the same banks of shared memory.
     pub const fn crossing(&self) -> usize {
         self.lanes * (self.spacing() + 1)
-    }
-
-    /// From a position's numbers of the channels to the next one's, with an empty place after every
-    /// eight.
-    pub const fn step_pitch(&self) -> usize {
-        self.channels() + self.channels() / 8
-    }
-
-    /// The same for two numbers a channel.
-    pub const fn pair_pitch(&self) -> usize {
-        self.channels() + self.channels() / 16 * 2
     }
 
     /// From one position of a unit to the next, element-wise.
@@ -273,8 +283,6 @@ pub(super) struct Alignment {
     pub channels: usize,
     /// Neighbouring numbers of B and C.
     pub states: usize,
-    /// Whether eight neighbouring channels of every activation are 16 bytes that can be copied at once.
-    pub eights: bool,
 }
 
 /// States of one lane and lanes of a channel for about `wanted` states a lane.
@@ -399,8 +407,10 @@ pub(super) fn adjoint(
 /// channel of a stage, the parts of their two sums over states, and the contributions to dB and dC.
 pub(super) fn adjoint_shared_bytes(config: &SweepConfig) -> usize {
     let contributions = 4 * SUB * 2 * config.per_lane * config.crossing();
-    let a_position = 2 * 4 * config.states() + 4 + 16 * config.step_pitch();
-    config.tile * a_position + SUB * 8 * config.lanes * config.pair_pitch() + contributions
+    let a_position = 2 * 4 * config.states() + 4 + 16 * FOURS.places(config.channels());
+    config.tile * a_position
+        + SUB * 8 * config.lanes * PAIRS.places(config.channels())
+        + contributions
 }
 
 /// Chunks that backward processes at once, right to left, to stay within its transient memory.

@@ -54,12 +54,11 @@ fn plans_cover_every_state_within_every_limit() {
             let alignment = Alignment {
                 channels: 2,
                 states: 4,
-                eights: true,
             };
             for config in [
                 sweep(&shape, &chunks, &device, alignment, true, 1024),
                 sweep(&shape, &chunks.cut(), &device, alignment, true, 512)
-                    .copy_ahead(alignment, &device),
+                    .copy_ahead(true, &device),
             ] {
                 let what = format!("{device:?} {shape:?} {config:?}");
                 assert!(config.states() >= shape.state, "{what}");
