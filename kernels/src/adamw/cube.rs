@@ -11,7 +11,7 @@ use cubecl::prelude::*;
 
 use super::{AdamwStep, RawUpdate};
 use crate::cube::{
-    address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, grid, tensors_of_a_launch,
+    address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, grid, launches, starts,
     vector_width,
 };
 
@@ -36,11 +36,8 @@ pub(crate) fn steps(
             moment2: writable(contiguous_f32(update.moment2)),
         })
         .collect();
-    // Neighbours that are read alike share a launch, as far as the device binds their buffers.
-    for alike in updates.chunk_by(|a, b| form(a) == form(b)) {
-        for some in alike.chunks(tensors_of_a_launch(&grad_scale, 4)) {
-            launch(some, &grad_scale, step);
-        }
+    for some in launches(&updates, form, &grad_scale, 4) {
+        launch(some, &grad_scale, step);
     }
     let results = |it: RawUpdate<_>| [it.param, it.moment1, it.moment2];
     updates.into_iter().map(results).collect()
@@ -64,10 +61,7 @@ fn launch(updates: &[RawUpdate<CubeTensor>], grad_scale: &CubeTensor, step: Adam
     let (vector, dtype) = form(&updates[0]);
     let vectors = |it: &RawUpdate<CubeTensor>| it.param.meta.num_elements() / vector;
     // The first cube of each parameter, and the one after the last.
-    let mut cubes = vec![0];
-    for update in updates {
-        cubes.push(cubes[cubes.len() - 1] + vectors(update).div_ceil(UNITS));
-    }
+    let cubes = starts(updates.iter().map(|it| vectors(it).div_ceil(UNITS)));
     let params: Vec<_> = updates.iter().map(|it| &it.param).collect();
     // SAFETY: the four buffers of a parameter are contiguous and as long as it is, and the three
     // that are written belong to this call alone; units beyond the last vector write nothing.

@@ -164,14 +164,32 @@ pub(crate) fn vector_width(most: usize, width: usize, rows: &[(&CubeTensor, usiz
         .unwrap_or(1)
 }
 
-/// Tensors, of `buffers` buffers each, that one launch takes where it may take many: more of them
-/// cost each unit more time to find its own than launches do.
-pub(crate) fn tensors_of_a_launch(like: &CubeTensor, buffers: usize) -> usize {
+/// Cuts tensors into those of one launch each: neighbours of one form, as many as the device binds
+/// buffers for, `buffers` of each. Where it binds very many there is a bound too: more of them cost
+/// each unit more time to find its own than launches do.
+pub(crate) fn launches<'a, T, F: PartialEq>(
+    tensors: &'a [T],
+    form: impl Fn(&T) -> F + 'a,
+    like: &CubeTensor,
+    buffers: usize,
+) -> impl Iterator<Item = &'a [T]> {
     const MOST: usize = 16;
     // Those that all tensors share: one or two of the kernel's own, its scalars, its sizes.
     const SHARED: usize = 4;
     let bindings = like.client.properties().hardware.max_bindings as usize;
-    (bindings.saturating_sub(SHARED) / buffers).clamp(1, MOST)
+    let most = (bindings.saturating_sub(SHARED) / buffers).clamp(1, MOST);
+    tensors
+        .chunk_by(move |a, b| form(a) == form(b))
+        .flat_map(move |alike| alike.chunks(most))
+}
+
+/// Where each of some parts begins, given how long they are, and where the last one ends.
+pub(crate) fn starts(lengths: impl Iterator<Item = usize>) -> Vec<usize> {
+    let ends = lengths.scan(0, |end, length| {
+        *end += length;
+        Some(*end)
+    });
+    std::iter::once(0).chain(ends).collect()
 }
 
 /// The tensor as contiguous f32.

@@ -11,8 +11,8 @@ use cubecl::prelude::*;
 
 use crate::cube::reduce::{cube_sum, sum_strided, total};
 use crate::cube::{
-    DeviceTraits, address_type, buffer, contiguous, cube_dim, elem, empty, grid,
-    tensors_of_a_launch, vector_width,
+    DeviceTraits, address_type, buffer, contiguous, cube_dim, elem, empty, grid, launches, starts,
+    vector_width,
 };
 
 /// Most elements of a vector.
@@ -34,17 +34,11 @@ pub(crate) fn sum_squares(tensors: Vec<CubeTensor>) -> CubeTensor {
     let count: usize = tensors.iter().map(cubes).sum();
     let partials = empty(&first, [count.max(1)], DType::F32);
     let mut at = 0;
-    // Neighbours that are read alike share a launch, as far as the device binds their buffers.
-    for alike in tensors.chunk_by(|a, b| form(a) == form(b)) {
-        for some in alike.chunks(tensors_of_a_launch(&first, 1)) {
-            let mut starts = vec![0];
-            for x in some {
-                starts.push(starts[starts.len() - 1] + cubes(x));
-            }
-            let all = starts[some.len()];
-            launch_partials(some, starts, &partials, at, [units, device.plane]);
-            at += all;
-        }
+    for some in launches(&tensors, form, &first, 1) {
+        let starts = starts(some.iter().map(cubes));
+        let all = starts[some.len()];
+        launch_partials(some, starts, &partials, at, [units, device.plane]);
+        at += all;
     }
     let sum = empty(&first, [1], DType::F32);
     // SAFETY: the kernel reads the first `count` numbers, all of which were written, and writes one.
