@@ -19,11 +19,11 @@ use cubecl::server::Handle;
 use super::exchange::{Pattern, Tagged, again, give, settle, take};
 use super::phases::{
     AdvanceAhead, EnterAhead, LeaveAhead, enter_group, first_vector, head_group, leave_products,
-    leave_sum, load_enter, load_gates, load_head, load_leave, load_parameters, load_states,
-    no_advance, no_enter, no_leave, own_place, part, part_place, part_sums, place_in_entering_cube,
-    recur,
+    leave_sum, load_advance, load_enter, load_gates, load_head, load_leave, no_advance, no_enter,
+    no_leave, own_place, part, part_place, part_sums, place_in_entering_cube, recur,
 };
 use super::plan::StepConfig;
+use super::steps::embedded;
 use super::{AHEAD, Buffers, Weights};
 use crate::cube::reduce::lane_sum;
 use crate::cube::wide::One;
@@ -279,7 +279,7 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
                 c,
             );
             give_parts(&entering, &us, parts, batch, cube, tag, c);
-            load_advance(
+            load_channels(
                 &mut advancing,
                 channels,
                 dt_proj,
@@ -368,9 +368,7 @@ fn next_byte(
     for i in 0..comptime!(c.width.div_ceil(c.units)) {
         let column = i * comptime!(c.units) + UNIT_POS as usize;
         if column < comptime!(c.width) {
-            // A byte that the vocabulary does not have reads its last row.
-            let place = min(byte * comptime!(c.width) + column, embedding.len() - 1);
-            let number = embedding[place];
+            let number = embedded(embedding, byte, column, c);
             give(
                 stream,
                 sequence * comptime!(c.width) + column,
@@ -527,7 +525,7 @@ fn advances(batch: usize, #[comptime] c: StepConfig) -> bool {
 
 /// Loads ahead for [`advance`].
 #[cube]
-fn load_advance<T: Size, S: Size>(
+fn load_channels<T: Size, S: Size>(
     ahead: &mut AdvanceAhead<T, S>,
     channels: &[One],
     dt_proj: &[Words<T>],
@@ -540,8 +538,7 @@ fn load_advance<T: Size, S: Size>(
 ) {
     if advances(batch, c) {
         let place = place_in_entering_cube(cube, batch, c);
-        load_parameters(ahead, channels, dt_proj, rates, layer, &place, c);
-        load_states(&mut ahead.state, h, layer, batch, &place, c);
+        load_advance(ahead, channels, dt_proj, rates, h, layer, batch, &place, c);
     }
 }
 

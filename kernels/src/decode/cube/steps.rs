@@ -191,38 +191,28 @@ fn choose_and_embed(
         terminate!();
     }
     let step = usize::cast_from(position[0]);
-    next_byte(
-        logits, seen, limits, draws, choices, embedding, stream, step, sequence, batch, c,
-    );
-}
-
-/// Chooses the byte of a sequence and puts its row of the embedding into the stream.
-#[cube]
-fn next_byte(
-    logits: &mut [f32],
-    seen: &mut [f32],
-    limits: &[f32],
-    draws: &[f32],
-    choices: &mut [f32],
-    embedding: &[f32],
-    stream: &mut [One],
-    step: usize,
-    sequence: usize,
-    batch: usize,
-    #[comptime] c: StepConfig,
-) {
     let byte = choose(
         logits, seen, limits, draws, choices, step, sequence, batch, c.rows, c.units, c.plane,
     );
     for i in 0..comptime!(c.width.div_ceil(c.units)) {
         let column = i * comptime!(c.units) + UNIT_POS as usize;
         if column < comptime!(c.width) {
-            // A byte that the vocabulary does not have reads its last row.
-            let place = min(byte * comptime!(c.width) + column, embedding.len() - 1);
-            let number = embedding[place];
-            stream[sequence * comptime!(c.width) + column] = Vector::new(number);
+            stream[sequence * comptime!(c.width) + column] =
+                Vector::new(embedded(embedding, byte, column, c));
         }
     }
+}
+
+/// Column `column` of a byte's row of the embedding; a byte that the vocabulary does not have reads
+/// its last row.
+#[cube]
+pub(super) fn embedded(
+    embedding: &[f32],
+    byte: usize,
+    column: usize,
+    #[comptime] c: StepConfig,
+) -> f32 {
+    embedding[min(byte * comptime!(c.width) + column, embedding.len() - 1)]
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -274,11 +264,14 @@ fn advance<T: Size, S: Size, Q: Size>(
     if cube >= comptime!(c.blocks()) * batch {
         terminate!();
     }
+    // Cubes are blocks of channels of a sequence, then sequences.
+    let blocks = comptime!(c.blocks());
+    let place = phases::place(cube / blocks, cube % blocks, c);
     let mut ahead = phases::no_advance::<T, S>(c);
     phases::load_advance(
-        &mut ahead, channels, dt_proj, rates, h, layer, batch, cube, c,
+        &mut ahead, channels, dt_proj, rates, h, layer, batch, &place, c,
     );
-    phases::advance::<T, S, Q>(&ahead, parts, u, z, h, y, layer, batch, cube, c);
+    phases::advance::<T, S, Q>(&ahead, parts, u, z, h, y, layer, batch, &place, c);
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]

@@ -61,7 +61,7 @@ pub(in crate::decode::cube) fn place(
     }
 }
 
-/// Loads ahead for [`advance`]; `cube` counts blocks of channels within a sequence, then sequences.
+/// Loads ahead for the recurrence at `place`.
 #[cube]
 pub(in crate::decode::cube) fn load_advance<T: Size, S: Size>(
     ahead: &mut AdvanceAhead<T, S>,
@@ -71,13 +71,11 @@ pub(in crate::decode::cube) fn load_advance<T: Size, S: Size>(
     h: &mut [Vector<f32, S>],
     layer: usize,
     batch: usize,
-    cube: usize,
+    place: &Place,
     #[comptime] c: StepConfig,
 ) {
-    let blocks = comptime!(c.blocks());
-    let place = place(cube / blocks, cube % blocks, c);
-    load_parameters(ahead, channels, dt_proj, rates, layer, &place, c);
-    load_states(&mut ahead.state, h, layer, batch, &place, c);
+    load_parameters(ahead, channels, dt_proj, rates, layer, place, c);
+    load_states(&mut ahead.state, h, layer, batch, place, c);
 }
 
 /// The place of this unit in a cube that has the channels of a cube of the first phase, of every
@@ -155,9 +153,7 @@ pub(in crate::decode::cube) fn load_parameters<T: Size, S: Size>(
         load_now(channels, numbers + comptime!(c.taps + SKIP), c.ptx).extract(0usize);
 }
 
-/// Δ, B and C from the parts, then one step of the recurrence and the gate.
-///
-/// `cube` counts blocks of channels within a sequence, then sequences.
+/// Δ, B and C from the parts, then one step of the recurrence and the gate at `place`.
 ///
 /// - parts as [`enter`](super::enter) leaves them; u, z, y: `[B, E]`; h: `[layers, B, E, N]`
 #[cube]
@@ -170,11 +166,9 @@ pub(in crate::decode::cube) fn advance<T: Size, S: Size, Q: Size>(
     y: &mut [One],
     layer: usize,
     batch: usize,
-    cube: usize,
+    place: &Place,
     #[comptime] c: StepConfig,
 ) {
-    let blocks = comptime!(c.blocks());
-    let place = place(cube / blocks, cube % blocks, c);
     let at = place.sequence * comptime!(c.inner) + place.channel;
     let input = u[at];
     let gate = z[at];
@@ -188,7 +182,7 @@ pub(in crate::decode::cube) fn advance<T: Size, S: Size, Q: Size>(
         h,
         layer,
         batch,
-        &place,
+        place,
         c,
     );
     if place.inside && place.lane == 0 {
