@@ -62,7 +62,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::AddressType;
 
 use self::plan::{Alignment, Chunks, Forward, ScanShape, SweepConfig, shares, sweep};
-use self::walk::{WalkConfig, shared_bytes};
+use self::walk::{Pass, WalkConfig};
 use super::{ScanInputs, ScanOutputs};
 use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, empty, grid,
@@ -96,8 +96,11 @@ pub(crate) fn forward(inputs: ScanInputs<CubeTensor>) -> ScanOutputs<CubeTensor>
         y: empty(&inputs.u, [batch, length, inner], inputs.u.dtype),
     };
     let softplus = inputs.delta_softplus;
-    if shares(&shape, &device) && in_words(&inputs, &strides, &shape) {
-        launch_walk(&inputs, &strides, &shape, &chunks, &device, &results);
+    let segments = shares(&shape, &device).filter(|_| in_words(&inputs, &strides, &shape));
+    if let Some(segments) = segments {
+        launch_walk(
+            &inputs, &strides, &shape, &chunks, &device, segments, &results,
+        );
     } else {
         let config = sweep(&shape, &chunks, &device, alignment, softplus, FORWARD_UNITS);
         if chunks.forward == Forward::Cut {
@@ -210,7 +213,7 @@ fn in_eights(
         && inputs.z.as_ref().is_none_or(|z| rows(z, strides.z))
 }
 
-/// Whether the kernel of [`walk`] can read the inputs: as words, four channels and two states at once.
+/// Whether the kernel of [`walk`] can read the inputs: as words, four channels or states at once.
 fn in_words(inputs: &ScanInputs<CubeTensor>, strides: &RowStrides, shape: &ScanShape) -> bool {
     let words = |tensor: &CubeTensor, stride: usize, count: usize| {
         let whole = matches!(tensor.dtype, DType::F32 | DType::Flex32 | DType::BF16);
@@ -218,8 +221,8 @@ fn in_words(inputs: &ScanInputs<CubeTensor>, strides: &RowStrides, shape: &ScanS
     };
     words(&inputs.u, shape.inner, 4)
         && words(&inputs.delta, shape.inner, 4)
-        && words(&inputs.b, strides.b, 2)
-        && words(&inputs.c, strides.c, 2)
+        && words(&inputs.b, strides.b, 4)
+        && words(&inputs.c, strides.c, 4)
         && inputs.z.as_ref().is_none_or(|z| words(z, strides.z, 4))
 }
 
@@ -362,62 +365,87 @@ fn launch_outputs(
     }
 }
 
-/// Fills `y`, `saved` and `last_state` in one pass.
+/// Fills `y`, `saved` and `last_state`, with time in so many segments.
 fn launch_walk(
     inputs: &ScanInputs<CubeTensor>,
     strides: &RowStrides,
     shape: &ScanShape,
     chunks: &Chunks,
     device: &DeviceTraits,
+    segments: usize,
     results: &Results,
 ) {
     let z = inputs.z.as_ref().unwrap_or(&inputs.u);
-    let config = WalkConfig {
-        chunk: chunks.size,
-        halves: [&inputs.u, &inputs.delta, &inputs.b, z].map(|it| it.dtype.size() == 2),
-        whole: shape.length.is_multiple_of(2 * walk::TILE),
-        // The eight units that read a row's sums together read other banks, where there is room.
-        pitch: match device.shared_bytes >= shared_bytes(walk::CHANNELS + 8) {
-            true => walk::CHANNELS + 8,
-            false => walk::CHANNELS,
-        },
-        softplus: inputs.delta_softplus,
-        ptx: device.ptx,
+    let halves = [&inputs.u, &inputs.delta, &inputs.b, z].map(|it| it.dtype.size() == 2);
+    let [u_words, delta_words, bc_words, z_words] = halves.map(|halves| if halves { 2 } else { 4 });
+    let segment = shape
+        .length
+        .div_ceil(segments)
+        .next_multiple_of(2 * walk::TILE);
+    let segments = shape.length.div_ceil(segment);
+    let [batch, inner, state] = [shape.batch, shape.inner, shape.state];
+    let rows = (segments - 1).max(1);
+    let ends = empty(&inputs.u, [batch, rows, state, inner], DType::F32);
+    let steps = empty(&inputs.u, [batch, rows, inner], DType::F32);
+    let address = address(inputs, &[&results.saved]);
+    let passes: &[Pass] = match segments {
+        1 => &[Pass::Whole],
+        _ => &[Pass::Ends, Pass::Outputs],
     };
-    let [u_words, delta_words, bc_words, z_words] = config.words();
-    // SAFETY: every position is derived from the shapes passed along, whose buffers are of just
-    // these sizes and strides, in whole vectors; units beyond the last channel write nothing.
-    unsafe {
-        walk::walk::launch_unchecked(
-            &inputs.u.client,
-            grid(shape.batch * shape.inner.div_ceil(walk::CHANNELS)),
-            cube_dim(walk::UNITS),
-            address(inputs, &[&results.saved]),
-            u_words,
-            delta_words,
-            bc_words,
-            z_words,
-            word_buffer(&inputs.u),
-            word_buffer(&inputs.delta),
-            word_buffer(&inputs.b),
-            word_buffer(&inputs.c),
-            buffer(&inputs.a),
-            optional(&inputs.d),
-            inputs.z.as_ref().map(word_buffer).into(),
-            optional(&inputs.delta_bias),
-            optional(&inputs.initial_state),
-            optional(&inputs.resets),
-            buffer(&results.saved),
-            buffer(&results.last_state),
-            buffer(&results.y),
-            shape.batch,
-            shape.length,
-            shape.inner,
-            strides.b / 2,
-            strides.c / 2,
-            strides.z / 4,
-            config,
-            elem(inputs.u.dtype),
-        );
+    for pass in passes {
+        let config = WalkConfig {
+            pass: *pass,
+            chunk: chunks.size,
+            halves,
+            words: [
+                u_words,
+                delta_words,
+                bc_words,
+                inputs.z.as_ref().map_or(0, |_| z_words),
+                inputs.resets.is_some() as usize,
+            ],
+            slots: 2,
+            whole: shape.length.is_multiple_of(2 * walk::TILE),
+            softplus: inputs.delta_softplus,
+            ptx: device.ptx,
+        };
+        // SAFETY: every position is derived from the shapes passed along, whose buffers are of just
+        // these sizes and strides, in whole vectors; units beyond the last channel write nothing.
+        unsafe {
+            walk::walk::launch_unchecked(
+                &inputs.u.client,
+                grid(batch * rows * inner.div_ceil(walk::CHANNELS)),
+                cube_dim(walk::UNITS),
+                address,
+                u_words,
+                delta_words,
+                bc_words,
+                z_words,
+                word_buffer(&inputs.u),
+                word_buffer(&inputs.delta),
+                word_buffer(&inputs.b),
+                word_buffer(&inputs.c),
+                buffer(&inputs.a),
+                optional(&inputs.d),
+                inputs.z.as_ref().map(word_buffer).into(),
+                optional(&inputs.delta_bias),
+                optional(&inputs.initial_state),
+                optional(&inputs.resets),
+                buffer(&results.saved),
+                buffer(&results.last_state),
+                buffer(&ends),
+                buffer(&steps),
+                buffer(&results.y),
+                shape.batch,
+                shape.length,
+                shape.inner,
+                segment,
+                strides.b / 4,
+                strides.c / 4,
+                strides.z / 4,
+                config,
+                elem(inputs.u.dtype),
+            );
+        }
     }
 }

@@ -1,157 +1,226 @@
-//! What the [one pass](super::walk) over all positions does element-wise: loads ahead of their use,
-//! step sizes before the recurrence, and outputs after it.
+//! What the [one pass](super::walk) over all positions does element-wise: inputs copied ahead of their
+//! use, step sizes before the recurrence, and outputs after it.
 
 use cubecl::prelude::*;
 
 use super::common::{CLEARED, V2, V4, entry};
-use super::walk::{CHANNELS, SHARES, STATES, STEP_PITCH, TILE, WalkConfig};
+use super::walk::{CHANNELS, SHARES, STATES, STEP_PITCH, SUM_PITCH, TILE, UNITS, WalkConfig};
 use crate::cube::OptionalInput;
 use crate::cube::math::{sigmoid, step_size};
 use crate::cube::reduce::tree_sum;
 use crate::cube::wide::{One, put_wide_at, wide_at};
 use crate::cube::words::{Words, number};
 
-/// From a position to the next: of u, delta and y, and of z, in fours; of B and C in twos.
+/// A word of a buffer of words.
+pub(super) type Word = Words<Const<1>>;
+
+/// From a position to the next of u, delta and y, and of z, B and C, in fours.
 #[derive(CubeType)]
 pub(super) struct Strides {
-    pub fours: usize,
-    pub z_fours: usize,
-    pub b_twos: usize,
-    pub c_twos: usize,
+    pub u: usize,
+    pub z: usize,
+    pub b: usize,
+    pub c: usize,
 }
 
 /// What a unit works on, element-wise.
 #[derive(CubeType)]
 pub(super) struct Part {
-    /// The sequence's first position, in all of them.
+    /// The first position, in all of them, and their number.
     first: usize,
-    length: usize,
+    count: usize,
     /// The unit's position within a tile.
-    position: usize,
+    pub position: usize,
     /// Its first channel within the cube.
-    column: usize,
+    pub column: usize,
     /// Its four channels, counted in fours; the last four for units beyond them.
     four: usize,
     inside: bool,
-    /// The position of its two numbers of B and of C within a tile, and their number there.
+    /// The position of its four numbers of B, or of C, within a tile, and their number there.
     row: usize,
-    pair: usize,
+    quarter: usize,
+    of_c: bool,
     strides: Strides,
 }
 
 #[cube]
 pub(super) fn part(
     block: usize,
-    sequence: usize,
-    length: usize,
+    first: usize,
+    count: usize,
     inner: usize,
     strides: Strides,
 ) -> Part {
     let unit = UNIT_POS as usize;
-    // So that neither loads and stores of shared memory nor those of global memory meet in a bank or
-    // touch more lines than need be: of 8 neighbouring units two have the same position.
-    let column = (unit % 2 + unit / 16 % 4 * 2) * 4;
+    // Eight neighbouring units have eight positions: with rows of shared memory a vector longer than
+    // all banks they meet in none. A plane's loads and stores of global memory are of whole sectors.
+    let column = unit / 8 % 8 * 4;
     let channel = block * CHANNELS + column;
     Part {
-        first: sequence * length,
-        length,
-        position: unit / 2 % 8 + unit / 64 * 8,
+        first,
+        count,
+        position: unit % 8 + unit / 64 * 8,
         column,
         four: min(channel, inner - 4) / 4,
         inside: channel < inner,
-        row: unit / 8,
-        pair: unit % 8,
+        row: unit % 64 / 4,
+        quarter: unit % 4,
+        of_c: unit >= comptime!(UNITS / 2),
         strides,
     }
 }
 
-/// Inputs on their way: of u and z those of tiles k - 1 to k + 2, of the others tiles k + 1 and k + 2.
-#[derive(CubeType)]
-pub(super) struct Ahead<SU: Size, SD: Size, SP: Size, SZ: Size> {
-    u: Array<Words<SU>>,
-    z: Array<Words<SZ>>,
-    delta: Array<Words<SD>>,
-    b: Array<Words<SP>>,
-    c: Array<Words<SP>>,
-    resets: Array<f32>,
+/// Position number `t`, counted from the first, in all of them; the last one for those beyond it.
+#[cube]
+fn at_row(part: &Part, t: usize) -> usize {
+    part.first + min(t, part.count - 1)
 }
 
-/// No inputs yet; of tiles before the first there are none.
+/// The kinds of what is copied.
+const U: usize = 0;
+const DELTA: usize = 1;
+const BC: usize = 2;
+const Z: usize = 3;
+const RESETS: usize = 4;
+
+/// Where the unit's words of a kind are.
 #[cube]
-pub(super) fn nothing_ahead<SU: Size, SD: Size, SP: Size, SZ: Size>() -> Ahead<SU, SD, SP, SZ> {
-    let mut u = Array::<Words<SU>>::new(4usize);
-    let mut z = Array::<Words<SZ>>::new(4usize);
-    #[unroll]
-    for i in 0..2usize {
-        u[i] = Words::<SU>::new(0u32);
-        z[i] = Words::<SZ>::new(0u32);
-    }
-    Ahead::<SU, SD, SP, SZ> {
-        u,
-        z,
-        delta: Array::new(2usize),
-        b: Array::new(2usize),
-        c: Array::new(2usize),
-        resets: Array::new(2usize),
+fn place(slot: usize, #[comptime] kind: usize, #[comptime] c: WalkConfig) -> usize {
+    let words = comptime!(c.words[kind]);
+    let before = comptime!(c.words[..kind].iter().sum::<usize>() * UNITS);
+    slot * comptime!(c.slot_words()) + before + UNIT_POS as usize * words
+}
+
+fn bytes(words: usize) -> &'static str {
+    match words {
+        1 => "4",
+        2 => "8",
+        _ => "16",
     }
 }
 
-/// Reads the unit's part of the tile from position `t0` on, or of the last position beyond the end,
-/// into the places of tile k + 1, or of tile k + 2 if `late`.
+/// Starts to copy an element of some words to where they begin in the ring.
 #[cube]
-pub(super) fn read<SU: Size, SD: Size, SP: Size, SZ: Size>(
-    ahead: &mut Ahead<SU, SD, SP, SZ>,
+fn copy<E: CubePrimitive>(
+    from: &[E],
+    at: usize,
+    ring: &mut Shared<[Word]>,
+    into: usize,
+    #[comptime] words: usize,
+) {
+    let source = from[at..at + 1].as_ptr();
+    let target = ring[into..into + 1].as_ptr();
+    let bytes = comptime!(bytes(words));
+    gpu_asm!(
+        "{{ .reg .u64 at; cvta.to.shared.u64 at, {target}; ",
+        "cp.async.ca.shared.global [at], [{source}], {bytes}; }}",
+        target = in(_) target, source = in(_) source,
+    );
+}
+
+/// Starts to copy what [`stage`] takes of the tile from position `t0` on.
+#[cube]
+pub(super) fn ask<SU: Size, SD: Size, SP: Size>(
     u: &[Words<SU>],
     delta: &[Words<SD>],
     b: &[Words<SP>],
     c: &[Words<SP>],
-    z: &ComptimeOption<Box<[Words<SZ>]>>,
     resets: &OptionalInput,
+    ring: &mut Shared<[Word]>,
     part: &Part,
     t0: usize,
-    #[comptime] late: bool,
+    slot: usize,
+    #[comptime] outputs: bool,
+    #[comptime] config: WalkConfig,
 ) {
-    let slot = comptime!(late as usize);
-    let at = part.first + min(t0 + part.position, part.length - 1);
-    ahead.u[comptime!(slot + 2)] = u[at * part.strides.fours + part.four];
-    ahead.delta[slot] = delta[at * part.strides.fours + part.four];
+    if comptime!(config.ptx) {
+        let [u_words, delta_words, bc_words, _, _] = comptime!(config.words);
+        let row = at_row(part, t0 + part.position);
+        let at = row * part.strides.u + part.four;
+        copy(u, at, ring, place(slot, U, config), u_words);
+        copy(delta, at, ring, place(slot, DELTA, config), delta_words);
+        #[comptime]
+        match resets {
+            ComptimeOption::Some(resets) => {
+                copy(resets, row, ring, place(slot, RESETS, config), 1usize)
+            }
+            ComptimeOption::None => {}
+        }
+        let row = at_row(part, t0 + part.row);
+        let into = place(slot, BC, config);
+        if part.of_c {
+            if outputs {
+                let at = row * part.strides.c + part.quarter;
+                copy(c, at, ring, into, bc_words);
+            }
+        } else {
+            let at = row * part.strides.b + part.quarter;
+            copy(b, at, ring, into, bc_words);
+        }
+    }
+}
+
+/// Starts to copy the gates of the tile from position `t0` on.
+#[cube]
+pub(super) fn ask_gates<SZ: Size>(
+    z: &ComptimeOption<Box<[Words<SZ>]>>,
+    ring: &mut Shared<[Word]>,
+    part: &Part,
+    t0: usize,
+    slot: usize,
+    #[comptime] config: WalkConfig,
+) {
     #[comptime]
     match z {
         ComptimeOption::Some(z) => {
-            ahead.z[comptime!(slot + 2)] = z[at * part.strides.z_fours + part.four]
+            if comptime!(config.ptx) {
+                let at = at_row(part, t0 + part.position) * part.strides.z + part.four;
+                let words = comptime!(config.words[Z]);
+                copy(z, at, ring, place(slot, Z, config), words);
+            }
         }
         ComptimeOption::None => {}
     }
-    #[comptime]
-    match resets {
-        ComptimeOption::Some(resets) => ahead.resets[slot] = resets[at],
-        ComptimeOption::None => {}
-    }
-    let at = part.first + min(t0 + part.row, part.length - 1);
-    ahead.b[slot] = b[at * part.strides.b_twos + part.pair];
-    ahead.c[slot] = c[at * part.strides.c_twos + part.pair];
 }
 
-/// Every tile becomes the one before.
+/// Ends a group of copies.
 #[cube]
-pub(super) fn shift<SU: Size, SD: Size, SP: Size, SZ: Size>(
-    ahead: &mut Ahead<SU, SD, SP, SZ>,
-    #[comptime] gated: bool,
-    #[comptime] resets: bool,
-) {
+pub(super) fn asked(#[comptime] config: WalkConfig) {
+    if comptime!(config.ptx) {
+        gpu_asm!("cp.async.commit_group;");
+    }
+}
+
+/// Waits for all groups of copies but the last `but`.
+#[cube]
+pub(super) fn arrived(#[comptime] but: usize, #[comptime] config: WalkConfig) {
+    if comptime!(config.ptx) {
+        let but = comptime!(but.to_string());
+        gpu_asm!("cp.async.wait_group {but};");
+    }
+}
+
+/// Four numbers that were copied to the ring, or vector number `at` where nothing is copied.
+#[cube]
+fn take<S: Size>(
+    from: &[Words<S>],
+    at: usize,
+    ring: &mut Shared<[Word]>,
+    slot: usize,
+    #[comptime] kind: usize,
+    #[comptime] c: WalkConfig,
+) -> V4 {
+    let words = if comptime!(c.ptx) {
+        ring.with_vector_size::<S>()[place(slot, kind, c) / S::value()]
+    } else {
+        from[at]
+    };
+    let mut out = V4::new(0.0f32);
     #[unroll]
-    for i in 0..3usize {
-        ahead.u[i] = ahead.u[comptime!(i + 1)];
-        if gated {
-            ahead.z[i] = ahead.z[comptime!(i + 1)];
-        }
+    for i in 0..4usize {
+        out.insert(i, number::<S>(words, i, comptime!(c.halves[kind])));
     }
-    ahead.delta[0] = ahead.delta[1];
-    ahead.b[0] = ahead.b[1];
-    ahead.c[0] = ahead.c[1];
-    if resets {
-        ahead.resets[0] = ahead.resets[1];
-    }
+    out
 }
 
 /// The unit's four channels of the parameters.
@@ -176,60 +245,96 @@ pub(super) fn parameters(bias: &OptionalInput, d: &OptionalInput, part: &Part) -
     }
 }
 
-/// The unit's part of tile k + 1 as the recurrence takes it.
+/// The unit's part of a tile as the recurrence takes it.
 #[derive(CubeType)]
-pub(super) struct Ready<SP: Size> {
+pub(super) struct Ready {
     /// Step sizes of four channels as the decays see them, and times u.
     steps: Array<f32>,
     xs: Array<f32>,
-    b: Words<SP>,
-    c: Words<SP>,
+    /// Four numbers of B or C.
+    bc: V4,
 }
 
-/// Makes the tile from position `t0` on ready.
+/// Makes the tile from position `t0` on ready. Its u are kept for [`finish`], its steps added to `sums`.
 #[cube]
-pub(super) fn stage<SU: Size, SD: Size, SP: Size, SZ: Size>(
-    ahead: &Ahead<SU, SD, SP, SZ>,
+pub(super) fn stage<SU: Size, SD: Size, SP: Size>(
+    u: &[Words<SU>],
+    delta: &[Words<SD>],
+    b: &[Words<SP>],
+    c: &[Words<SP>],
+    resets: &OptionalInput,
+    ring: &mut Shared<[Word]>,
+    us: &mut Array<f32>,
+    sums: &mut Array<f32>,
     parameters: &Parameters,
     part: &Part,
     t0: usize,
-    #[comptime] resets: bool,
-    #[comptime] c: WalkConfig,
-) -> Ready<SP> {
+    slot: usize,
+    #[comptime] parity: usize,
+    #[comptime] outputs: bool,
+    #[comptime] config: WalkConfig,
+) -> Ready {
     let mut steps = Array::<f32>::new(4usize);
     let mut xs = Array::<f32>::new(4usize);
-    let inside = t0 + part.position < part.length;
+    let inside = t0 + part.position < part.count;
+    let row = at_row(part, t0 + part.position);
+    let at = row * part.strides.u + part.four;
     let mut clear = 0.0f32;
-    if resets {
-        let mut reset = ahead.resets[0] > 0.5f32;
-        if comptime!(!c.whole) {
-            reset = reset && inside;
+    #[comptime]
+    match resets {
+        ComptimeOption::Some(resets) => {
+            let flag = if comptime!(config.ptx) {
+                f32::reinterpret(ring[place(slot, RESETS, config)].extract(0usize))
+            } else {
+                resets[row]
+            };
+            let mut reset = flag > 0.5f32;
+            if comptime!(!config.whole) {
+                reset = reset && inside;
+            }
+            clear = select(reset, CLEARED, 0.0f32);
         }
-        clear = select(reset, CLEARED, 0.0f32);
+        ComptimeOption::None => {}
     }
+    let u = take(u, at, ring, slot, U, config);
+    let delta = take(delta, at, ring, slot, DELTA, config);
     #[unroll]
     for i in 0..4usize {
-        let delta = number::<SD>(ahead.delta[0], i, comptime!(c.halves[1]));
-        let mut dt = step_size(delta + parameters.bias[i], c.softplus, c.ptx);
-        if comptime!(!c.whole) {
+        let raw = delta.extract(i) + parameters.bias[i];
+        let mut dt = step_size(raw, config.softplus, config.ptx);
+        if comptime!(!config.whole) {
             // A position beyond the last leaves the state as it is.
             dt = select(inside, dt, 0.0f32);
         }
-        xs[i] = dt * number::<SU>(ahead.u[2], i, comptime!(c.halves[0]));
-        steps[i] = if resets { dt + clear } else { dt };
+        let step = if comptime!(resets.is_some()) {
+            dt + clear
+        } else {
+            dt
+        };
+        xs[i] = dt * u.extract(i);
+        steps[i] = step;
+        if outputs {
+            us[comptime!(parity * 4 + i)] = u.extract(i);
+        } else {
+            sums[i] = min(sums[i] + step, CLEARED);
+        }
     }
-    Ready::<SP> {
-        steps,
-        xs,
-        b: ahead.b[0],
-        c: ahead.c[0],
+    let row = at_row(part, t0 + part.row);
+    let at = row * part.strides.b + part.quarter;
+    let mut bc = take(b, at, ring, slot, BC, config);
+    if comptime!(!config.ptx) {
+        if part.of_c {
+            let at = row * part.strides.c + part.quarter;
+            bc = take(c, at, ring, slot, BC, config);
+        }
     }
+    Ready { steps, xs, bc }
 }
 
 /// Writes what is ready into the tile of the given parity.
 #[cube]
-pub(super) fn put<SP: Size>(
-    ready: &Ready<SP>,
+pub(super) fn put(
+    ready: &Ready,
     steps: &mut Shared<[One]>,
     bc: &mut Shared<[One]>,
     part: &Part,
@@ -241,52 +346,50 @@ pub(super) fn put<SP: Size>(
         let at = comptime!(parity * CHANNELS * STEP_PITCH)
             + (part.column + i) * STEP_PITCH
             + part.position;
-        put_two(steps, at, ready.steps[i], ready.xs[i], c.ptx);
+        let mut two = V2::new(ready.steps[i]);
+        two.insert(1usize, ready.xs[i]);
+        put_wide_at::<Const<2>>(steps, at, two, c.ptx);
     }
-    let at =
-        comptime!(parity * TILE * STATES) + part.row * STATES + part.pair / 2 * 4 + part.pair % 2;
-    let halves = comptime!(c.halves[2]);
-    let (b0, b1) = (
-        number::<SP>(ready.b, 0usize, halves),
-        number::<SP>(ready.b, 1usize, halves),
-    );
-    put_two(bc, at, b0, b1, c.ptx);
-    let (c0, c1) = (
-        number::<SP>(ready.c, 0usize, halves),
-        number::<SP>(ready.c, 1usize, halves),
-    );
-    put_two(bc, at + 2, c0, c1, c.ptx);
+    let at = comptime!(parity * TILE * STATES / 2)
+        + part.row * comptime!(STATES / 2)
+        + part.quarter * 2
+        + (part.of_c as usize + part.row) % 2;
+    put_wide_at::<Const<4>>(bc, at, ready.bc, c.ptx);
 }
 
-/// Pair number `at` of a buffer.
+/// Completes the outputs of the tile from position `t0` on. Of a tile beyond either end nothing is
+/// written.
 #[cube]
-fn put_two(buffer: &mut Shared<[One]>, at: usize, first: f32, second: f32, #[comptime] ptx: bool) {
-    let mut two = V2::new(first);
-    two.insert(1usize, second);
-    put_wide_at::<Const<2>>(buffer, at, two, ptx);
-}
-
-/// Completes the outputs of the tile from position `t0` on, which is tile k - 1. Of a tile beyond
-/// either end nothing is written.
-#[cube]
-pub(super) fn finish<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
-    ahead: &Ahead<SU, SD, SP, SZ>,
+pub(super) fn finish<Y: Float, SZ: Size>(
+    z: &ComptimeOption<Box<[Words<SZ>]>>,
+    ring: &mut Shared<[Word]>,
+    us: &Array<f32>,
     sums: &mut Shared<[One]>,
     parameters: &Parameters,
     y: &mut [Vector<Y, Const<4>>],
     part: &Part,
     t0: usize,
-    #[comptime] gated: bool,
+    slot: usize,
     #[comptime] parity: usize,
     #[comptime] c: WalkConfig,
 ) {
     let mut shares = Array::<V4>::new(SHARES);
     #[unroll]
     for i in 0..SHARES {
-        let at = comptime!((parity * SHARES + i) * TILE * c.pitch / 4)
-            + part.position * comptime!(c.pitch / 4)
+        let at = comptime!((parity * SHARES + i) * TILE * SUM_PITCH / 4)
+            + part.position * comptime!(SUM_PITCH / 4)
             + part.column / 4;
         shares[i] = wide_at::<Const<4>>(sums, at, c.ptx);
+    }
+    let t = t0 + part.position;
+    let mut gates = V4::new(0.0f32);
+    #[comptime]
+    match z {
+        ComptimeOption::Some(z) => {
+            let at = at_row(part, t) * part.strides.z + part.four;
+            gates = take(z, at, ring, slot, Z, c)
+        }
+        ComptimeOption::None => {}
     }
     let mut out = V4::new(0.0f32);
     #[unroll]
@@ -297,16 +400,15 @@ pub(super) fn finish<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
             of_shares[k] = shares[k].extract(i);
         }
         let sum = tree_sum(&mut of_shares, SHARES);
-        let u = number::<SU>(ahead.u[0], i, comptime!(c.halves[0]));
+        let u = us[comptime!(parity * 4 + i)];
         let mut value = fma(parameters.skip[i], u, sum);
-        if gated {
-            let z = number::<SZ>(ahead.z[0], i, comptime!(c.halves[3]));
+        if comptime!(z.is_some()) {
+            let z = gates.extract(i);
             value = value * z * sigmoid(z, c.ptx);
         }
         out.insert(i, value);
     }
-    let t = t0 + part.position;
-    if part.inside && t < part.length {
-        y[(part.first + t) * part.strides.fours + part.four] = Vector::cast_from(out);
+    if part.inside && t < part.count {
+        y[(part.first + t) * part.strides.u + part.four] = Vector::cast_from(out);
     }
 }
