@@ -24,8 +24,8 @@ use super::common::{
     CLEARED, Place, V4, load_initial, load_rates, load_states, store_last, store_states,
 };
 use super::walk_parts::{
-    Parameters, Part, Strides, Word, arrived, ask, ask_gates, asked, finish, parameters, part, put,
-    stage,
+    Parameters, Part, Strides, Word, arrived, ask, ask_gates, asked, finish, gather, inputs,
+    parameters, part, put_bc, stage, write,
 };
 use crate::cube::OptionalInput;
 use crate::cube::math::exp2;
@@ -230,6 +230,8 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
 ) {
     let states = comptime!(STATES).runtime();
     let slots = comptime!(config.slots);
+    let gated = comptime!(z.is_some());
+    let cleared = comptime!(resets.is_some());
     let (lane, share) = (walker.lane, walker.place.lane);
     let mut us = Array::<f32>::new(8usize);
     let mut groups = Groups {
@@ -272,24 +274,35 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
     }
     arrived(comptime!(slots - 1), config);
     let zero = 0usize.runtime();
-    let ready = stage(
+    let raw = inputs(
         u,
         delta,
         b,
         c,
         resets,
         &mut room.ring,
-        &mut us,
-        passed,
-        parameters,
         part,
         zero,
         zero,
-        0usize,
-        outputs,
         config,
     );
-    put(&ready, &mut room.steps, &mut room.bc, part, 0usize, config);
+    #[unroll]
+    for i in 0..4usize {
+        stage(
+            &raw,
+            &mut room.steps,
+            &mut us,
+            passed,
+            parameters,
+            part,
+            i,
+            0usize,
+            cleared,
+            outputs,
+            config,
+        );
+    }
+    put_bc(&raw, &mut room.bc, part, 0usize, config);
     sync_cube();
 
     let pairs = walker.count.div_ceil(comptime!(2 * TILE));
@@ -340,40 +353,34 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
                 config,
             );
             arrived(comptime!(slots - 1), config);
-            if outputs {
-                let from = (tile + comptime!(slots - 1)) % slots;
-                finish::<Y, SZ>(
-                    z,
-                    &mut room.ring,
-                    &us,
-                    &mut room.sums,
-                    parameters,
-                    y,
-                    part,
-                    t0 - TILE,
-                    from,
-                    other,
-                    config,
-                );
-            }
             let from = (tile + 1) % slots;
-            let ready = stage(
+            let raw = inputs(
                 u,
                 delta,
                 b,
                 c,
                 resets,
                 &mut room.ring,
-                &mut us,
-                passed,
-                parameters,
                 part,
                 t0 + TILE,
                 from,
-                other,
-                outputs,
                 config,
             );
+            put_bc(&raw, &mut room.bc, part, other, config);
+            let from = (tile + comptime!(slots - 1)) % slots;
+            let through = gather::<SZ>(
+                z,
+                &mut room.ring,
+                &mut room.sums,
+                part,
+                t0 - TILE,
+                from,
+                other,
+                config,
+            );
+            let mut out = V4::new(0.0f32);
+            // What belongs to no state is spread over the groups: all of it at once would wait for the
+            // unit for exponentials, and then that unit for it.
             #[unroll]
             for group in 0..comptime!(TILE / GROUP) {
                 // The next group's numbers are on their way meanwhile.
@@ -390,30 +397,58 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
                         config,
                     );
                 }
+                if outputs {
+                    out.insert(
+                        group,
+                        finish(&through, &us, parameters, group, other, gated, config),
+                    );
+                }
+                stage(
+                    &raw,
+                    &mut room.steps,
+                    &mut us,
+                    passed,
+                    parameters,
+                    part,
+                    group,
+                    other,
+                    cleared,
+                    outputs,
+                    config,
+                );
                 advance(
                     &groups, h, rates, room, lane, share, parity, group, outputs, config,
                 );
             }
-            put(&ready, &mut room.steps, &mut room.bc, part, other, config);
+            if outputs {
+                write::<Y>(out, y, part, t0 - TILE);
+            }
             sync_cube();
         }
     }
     arrived(0usize, config);
     if outputs {
+        let t0 = pairs * comptime!(2 * TILE) - TILE;
         let from = (pairs * 2 + comptime!(slots - 1)) % slots;
-        finish::<Y, SZ>(
+        let through = gather::<SZ>(
             z,
             &mut room.ring,
-            &us,
             &mut room.sums,
-            parameters,
-            y,
             part,
-            pairs * comptime!(2 * TILE) - TILE,
+            t0,
             from,
             1usize,
             config,
         );
+        let mut out = V4::new(0.0f32);
+        #[unroll]
+        for i in 0..4usize {
+            out.insert(
+                i,
+                finish(&through, &us, parameters, i, 1usize, gated, config),
+            );
+        }
+        write::<Y>(out, y, part, t0);
     }
 }
 

@@ -245,37 +245,33 @@ pub(super) fn parameters(bias: &OptionalInput, d: &OptionalInput, part: &Part) -
     }
 }
 
-/// The unit's part of a tile as the recurrence takes it.
+/// The unit's inputs of a tile.
 #[derive(CubeType)]
-pub(super) struct Ready {
-    /// Step sizes of four channels as the decays see them, and times u.
-    steps: Array<f32>,
-    xs: Array<f32>,
+pub(super) struct Raw {
+    u: V4,
+    delta: V4,
     /// Four numbers of B or C.
     bc: V4,
+    /// What a reset adds to the steps.
+    clear: f32,
+    /// Whether its position is there.
+    inside: bool,
 }
 
-/// Makes the tile from position `t0` on ready. Its u are kept for [`finish`], its steps added to `sums`.
+/// The inputs of the tile from position `t0` on.
 #[cube]
-pub(super) fn stage<SU: Size, SD: Size, SP: Size>(
+pub(super) fn inputs<SU: Size, SD: Size, SP: Size>(
     u: &[Words<SU>],
     delta: &[Words<SD>],
     b: &[Words<SP>],
     c: &[Words<SP>],
     resets: &OptionalInput,
     ring: &mut Shared<[Word]>,
-    us: &mut Array<f32>,
-    sums: &mut Array<f32>,
-    parameters: &Parameters,
     part: &Part,
     t0: usize,
     slot: usize,
-    #[comptime] parity: usize,
-    #[comptime] outputs: bool,
     #[comptime] config: WalkConfig,
-) -> Ready {
-    let mut steps = Array::<f32>::new(4usize);
-    let mut xs = Array::<f32>::new(4usize);
+) -> Raw {
     let inside = t0 + part.position < part.count;
     let row = at_row(part, t0 + part.position);
     let at = row * part.strides.u + part.four;
@@ -298,27 +294,6 @@ pub(super) fn stage<SU: Size, SD: Size, SP: Size>(
     }
     let u = take(u, at, ring, slot, U, config);
     let delta = take(delta, at, ring, slot, DELTA, config);
-    #[unroll]
-    for i in 0..4usize {
-        let raw = delta.extract(i) + parameters.bias[i];
-        let mut dt = step_size(raw, config.softplus, config.ptx);
-        if comptime!(!config.whole) {
-            // A position beyond the last leaves the state as it is.
-            dt = select(inside, dt, 0.0f32);
-        }
-        let step = if comptime!(resets.is_some()) {
-            dt + clear
-        } else {
-            dt
-        };
-        xs[i] = dt * u.extract(i);
-        steps[i] = step;
-        if outputs {
-            us[comptime!(parity * 4 + i)] = u.extract(i);
-        } else {
-            sums[i] = min(sums[i] + step, CLEARED);
-        }
-    }
     let row = at_row(part, t0 + part.row);
     let at = row * part.strides.b + part.quarter;
     let mut bc = take(b, at, ring, slot, BC, config);
@@ -328,51 +303,86 @@ pub(super) fn stage<SU: Size, SD: Size, SP: Size>(
             bc = take(c, at, ring, slot, BC, config);
         }
     }
-    Ready { steps, xs, bc }
+    Raw {
+        u,
+        delta,
+        bc,
+        clear,
+        inside,
+    }
 }
 
-/// Writes what is ready into the tile of the given parity.
+/// Makes the unit's channel number `i` of a tile ready for the recurrence, in the half of the given
+/// parity. Its u is kept for [`finish`], its step added to `passed`.
 #[cube]
-pub(super) fn put(
-    ready: &Ready,
+pub(super) fn stage(
+    raw: &Raw,
     steps: &mut Shared<[One]>,
+    us: &mut Array<f32>,
+    passed: &mut Array<f32>,
+    parameters: &Parameters,
+    part: &Part,
+    #[comptime] i: usize,
+    #[comptime] parity: usize,
+    #[comptime] cleared: bool,
+    #[comptime] outputs: bool,
+    #[comptime] config: WalkConfig,
+) {
+    let biased = raw.delta.extract(i) + parameters.bias[i];
+    let mut dt = step_size(biased, config.softplus, config.ptx);
+    if comptime!(!config.whole) {
+        // A position beyond the last leaves the state as it is.
+        dt = select(raw.inside, dt, 0.0f32);
+    }
+    let step = if cleared { dt + raw.clear } else { dt };
+    let u = raw.u.extract(i);
+    let mut two = V2::new(step);
+    two.insert(1usize, dt * u);
+    let at =
+        comptime!(parity * CHANNELS * STEP_PITCH) + (part.column + i) * STEP_PITCH + part.position;
+    put_wide_at::<Const<2>>(steps, at, two, config.ptx);
+    if outputs {
+        us[comptime!(parity * 4 + i)] = u;
+    } else {
+        passed[i] = min(passed[i] + step, CLEARED);
+    }
+}
+
+/// Puts the unit's numbers of B or C in the half of the given parity.
+#[cube]
+pub(super) fn put_bc(
+    raw: &Raw,
     bc: &mut Shared<[One]>,
     part: &Part,
     #[comptime] parity: usize,
     #[comptime] c: WalkConfig,
 ) {
-    #[unroll]
-    for i in 0..4usize {
-        let at = comptime!(parity * CHANNELS * STEP_PITCH)
-            + (part.column + i) * STEP_PITCH
-            + part.position;
-        let mut two = V2::new(ready.steps[i]);
-        two.insert(1usize, ready.xs[i]);
-        put_wide_at::<Const<2>>(steps, at, two, c.ptx);
-    }
     let at = comptime!(parity * TILE * STATES / 2)
         + part.row * comptime!(STATES / 2)
         + part.quarter * 2
         + (part.of_c as usize + part.row) % 2;
-    put_wide_at::<Const<4>>(bc, at, ready.bc, c.ptx);
+    put_wide_at::<Const<4>>(bc, at, raw.bc, c.ptx);
 }
 
-/// Completes the outputs of the tile from position `t0` on. Of a tile beyond either end nothing is
-/// written.
+/// What the unit's outputs of a tile are completed from: sums over the states, and gates.
+#[derive(CubeType)]
+pub(super) struct Passed {
+    sums: Array<f32>,
+    gates: V4,
+}
+
+/// Those of the tile from position `t0` on.
 #[cube]
-pub(super) fn finish<Y: Float, SZ: Size>(
+pub(super) fn gather<SZ: Size>(
     z: &ComptimeOption<Box<[Words<SZ>]>>,
     ring: &mut Shared<[Word]>,
-    us: &Array<f32>,
     sums: &mut Shared<[One]>,
-    parameters: &Parameters,
-    y: &mut [Vector<Y, Const<4>>],
     part: &Part,
     t0: usize,
     slot: usize,
     #[comptime] parity: usize,
     #[comptime] c: WalkConfig,
-) {
+) -> Passed {
     let mut shares = Array::<V4>::new(SHARES);
     #[unroll]
     for i in 0..SHARES {
@@ -381,17 +391,7 @@ pub(super) fn finish<Y: Float, SZ: Size>(
             + part.column / 4;
         shares[i] = wide_at::<Const<4>>(sums, at, c.ptx);
     }
-    let t = t0 + part.position;
-    let mut gates = V4::new(0.0f32);
-    #[comptime]
-    match z {
-        ComptimeOption::Some(z) => {
-            let at = at_row(part, t) * part.strides.z + part.four;
-            gates = take(z, at, ring, slot, Z, c)
-        }
-        ComptimeOption::None => {}
-    }
-    let mut out = V4::new(0.0f32);
+    let mut of_states = Array::<f32>::new(4usize);
     #[unroll]
     for i in 0..4usize {
         let mut of_shares = Array::<f32>::new(SHARES);
@@ -399,15 +399,48 @@ pub(super) fn finish<Y: Float, SZ: Size>(
         for k in 0..SHARES {
             of_shares[k] = shares[k].extract(i);
         }
-        let sum = tree_sum(&mut of_shares, SHARES);
-        let u = us[comptime!(parity * 4 + i)];
-        let mut value = fma(parameters.skip[i], u, sum);
-        if comptime!(z.is_some()) {
-            let z = gates.extract(i);
-            value = value * z * sigmoid(z, c.ptx);
-        }
-        out.insert(i, value);
+        of_states[i] = tree_sum(&mut of_shares, SHARES);
     }
+    let mut gates = V4::new(0.0f32);
+    #[comptime]
+    match z {
+        ComptimeOption::Some(z) => {
+            let at = at_row(part, t0 + part.position) * part.strides.z + part.four;
+            gates = take(z, at, ring, slot, Z, c)
+        }
+        ComptimeOption::None => {}
+    }
+    Passed {
+        sums: of_states,
+        gates,
+    }
+}
+
+/// The output of the unit's channel number `i`.
+#[cube]
+pub(super) fn finish(
+    passed: &Passed,
+    us: &Array<f32>,
+    parameters: &Parameters,
+    #[comptime] i: usize,
+    #[comptime] parity: usize,
+    #[comptime] gated: bool,
+    #[comptime] c: WalkConfig,
+) -> f32 {
+    let u = us[comptime!(parity * 4 + i)];
+    let value = fma(parameters.skip[i], u, passed.sums[i]);
+    if gated {
+        let z = passed.gates.extract(i);
+        value * z * sigmoid(z, c.ptx)
+    } else {
+        value
+    }
+}
+
+/// Writes the unit's outputs of the tile from position `t0` on, but none beyond either end.
+#[cube]
+pub(super) fn write<Y: Float>(out: V4, y: &mut [Vector<Y, Const<4>>], part: &Part, t0: usize) {
+    let t = t0 + part.position;
     if part.inside && t < part.count {
         y[(part.first + t) * part.strides.u + part.four] = Vector::cast_from(out);
     }
