@@ -47,7 +47,7 @@ pub(super) const STATES: usize = OWN * SHARES;
 pub(super) const UNITS: usize = CHANNELS * SHARES;
 
 /// Positions that the recurrence fetches from shared memory at once.
-const GROUP: usize = 4;
+const GROUP: usize = 2;
 /// From a channel's steps to the next one's, in positions: vectors of two positions are aligned, and
 /// those of neighbouring channels in other banks.
 pub(super) const STEP_PITCH: usize = TILE + 2;
@@ -397,25 +397,28 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
                         config,
                     );
                 }
-                if outputs {
-                    out.insert(
-                        group,
-                        finish(&through, &us, parameters, group, other, gated, config),
+                let channel = comptime!(group / 2);
+                if comptime!(group % 2 == 0) {
+                    if outputs {
+                        let value =
+                            finish(&through, &us, parameters, channel, other, gated, config);
+                        out.insert(channel, value);
+                    }
+                } else {
+                    stage(
+                        &raw,
+                        &mut room.steps,
+                        &mut us,
+                        passed,
+                        parameters,
+                        part,
+                        channel,
+                        other,
+                        cleared,
+                        outputs,
+                        config,
                     );
                 }
-                stage(
-                    &raw,
-                    &mut room.steps,
-                    &mut us,
-                    passed,
-                    parameters,
-                    part,
-                    group,
-                    other,
-                    cleared,
-                    outputs,
-                    config,
-                );
                 advance(
                     &groups, h, rates, room, lane, share, parity, group, outputs, config,
                 );
