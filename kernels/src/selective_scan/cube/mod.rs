@@ -62,7 +62,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::AddressType;
 
 use self::plan::{Alignment, Chunks, Forward, ScanShape, SweepConfig, shares, sweep};
-use self::walk::{Pass, WalkConfig};
+use self::walk::{Pass, WalkConfig, shared_bytes};
 use super::{ScanInputs, ScanOutputs};
 use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, empty, grid,
@@ -213,7 +213,7 @@ fn in_eights(
         && inputs.z.as_ref().is_none_or(|z| rows(z, strides.z))
 }
 
-/// Whether the kernel of [`walk`] can read the inputs: as words, four channels or states at once.
+/// Whether the kernel of [`walk`] can read the inputs: as words, four channels and two states at once.
 fn in_words(inputs: &ScanInputs<CubeTensor>, strides: &RowStrides, shape: &ScanShape) -> bool {
     let words = |tensor: &CubeTensor, stride: usize, count: usize| {
         let whole = matches!(tensor.dtype, DType::F32 | DType::Flex32 | DType::BF16);
@@ -221,8 +221,8 @@ fn in_words(inputs: &ScanInputs<CubeTensor>, strides: &RowStrides, shape: &ScanS
     };
     words(&inputs.u, shape.inner, 4)
         && words(&inputs.delta, shape.inner, 4)
-        && words(&inputs.b, strides.b, 4)
-        && words(&inputs.c, strides.c, 4)
+        && words(&inputs.b, strides.b, 2)
+        && words(&inputs.c, strides.c, 2)
         && inputs.z.as_ref().is_none_or(|z| words(z, strides.z, 4))
 }
 
@@ -377,7 +377,6 @@ fn launch_walk(
 ) {
     let z = inputs.z.as_ref().unwrap_or(&inputs.u);
     let halves = [&inputs.u, &inputs.delta, &inputs.b, z].map(|it| it.dtype.size() == 2);
-    let [u_words, delta_words, bc_words, z_words] = halves.map(|halves| if halves { 2 } else { 4 });
     let segment = shape
         .length
         .div_ceil(segments)
@@ -397,18 +396,16 @@ fn launch_walk(
             pass: *pass,
             chunk: chunks.size,
             halves,
-            words: [
-                u_words,
-                delta_words,
-                bc_words,
-                inputs.z.as_ref().map_or(0, |_| z_words),
-                inputs.resets.is_some() as usize,
-            ],
-            slots: 2,
             whole: shape.length.is_multiple_of(2 * walk::TILE),
+            // The units that read or write a row of sums together meet in no bank, where there is room.
+            pitch: match device.shared_bytes >= shared_bytes(walk::CHANNELS + 8) {
+                true => walk::CHANNELS + 8,
+                false => walk::CHANNELS,
+            },
             softplus: inputs.delta_softplus,
             ptx: device.ptx,
         };
+        let [u_words, delta_words, bc_words, z_words] = config.words();
         // SAFETY: every position is derived from the shapes passed along, whose buffers are of just
         // these sizes and strides, in whole vectors; units beyond the last channel write nothing.
         unsafe {
@@ -440,8 +437,8 @@ fn launch_walk(
                 shape.length,
                 shape.inner,
                 segment,
-                strides.b / 4,
-                strides.c / 4,
+                strides.b / 2,
+                strides.c / 2,
                 strides.z / 4,
                 config,
                 elem(inputs.u.dtype),

@@ -145,7 +145,7 @@ pub(super) fn shares(shape: &ScanShape, device: &DeviceTraits) -> Option<usize> 
     let fits = shape.state == walk::STATES
         && shape.inner.is_multiple_of(4)
         && device.max_units >= walk::UNITS
-        && device.shared_bytes >= walk::SHARED_BYTES;
+        && device.shared_bytes >= walk::shared_bytes(walk::CHANNELS);
     let cubes = shape.batch * shape.inner.div_ceil(walk::CHANNELS);
     let processors = device.busy_units / 1024;
     let parts = 2 * processors / cubes.max(1);

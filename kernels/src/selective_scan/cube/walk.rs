@@ -5,9 +5,11 @@
 //! after it) is done once a position and channel, by all units of the cube, with four neighbouring
 //! channels of one position each. The two sides meet in shared memory, tile after tile of [`TILE`]
 //! positions, two tiles of each kind: while the recurrence goes through tile k, the units complete the
-//! outputs of tile k - 1 and make tile k + 1 ready. So there is one barrier a tile. Later tiles are
-//! on their way meanwhile: every unit has what it will work on copied by the hardware to places of its
-//! own in shared memory, the *ring*, which takes no registers and no barriers.
+//! outputs of tile k - 1, make tile k + 1 ready, and wait for the loads of tile k + 2. So there is one
+//! barrier a tile.
+//!
+//! What a processor's shared memory can deliver bounds this kernel, so units are laid out for few of its
+//! cycles: a plane's have eight channels, whose steps they read at once, and all four shares of them.
 //!
 //! Too few channels for the device are made more by cutting sequences into a few *segments*, in two
 //! launches ([`Pass`]): the end states of all segments but the last, and then the outputs of all but the
@@ -24,8 +26,8 @@ use super::common::{
     CLEARED, Place, V4, load_initial, load_rates, load_states, store_last, store_states,
 };
 use super::walk_parts::{
-    Parameters, Part, Strides, Word, arrived, ask, ask_gates, asked, finish, gather, inputs,
-    parameters, part, put_bc, stage, write,
+    Parameters, Part, Strides, finish, gather, nothing_ahead, parameters, part, read, read_gates,
+    stage, stage_bc, write,
 };
 use crate::cube::OptionalInput;
 use crate::cube::math::exp2;
@@ -48,11 +50,11 @@ pub(super) const UNITS: usize = CHANNELS * SHARES;
 
 /// Positions that the recurrence fetches from shared memory at once.
 const GROUP: usize = 2;
-/// From a channel's steps to the next one's, in positions: vectors of two positions are aligned, and
-/// those of neighbouring channels in other banks.
-pub(super) const STEP_PITCH: usize = TILE + 2;
-/// From a position's partial sums to the next one's: aligned vectors of four, in other banks.
-pub(super) const SUM_PITCH: usize = CHANNELS + 4;
+/// Channels of a plane.
+const PLANE: usize = CHANNELS / SHARES;
+/// From two positions' steps to the next two's, in vectors of a channel's two steps. One place is left
+/// free after eight channels, and a few at the end, so that units meet in no bank when they write.
+pub(super) const STEP_ROW: usize = 42;
 
 /// Which part of the work a launch does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -73,12 +75,10 @@ pub(super) struct WalkConfig {
     pub chunk: usize,
     /// Which of u, delta, B and C, and z are of two numbers a word.
     pub halves: [bool; 4],
-    /// Words that a unit copies of each of them, and of resets, a tile.
-    pub words: [usize; 5],
-    /// Tiles of the ring, 2 or 4.
-    pub slots: usize,
     /// Whether L is a multiple of two tiles.
     pub whole: bool,
+    /// From a position's partial sums to the next one's.
+    pub pitch: usize,
     /// Whether the step size goes through softplus.
     pub softplus: bool,
     /// Whether kernels may hold PTX.
@@ -86,23 +86,27 @@ pub(super) struct WalkConfig {
 }
 
 impl WalkConfig {
-    /// Words of a tile of the ring.
-    pub fn slot_words(&self) -> usize {
-        self.words.iter().sum::<usize>() * UNITS
+    /// Words of four numbers of u, delta and z, and of two of B and C, in the kernel's order.
+    pub fn words(&self) -> [usize; 4] {
+        let [u, delta, b, z] = self.halves.map(|halves| if halves { 1 } else { 2 });
+        [2 * u, 2 * delta, b, 2 * z]
     }
 
-    /// Words of the ring; one where nothing is copied.
-    fn ring_words(&self) -> usize {
-        match self.ptx {
-            true => self.slots * self.slot_words(),
-            false => 4,
-        }
+    /// From a share's partial sums to the next one's.
+    pub fn share_pitch(&self) -> usize {
+        share_pitch(self.pitch)
     }
 }
 
-/// Bytes of shared memory, but for the ring.
-pub(super) const SHARED_BYTES: usize =
-    4 * (2 * CHANNELS * STEP_PITCH * 2 + 2 * TILE * 2 * STATES + 2 * SHARES * TILE * SUM_PITCH);
+/// From a share's partial sums to the next one's.
+const fn share_pitch(pitch: usize) -> usize {
+    TILE * pitch + pitch - CHANNELS
+}
+
+/// Bytes of shared memory for a pitch of partial sums.
+pub(super) const fn shared_bytes(pitch: usize) -> usize {
+    4 * (TILE * STEP_ROW * 4 + 2 * TILE * 2 * STATES + 2 * SHARES * share_pitch(pitch))
+}
 
 /// The cube's shared memory.
 #[derive(CubeType)]
@@ -112,7 +116,6 @@ struct Room {
     bc: Shared<[One]>,
     /// Every share's outputs of two tiles.
     sums: Shared<[One]>,
-    ring: Shared<[Word]>,
 }
 
 /// What the recurrence needs of two groups of [`GROUP`] positions, the even one first.
@@ -138,8 +141,8 @@ fn fetch(
 ) {
     #[unroll]
     for i in 0..comptime!(GROUP / 2) {
-        let at = comptime!(parity * CHANNELS * STEP_PITCH / 2 + group * GROUP / 2 + i)
-            + lane * comptime!(STEP_PITCH / 2);
+        let at =
+            comptime!((parity * TILE / 2 + group * GROUP / 2 + i) * STEP_ROW) + lane + lane / PLANE;
         groups.steps[comptime!(group % 2 * (GROUP / 2) + i)] =
             wide_at::<Const<4>>(&mut room.steps, at, c.ptx);
     }
@@ -186,8 +189,10 @@ fn advance(
             for k in 1..OWN {
                 sum = fma(h[k], cs.extract(k), sum);
             }
-            let row = comptime!(parity * SHARES * TILE + group * GROUP + i);
-            let at = comptime!(row * SUM_PITCH) + share * comptime!(TILE * SUM_PITCH) + lane;
+            let row = comptime!((group * GROUP + i) * c.pitch);
+            let at = comptime!(parity * SHARES * c.share_pitch() + row)
+                + share * comptime!(c.share_pitch())
+                + lane;
             room.sums[at] = One::new(sum);
         }
     }
@@ -229,10 +234,10 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
     #[comptime] config: WalkConfig,
 ) {
     let states = comptime!(STATES).runtime();
-    let slots = comptime!(config.slots);
     let gated = comptime!(z.is_some());
     let cleared = comptime!(resets.is_some());
     let (lane, share) = (walker.lane, walker.place.lane);
+    let mut ahead = nothing_ahead::<SU, SD, SP, SZ>();
     let mut us = Array::<f32>::new(8usize);
     let mut groups = Groups {
         steps: Array::new(GROUP),
@@ -244,57 +249,21 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
         us[i] = 0.0f32;
     }
 
-    // Inputs are asked for so many tiles ahead of their use, and the gates of a tile, which are used
-    // two tiles later, with them.
-    #[unroll]
-    for slot in 0..slots {
-        let t0 = comptime!(slot * TILE).runtime();
-        let at = slot.runtime();
-        ask(
-            u,
-            delta,
-            b,
-            c,
-            resets,
-            &mut room.ring,
-            part,
-            t0,
-            at,
-            outputs,
-            config,
-        );
-        if outputs {
-            if comptime!(slot >= 2) {
-                let t0 = comptime!((slot - 2) * TILE).runtime();
-                let at = comptime!(slot - 2).runtime();
-                ask_gates(z, &mut room.ring, part, t0, at, config);
-            }
-        }
-        asked(config);
-    }
-    arrived(comptime!(slots - 1), config);
+    // Tile 0 is ready, and tile 1 on its way.
     let zero = 0usize.runtime();
-    let raw = inputs(
-        u,
-        delta,
-        b,
-        c,
-        resets,
-        &mut room.ring,
-        part,
-        zero,
-        zero,
-        config,
+    read(
+        &mut ahead, u, delta, b, c, resets, part, zero, 0usize, outputs,
     );
     #[unroll]
     for i in 0..4usize {
         stage(
-            &raw,
+            &ahead,
             &mut room.steps,
             &mut us,
             passed,
             parameters,
             part,
+            zero,
             i,
             0usize,
             cleared,
@@ -302,7 +271,11 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
             config,
         );
     }
-    put_bc(&raw, &mut room.bc, part, 0usize, config);
+    stage_bc(&ahead, &mut room.bc, part, 0usize, outputs, config);
+    let t1 = comptime!(TILE).runtime();
+    read(
+        &mut ahead, u, delta, b, c, resets, part, t1, 1usize, outputs,
+    );
     sync_cube();
 
     let pairs = walker.count.div_ceil(comptime!(2 * TILE));
@@ -311,29 +284,12 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
         for parity in 0..2usize {
             let other = comptime!(1 - parity);
             let t0 = pair * comptime!(2 * TILE) + comptime!(parity * TILE);
-            let tile = pair * 2 + parity;
-            let t1 = t0 + comptime!(slots * TILE);
-            let into = tile % slots;
-            ask(
-                u,
-                delta,
-                b,
-                c,
-                resets,
-                &mut room.ring,
-                part,
-                t1,
-                into,
-                outputs,
-                config,
+            let t2 = t0 + comptime!(2 * TILE);
+            read(
+                &mut ahead, u, delta, b, c, resets, part, t2, parity, outputs,
             );
             if outputs {
-                let t1 = t0 + comptime!((slots - 2) * TILE);
-                let into = (tile + comptime!(slots - 2)) % slots;
-                ask_gates(z, &mut room.ring, part, t1, into, config);
-            }
-            asked(config);
-            if outputs {
+                read_gates(&mut ahead, z, part, t0, parity);
                 if comptime!(parity == 0) {
                     let t = walker.from + t0;
                     if t % comptime!(config.chunk) == 0 {
@@ -352,35 +308,33 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
                 outputs,
                 config,
             );
-            arrived(comptime!(slots - 1), config);
-            let from = (tile + 1) % slots;
-            let raw = inputs(
-                u,
-                delta,
-                b,
-                c,
-                resets,
-                &mut room.ring,
-                part,
-                t0 + TILE,
-                from,
-                config,
-            );
-            put_bc(&raw, &mut room.bc, part, other, config);
-            let from = (tile + comptime!(slots - 1)) % slots;
-            let through = gather::<SZ>(
-                z,
-                &mut room.ring,
-                &mut room.sums,
-                part,
-                t0 - TILE,
-                from,
-                other,
-                config,
-            );
             let mut out = V4::new(0.0f32);
-            // What belongs to no state is spread over the groups: all of it at once would wait for the
-            // unit for exponentials, and then that unit for it.
+            if outputs {
+                let sums = gather(&mut room.sums, part, other, config);
+                #[unroll]
+                for i in 0..4usize {
+                    let value = finish(&ahead, &sums, &us, parameters, i, other, gated, config);
+                    out.insert(i, value);
+                }
+                write::<Y>(out, y, part, t0 - TILE);
+            }
+            #[unroll]
+            for i in 0..4usize {
+                stage(
+                    &ahead,
+                    &mut room.steps,
+                    &mut us,
+                    passed,
+                    parameters,
+                    part,
+                    t0 + TILE,
+                    i,
+                    other,
+                    cleared,
+                    outputs,
+                    config,
+                );
+            }
             #[unroll]
             for group in 0..comptime!(TILE / GROUP) {
                 // The next group's numbers are on their way meanwhile.
@@ -397,68 +351,32 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
                         config,
                     );
                 }
-                let channel = comptime!(group / 2);
-                if comptime!(group % 2 == 0) {
-                    if outputs {
-                        let value =
-                            finish(&through, &us, parameters, channel, other, gated, config);
-                        out.insert(channel, value);
-                    }
-                } else {
-                    stage(
-                        &raw,
-                        &mut room.steps,
-                        &mut us,
-                        passed,
-                        parameters,
-                        part,
-                        channel,
-                        other,
-                        cleared,
-                        outputs,
-                        config,
-                    );
-                }
                 advance(
                     &groups, h, rates, room, lane, share, parity, group, outputs, config,
                 );
             }
-            if outputs {
-                write::<Y>(out, y, part, t0 - TILE);
-            }
+            stage_bc(&ahead, &mut room.bc, part, other, outputs, config);
             sync_cube();
         }
     }
-    arrived(0usize, config);
     if outputs {
-        let t0 = pairs * comptime!(2 * TILE) - TILE;
-        let from = (pairs * 2 + comptime!(slots - 1)) % slots;
-        let through = gather::<SZ>(
-            z,
-            &mut room.ring,
-            &mut room.sums,
-            part,
-            t0,
-            from,
-            1usize,
-            config,
-        );
+        let sums = gather(&mut room.sums, part, 1usize, config);
         let mut out = V4::new(0.0f32);
         #[unroll]
         for i in 0..4usize {
             out.insert(
                 i,
-                finish(&through, &us, parameters, i, 1usize, gated, config),
+                finish(&ahead, &sums, &us, parameters, i, 1usize, gated, config),
             );
         }
-        write::<Y>(out, y, part, t0);
+        write::<Y>(out, y, part, pairs * comptime!(2 * TILE) - TILE);
     }
 }
 
 /// The outputs, the states that enter chunks and the last states, or what one [`Pass`] does of it.
 /// `ends` (`[B, segments - 1, N, E]`) and `steps` (`[B, segments - 1, E]`) are the end states of segments
-/// and sums of their steps; `segment` is the number of positions of all but the last. Strides are
-/// counted in fours.
+/// and sums of their steps; `segment` is the number of positions of all but the last. Strides of B and C are
+/// counted in twos, that of z in fours.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
     u: &[Words<SU>],
@@ -480,8 +398,8 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
     length: usize,
     inner: usize,
     segment: usize,
-    b_fours: usize,
-    c_fours: usize,
+    b_twos: usize,
+    c_twos: usize,
     z_fours: usize,
     #[comptime] config: WalkConfig,
     #[define(Y)] _type: ElemType,
@@ -498,14 +416,15 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
     let from = number * segment;
     let count = min(segment, length - from);
     let strides = Strides {
-        u: inner / 4,
-        z: z_fours,
-        b: b_fours,
-        c: c_fours,
+        fours: inner / 4,
+        z_fours,
+        b_twos,
+        c_twos,
     };
     let part = part(block, sequence * length + from, count, inner, strides);
-    let lane = UNIT_POS as usize % CHANNELS;
-    let share = UNIT_POS as usize / CHANNELS;
+    let unit = UNIT_POS as usize;
+    let lane = unit % PLANE + unit / comptime!(PLANE * SHARES) * PLANE;
+    let share = unit / PLANE % SHARES;
     let channel = block * CHANNELS + lane;
     let walker = Walker {
         place: Place {
@@ -522,10 +441,9 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
         inner,
     };
     let mut room = Room {
-        steps: Shared::new_aligned_slice(comptime!(2 * CHANNELS * STEP_PITCH * 2), 16usize),
+        steps: Shared::new_aligned_slice(comptime!(TILE * STEP_ROW * 4), 16usize),
         bc: Shared::new_aligned_slice(comptime!(2 * TILE * 2 * STATES), 16usize),
-        sums: Shared::new_aligned_slice(comptime!(2 * SHARES * TILE * SUM_PITCH), 16usize),
-        ring: Shared::new_aligned_slice(comptime!(config.ring_words()), 16usize),
+        sums: Shared::new_aligned_slice(comptime!(2 * SHARES * config.share_pitch()), 16usize),
     };
     let states = comptime!(STATES).runtime();
     let place = &walker.place;
@@ -687,14 +605,14 @@ fn store_steps(
 ) {
     #[unroll]
     for i in 0..4usize {
-        let at = part.position * SUM_PITCH + part.column + i;
+        let at = part.position * CHANNELS + part.column + i;
         room.sums[at] = One::new(passed[i]);
     }
     sync_cube();
     let mut of_positions = Array::<f32>::new(TILE);
     #[unroll]
     for i in 0..TILE {
-        of_positions[i] = room.sums[comptime!(i * SUM_PITCH) + lane].extract(0usize);
+        of_positions[i] = room.sums[comptime!(i * CHANNELS) + lane].extract(0usize);
     }
     let sum = min(tree_sum(&mut of_positions, TILE), CLEARED);
     if place.inside && place.lane == 0 {

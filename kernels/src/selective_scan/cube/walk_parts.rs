@@ -1,26 +1,23 @@
-//! What the [one pass](super::walk) over all positions does element-wise: inputs copied ahead of their
-//! use, step sizes before the recurrence, and outputs after it.
+//! What the [one pass](super::walk) over all positions does element-wise: loads ahead of their use,
+//! step sizes before the recurrence, and outputs after it.
 
 use cubecl::prelude::*;
 
 use super::common::{CLEARED, V2, V4, entry};
-use super::walk::{CHANNELS, SHARES, STATES, STEP_PITCH, SUM_PITCH, TILE, UNITS, WalkConfig};
+use super::walk::{CHANNELS, SHARES, STATES, STEP_ROW, TILE, WalkConfig};
 use crate::cube::OptionalInput;
 use crate::cube::math::{sigmoid, step_size};
 use crate::cube::reduce::tree_sum;
 use crate::cube::wide::{One, put_wide_at, wide_at};
 use crate::cube::words::{Words, number};
 
-/// A word of a buffer of words.
-pub(super) type Word = Words<Const<1>>;
-
-/// From a position to the next of u, delta and y, and of z, B and C, in fours.
+/// From a position to the next: of u, delta and y, and of z, in fours; of B and C in twos.
 #[derive(CubeType)]
 pub(super) struct Strides {
-    pub u: usize,
-    pub z: usize,
-    pub b: usize,
-    pub c: usize,
+    pub fours: usize,
+    pub z_fours: usize,
+    pub b_twos: usize,
+    pub c_twos: usize,
 }
 
 /// What a unit works on, element-wise.
@@ -36,10 +33,9 @@ pub(super) struct Part {
     /// Its four channels, counted in fours; the last four for units beyond them.
     four: usize,
     inside: bool,
-    /// The position of its four numbers of B, or of C, within a tile, and their number there.
+    /// The position of its two numbers of B and of C within a tile, and their number there.
     row: usize,
-    quarter: usize,
-    of_c: bool,
+    pair: usize,
     strides: Strides,
 }
 
@@ -52,20 +48,20 @@ pub(super) fn part(
     strides: Strides,
 ) -> Part {
     let unit = UNIT_POS as usize;
-    // Eight neighbouring units have eight positions: with rows of shared memory a vector longer than
-    // all banks they meet in none. A plane's loads and stores of global memory are of whole sectors.
-    let column = unit / 8 % 8 * 4;
+    // Of a plane's 32 units, eight have the channels of one position, so that global memory sees few
+    // lines; of 16 neighbouring ones four have four positions each, which do not meet in a bank of shared
+    // memory.
+    let column = (unit / 4 % 4 + unit / 16 % 2 * 4) * 4;
     let channel = block * CHANNELS + column;
     Part {
         first,
         count,
-        position: unit % 8 + unit / 64 * 8,
+        position: unit % 4 + unit / 32 * 4,
         column,
         four: min(channel, inner - 4) / 4,
         inside: channel < inner,
-        row: unit % 64 / 4,
-        quarter: unit % 4,
-        of_c: unit >= comptime!(UNITS / 2),
+        row: unit / 8,
+        pair: unit % 8,
         strides,
     }
 }
@@ -76,151 +72,82 @@ fn at_row(part: &Part, t: usize) -> usize {
     part.first + min(t, part.count - 1)
 }
 
-/// The kinds of what is copied.
-const U: usize = 0;
-const DELTA: usize = 1;
-const BC: usize = 2;
-const Z: usize = 3;
-const RESETS: usize = 4;
-
-/// Where the unit's words of a kind are.
-#[cube]
-fn place(slot: usize, #[comptime] kind: usize, #[comptime] c: WalkConfig) -> usize {
-    let words = comptime!(c.words[kind]);
-    let before = comptime!(c.words[..kind].iter().sum::<usize>() * UNITS);
-    slot * comptime!(c.slot_words()) + before + UNIT_POS as usize * words
+/// Inputs on their way, of an even and of an odd tile. The gates are those of two tiles before.
+#[derive(CubeType)]
+pub(super) struct Ahead<SU: Size, SD: Size, SP: Size, SZ: Size> {
+    u: Array<Words<SU>>,
+    delta: Array<Words<SD>>,
+    b: Array<Words<SP>>,
+    c: Array<Words<SP>>,
+    resets: Array<f32>,
+    z: Array<Words<SZ>>,
 }
 
-fn bytes(words: usize) -> &'static str {
-    match words {
-        1 => "4",
-        2 => "8",
-        _ => "16",
+/// No inputs yet.
+#[cube]
+pub(super) fn nothing_ahead<SU: Size, SD: Size, SP: Size, SZ: Size>() -> Ahead<SU, SD, SP, SZ> {
+    let mut z = Array::<Words<SZ>>::new(2usize);
+    #[unroll]
+    for i in 0..2usize {
+        z[i] = Words::<SZ>::new(0u32);
+    }
+    Ahead::<SU, SD, SP, SZ> {
+        u: Array::new(2usize),
+        delta: Array::new(2usize),
+        b: Array::new(2usize),
+        c: Array::new(2usize),
+        resets: Array::new(2usize),
+        z,
     }
 }
 
-/// Starts to copy an element of some words to where they begin in the ring.
+/// Reads the unit's part of the tile from position `t0` on, which is of the given parity.
 #[cube]
-fn copy<E: CubePrimitive>(
-    from: &[E],
-    at: usize,
-    ring: &mut Shared<[Word]>,
-    into: usize,
-    #[comptime] words: usize,
-) {
-    let source = from[at..at + 1].as_ptr();
-    let target = ring[into..into + 1].as_ptr();
-    let bytes = comptime!(bytes(words));
-    gpu_asm!(
-        "{{ .reg .u64 at; cvta.to.shared.u64 at, {target}; ",
-        "cp.async.ca.shared.global [at], [{source}], {bytes}; }}",
-        target = in(_) target, source = in(_) source,
-    );
-}
-
-/// Starts to copy what [`stage`] takes of the tile from position `t0` on.
-#[cube]
-pub(super) fn ask<SU: Size, SD: Size, SP: Size>(
+pub(super) fn read<SU: Size, SD: Size, SP: Size, SZ: Size>(
+    ahead: &mut Ahead<SU, SD, SP, SZ>,
     u: &[Words<SU>],
     delta: &[Words<SD>],
     b: &[Words<SP>],
     c: &[Words<SP>],
     resets: &OptionalInput,
-    ring: &mut Shared<[Word]>,
     part: &Part,
     t0: usize,
-    slot: usize,
+    #[comptime] parity: usize,
     #[comptime] outputs: bool,
-    #[comptime] config: WalkConfig,
 ) {
-    if comptime!(config.ptx) {
-        let [u_words, delta_words, bc_words, _, _] = comptime!(config.words);
-        let row = at_row(part, t0 + part.position);
-        let at = row * part.strides.u + part.four;
-        copy(u, at, ring, place(slot, U, config), u_words);
-        copy(delta, at, ring, place(slot, DELTA, config), delta_words);
-        #[comptime]
-        match resets {
-            ComptimeOption::Some(resets) => {
-                copy(resets, row, ring, place(slot, RESETS, config), 1usize)
-            }
-            ComptimeOption::None => {}
-        }
-        let row = at_row(part, t0 + part.row);
-        let into = place(slot, BC, config);
-        if part.of_c {
-            if outputs {
-                let at = row * part.strides.c + part.quarter;
-                copy(c, at, ring, into, bc_words);
-            }
-        } else {
-            let at = row * part.strides.b + part.quarter;
-            copy(b, at, ring, into, bc_words);
-        }
+    let row = at_row(part, t0 + part.position);
+    let at = row * part.strides.fours + part.four;
+    ahead.u[parity] = u[at];
+    ahead.delta[parity] = delta[at];
+    #[comptime]
+    match resets {
+        ComptimeOption::Some(resets) => ahead.resets[parity] = resets[row],
+        ComptimeOption::None => {}
+    }
+    let row = at_row(part, t0 + part.row);
+    ahead.b[parity] = b[row * part.strides.b_twos + part.pair];
+    if outputs {
+        ahead.c[parity] = c[row * part.strides.c_twos + part.pair];
     }
 }
 
-/// Starts to copy the gates of the tile from position `t0` on.
+/// Reads the unit's gates of the tile from position `t0` on, which is of the given parity.
 #[cube]
-pub(super) fn ask_gates<SZ: Size>(
+pub(super) fn read_gates<SU: Size, SD: Size, SP: Size, SZ: Size>(
+    ahead: &mut Ahead<SU, SD, SP, SZ>,
     z: &ComptimeOption<Box<[Words<SZ>]>>,
-    ring: &mut Shared<[Word]>,
     part: &Part,
     t0: usize,
-    slot: usize,
-    #[comptime] config: WalkConfig,
+    #[comptime] parity: usize,
 ) {
     #[comptime]
     match z {
         ComptimeOption::Some(z) => {
-            if comptime!(config.ptx) {
-                let at = at_row(part, t0 + part.position) * part.strides.z + part.four;
-                let words = comptime!(config.words[Z]);
-                copy(z, at, ring, place(slot, Z, config), words);
-            }
+            let row = at_row(part, t0 + part.position);
+            ahead.z[parity] = z[row * part.strides.z_fours + part.four]
         }
         ComptimeOption::None => {}
     }
-}
-
-/// Ends a group of copies.
-#[cube]
-pub(super) fn asked(#[comptime] config: WalkConfig) {
-    if comptime!(config.ptx) {
-        gpu_asm!("cp.async.commit_group;");
-    }
-}
-
-/// Waits for all groups of copies but the last `but`.
-#[cube]
-pub(super) fn arrived(#[comptime] but: usize, #[comptime] config: WalkConfig) {
-    if comptime!(config.ptx) {
-        let but = comptime!(but.to_string());
-        gpu_asm!("cp.async.wait_group {but};");
-    }
-}
-
-/// Four numbers that were copied to the ring, or vector number `at` where nothing is copied.
-#[cube]
-fn take<S: Size>(
-    from: &[Words<S>],
-    at: usize,
-    ring: &mut Shared<[Word]>,
-    slot: usize,
-    #[comptime] kind: usize,
-    #[comptime] c: WalkConfig,
-) -> V4 {
-    let words = if comptime!(c.ptx) {
-        ring.with_vector_size::<S>()[place(slot, kind, c) / S::value()]
-    } else {
-        from[at]
-    };
-    let mut out = V4::new(0.0f32);
-    #[unroll]
-    for i in 0..4usize {
-        out.insert(i, number::<S>(words, i, comptime!(c.halves[kind])));
-    }
-    out
 }
 
 /// The unit's four channels of the parameters.
@@ -245,102 +172,44 @@ pub(super) fn parameters(bias: &OptionalInput, d: &OptionalInput, part: &Part) -
     }
 }
 
-/// The unit's inputs of a tile.
-#[derive(CubeType)]
-pub(super) struct Raw {
-    u: V4,
-    delta: V4,
-    /// Four numbers of B or C.
-    bc: V4,
-    /// What a reset adds to the steps.
-    clear: f32,
-    /// Whether its position is there.
-    inside: bool,
-}
-
-/// The inputs of the tile from position `t0` on.
+/// Makes channel number `i` of the unit's of the tile from position `t0` on ready for the recurrence. Its
+/// u is kept for [`finish`], its step added to `passed`.
 #[cube]
-pub(super) fn inputs<SU: Size, SD: Size, SP: Size>(
-    u: &[Words<SU>],
-    delta: &[Words<SD>],
-    b: &[Words<SP>],
-    c: &[Words<SP>],
-    resets: &OptionalInput,
-    ring: &mut Shared<[Word]>,
-    part: &Part,
-    t0: usize,
-    slot: usize,
-    #[comptime] config: WalkConfig,
-) -> Raw {
-    let inside = t0 + part.position < part.count;
-    let row = at_row(part, t0 + part.position);
-    let at = row * part.strides.u + part.four;
-    let mut clear = 0.0f32;
-    #[comptime]
-    match resets {
-        ComptimeOption::Some(resets) => {
-            let flag = if comptime!(config.ptx) {
-                f32::reinterpret(ring[place(slot, RESETS, config)].extract(0usize))
-            } else {
-                resets[row]
-            };
-            let mut reset = flag > 0.5f32;
-            if comptime!(!config.whole) {
-                reset = reset && inside;
-            }
-            clear = select(reset, CLEARED, 0.0f32);
-        }
-        ComptimeOption::None => {}
-    }
-    let u = take(u, at, ring, slot, U, config);
-    let delta = take(delta, at, ring, slot, DELTA, config);
-    let row = at_row(part, t0 + part.row);
-    let at = row * part.strides.b + part.quarter;
-    let mut bc = take(b, at, ring, slot, BC, config);
-    if comptime!(!config.ptx) {
-        if part.of_c {
-            let at = row * part.strides.c + part.quarter;
-            bc = take(c, at, ring, slot, BC, config);
-        }
-    }
-    Raw {
-        u,
-        delta,
-        bc,
-        clear,
-        inside,
-    }
-}
-
-/// Makes the unit's channel number `i` of a tile ready for the recurrence, in the half of the given
-/// parity. Its u is kept for [`finish`], its step added to `passed`.
-#[cube]
-pub(super) fn stage(
-    raw: &Raw,
+pub(super) fn stage<SU: Size, SD: Size, SP: Size, SZ: Size>(
+    ahead: &Ahead<SU, SD, SP, SZ>,
     steps: &mut Shared<[One]>,
     us: &mut Array<f32>,
     passed: &mut Array<f32>,
     parameters: &Parameters,
     part: &Part,
+    t0: usize,
     #[comptime] i: usize,
     #[comptime] parity: usize,
     #[comptime] cleared: bool,
     #[comptime] outputs: bool,
-    #[comptime] config: WalkConfig,
+    #[comptime] c: WalkConfig,
 ) {
-    let biased = raw.delta.extract(i) + parameters.bias[i];
-    let mut dt = step_size(biased, config.softplus, config.ptx);
-    if comptime!(!config.whole) {
+    let inside = t0 + part.position < part.count;
+    let delta = number::<SD>(ahead.delta[parity], i, comptime!(c.halves[1]));
+    let mut dt = step_size(delta + parameters.bias[i], c.softplus, c.ptx);
+    if comptime!(!c.whole) {
         // A position beyond the last leaves the state as it is.
-        dt = select(raw.inside, dt, 0.0f32);
+        dt = select(inside, dt, 0.0f32);
     }
-    let step = if cleared { dt + raw.clear } else { dt };
-    let u = raw.u.extract(i);
-    let mut two = V2::new(step);
-    two.insert(1usize, dt * u);
-    let at =
-        comptime!(parity * CHANNELS * STEP_PITCH) + (part.column + i) * STEP_PITCH + part.position;
-    put_wide_at::<Const<2>>(steps, at, two, config.ptx);
+    let mut step = dt;
+    if cleared {
+        let mut reset = ahead.resets[parity] > 0.5f32;
+        if comptime!(!c.whole) {
+            reset = reset && inside;
+        }
+        step += select(reset, CLEARED, 0.0f32);
+    }
+    let u = number::<SU>(ahead.u[parity], i, comptime!(c.halves[0]));
+    let at = comptime!(parity * TILE / 2 * STEP_ROW * 2)
+        + part.position / 2 * comptime!(STEP_ROW * 2)
+        + (part.column + part.column / 8 + i) * 2
+        + part.position % 2;
+    put_two(steps, at, step, dt * u, c.ptx);
     if outputs {
         us[comptime!(parity * 4 + i)] = u;
     } else {
@@ -348,50 +217,56 @@ pub(super) fn stage(
     }
 }
 
-/// Puts the unit's numbers of B or C in the half of the given parity.
+/// Makes the unit's numbers of B and C ready. Those of odd positions are the other way round, so that
+/// neighbouring positions meet in no bank.
 #[cube]
-pub(super) fn put_bc(
-    raw: &Raw,
+pub(super) fn stage_bc<SU: Size, SD: Size, SP: Size, SZ: Size>(
+    ahead: &Ahead<SU, SD, SP, SZ>,
     bc: &mut Shared<[One]>,
     part: &Part,
     #[comptime] parity: usize,
+    #[comptime] outputs: bool,
     #[comptime] c: WalkConfig,
 ) {
-    let at = comptime!(parity * TILE * STATES / 2)
-        + part.row * comptime!(STATES / 2)
-        + part.quarter * 2
-        + (part.of_c as usize + part.row) % 2;
-    put_wide_at::<Const<4>>(bc, at, raw.bc, c.ptx);
+    let halves = comptime!(c.halves[2]);
+    let at =
+        comptime!(parity * TILE * STATES) + part.row * STATES + part.pair / 2 * 4 + part.pair % 2;
+    let turned = part.row % 2 * 2;
+    let b0 = number::<SP>(ahead.b[parity], 0usize, halves);
+    let b1 = number::<SP>(ahead.b[parity], 1usize, halves);
+    put_two(bc, at + turned, b0, b1, c.ptx);
+    if outputs {
+        let c0 = number::<SP>(ahead.c[parity], 0usize, halves);
+        let c1 = number::<SP>(ahead.c[parity], 1usize, halves);
+        put_two(bc, at + 2 - turned, c0, c1, c.ptx);
+    }
 }
 
-/// What the unit's outputs of a tile are completed from: sums over the states, and gates.
-#[derive(CubeType)]
-pub(super) struct Passed {
-    sums: Array<f32>,
-    gates: V4,
-}
-
-/// Those of the tile from position `t0` on.
+/// Pair number `at` of a buffer.
 #[cube]
-pub(super) fn gather<SZ: Size>(
-    z: &ComptimeOption<Box<[Words<SZ>]>>,
-    ring: &mut Shared<[Word]>,
+fn put_two(buffer: &mut Shared<[One]>, at: usize, first: f32, second: f32, #[comptime] ptx: bool) {
+    let mut two = V2::new(first);
+    two.insert(1usize, second);
+    put_wide_at::<Const<2>>(buffer, at, two, ptx);
+}
+
+/// Sums over the states of the unit's outputs, from the shares of the tile of the given parity.
+#[cube]
+pub(super) fn gather(
     sums: &mut Shared<[One]>,
     part: &Part,
-    t0: usize,
-    slot: usize,
     #[comptime] parity: usize,
     #[comptime] c: WalkConfig,
-) -> Passed {
+) -> Array<f32> {
     let mut shares = Array::<V4>::new(SHARES);
     #[unroll]
     for i in 0..SHARES {
-        let at = comptime!((parity * SHARES + i) * TILE * SUM_PITCH / 4)
-            + part.position * comptime!(SUM_PITCH / 4)
+        let at = comptime!((parity * SHARES + i) * c.share_pitch() / 4)
+            + part.position * comptime!(c.pitch / 4)
             + part.column / 4;
         shares[i] = wide_at::<Const<4>>(sums, at, c.ptx);
     }
-    let mut of_states = Array::<f32>::new(4usize);
+    let mut out = Array::<f32>::new(4usize);
     #[unroll]
     for i in 0..4usize {
         let mut of_shares = Array::<f32>::new(SHARES);
@@ -399,27 +274,16 @@ pub(super) fn gather<SZ: Size>(
         for k in 0..SHARES {
             of_shares[k] = shares[k].extract(i);
         }
-        of_states[i] = tree_sum(&mut of_shares, SHARES);
+        out[i] = tree_sum(&mut of_shares, SHARES);
     }
-    let mut gates = V4::new(0.0f32);
-    #[comptime]
-    match z {
-        ComptimeOption::Some(z) => {
-            let at = at_row(part, t0 + part.position) * part.strides.z + part.four;
-            gates = take(z, at, ring, slot, Z, c)
-        }
-        ComptimeOption::None => {}
-    }
-    Passed {
-        sums: of_states,
-        gates,
-    }
+    out
 }
 
-/// The output of the unit's channel number `i`.
+/// The output of channel number `i` of the unit's of the tile of the given parity.
 #[cube]
-pub(super) fn finish(
-    passed: &Passed,
+pub(super) fn finish<SU: Size, SD: Size, SP: Size, SZ: Size>(
+    ahead: &Ahead<SU, SD, SP, SZ>,
+    sums: &Array<f32>,
     us: &Array<f32>,
     parameters: &Parameters,
     #[comptime] i: usize,
@@ -427,10 +291,9 @@ pub(super) fn finish(
     #[comptime] gated: bool,
     #[comptime] c: WalkConfig,
 ) -> f32 {
-    let u = us[comptime!(parity * 4 + i)];
-    let value = fma(parameters.skip[i], u, passed.sums[i]);
+    let value = fma(parameters.skip[i], us[comptime!(parity * 4 + i)], sums[i]);
     if gated {
-        let z = passed.gates.extract(i);
+        let z = number::<SZ>(ahead.z[parity], i, comptime!(c.halves[3]));
         value * z * sigmoid(z, c.ptx)
     } else {
         value
@@ -442,6 +305,6 @@ pub(super) fn finish(
 pub(super) fn write<Y: Float>(out: V4, y: &mut [Vector<Y, Const<4>>], part: &Part, t0: usize) {
     let t = t0 + part.position;
     if part.inside && t < part.count {
-        y[(part.first + t) * part.strides.u + part.four] = Vector::cast_from(out);
+        y[(part.first + t) * part.strides.fours + part.four] = Vector::cast_from(out);
     }
 }
