@@ -213,7 +213,7 @@ pub(super) fn stage<SU: Size, SD: Size, SP: Size, SZ: Size>(
     if outputs {
         us[comptime!(parity * 4 + i)] = u;
     } else {
-        passed[i] = min(passed[i] + step, CLEARED);
+        passed[i] = min(passed[i] + select(inside, step, 0.0f32), CLEARED);
     }
 }
 
