@@ -5,8 +5,8 @@
 //! after it) is done once a position and channel, by all units of the cube, with four neighbouring
 //! channels of one position each. The two sides meet in shared memory, tile after tile of [`TILE`]
 //! positions, two tiles of each kind: while the recurrence goes through tile k, the units complete the
-//! outputs of tile k - 1, make tile k + 1 ready, and wait for the loads of tile k + 2. So there is one
-//! barrier a tile.
+//! outputs of tile k - 1 and make tile k + 1 ready, and the loads of tiles k + 2 and k + 3 are on their
+//! way. So there is one barrier a tile.
 //!
 //! What a processor's shared memory can deliver bounds this kernel, so units are laid out for few of its
 //! cycles: a plane's have eight channels, whose steps they read at once, and all four shares of them.
@@ -249,10 +249,10 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
         us[i] = 0.0f32;
     }
 
-    // Tile 0 is ready, and tile 1 on its way.
+    // Tile 0 is ready, and tiles 1 and 2 on their way.
     let zero = 0usize.runtime();
     read(
-        &mut ahead, u, delta, b, c, resets, part, zero, 0usize, outputs,
+        &mut ahead, u, delta, b, c, resets, part, zero, 0usize, outputs, config,
     );
     #[unroll]
     for i in 0..4usize {
@@ -272,10 +272,16 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
         );
     }
     stage_bc(&ahead, &mut room.bc, part, 0usize, outputs, config);
-    let t1 = comptime!(TILE).runtime();
+    let (t1, t2) = (comptime!(TILE).runtime(), comptime!(2 * TILE).runtime());
     read(
-        &mut ahead, u, delta, b, c, resets, part, t1, 1usize, outputs,
+        &mut ahead, u, delta, b, c, resets, part, t1, 1usize, outputs, config,
     );
+    read(
+        &mut ahead, u, delta, b, c, resets, part, t2, 0usize, outputs, config,
+    );
+    if outputs {
+        read_gates(&mut ahead, z, part, zero, 0usize, config);
+    }
     sync_cube();
 
     let pairs = walker.count.div_ceil(comptime!(2 * TILE));
@@ -284,12 +290,7 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
         for parity in 0..2usize {
             let other = comptime!(1 - parity);
             let t0 = pair * comptime!(2 * TILE) + comptime!(parity * TILE);
-            let t2 = t0 + comptime!(2 * TILE);
-            read(
-                &mut ahead, u, delta, b, c, resets, part, t2, parity, outputs,
-            );
             if outputs {
-                read_gates(&mut ahead, z, part, t0, parity);
                 if comptime!(parity == 0) {
                     let t = walker.from + t0;
                     if t % comptime!(config.chunk) == 0 {
@@ -317,6 +318,7 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
                     out.insert(i, value);
                 }
                 write::<Y>(out, y, part, t0 - TILE);
+                read_gates(&mut ahead, z, part, t0 + TILE, other, config);
             }
             #[unroll]
             for i in 0..4usize {
@@ -335,6 +337,12 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
                     config,
                 );
             }
+            stage_bc(&ahead, &mut room.bc, part, other, outputs, config);
+            // As soon as these places are free: memory may take longer to answer than a tile does.
+            let t3 = t0 + comptime!(3 * TILE);
+            read(
+                &mut ahead, u, delta, b, c, resets, part, t3, other, outputs, config,
+            );
             #[unroll]
             for group in 0..comptime!(TILE / GROUP) {
                 // The next group's numbers are on their way meanwhile.
@@ -355,7 +363,6 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
                     &groups, h, rates, room, lane, share, parity, group, outputs, config,
                 );
             }
-            stage_bc(&ahead, &mut room.bc, part, other, outputs, config);
             sync_cube();
         }
     }
@@ -423,8 +430,10 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
     };
     let part = part(block, sequence * length + from, count, inner, strides);
     let unit = UNIT_POS as usize;
-    let lane = unit % PLANE + unit / comptime!(PLANE * SHARES) * PLANE;
-    let share = unit / PLANE % SHARES;
+    // Shared memory answers twice as fast where units 0 and 1, 2 and 3 and so on ask for the same, as they
+    // do for steps, or units 0 and 2, 1 and 3, as for B and C.
+    let lane = unit / 2 % PLANE + unit / 32 * PLANE;
+    let share = unit % 2 + unit / 16 % 2 * 2;
     let channel = block * CHANNELS + lane;
     let walker = Walker {
         place: Place {

@@ -9,7 +9,7 @@ use crate::cube::OptionalInput;
 use crate::cube::math::{sigmoid, step_size};
 use crate::cube::reduce::tree_sum;
 use crate::cube::wide::{One, put_wide_at, wide_at};
-use crate::cube::words::{Words, number};
+use crate::cube::words::{Words, load_now, number};
 
 /// From a position to the next: of u, delta and y, and of z, in fours; of B and C in twos.
 #[derive(CubeType)]
@@ -72,7 +72,8 @@ fn at_row(part: &Part, t: usize) -> usize {
     part.first + min(t, part.count - 1)
 }
 
-/// Inputs on their way, of an even and of an odd tile. The gates are those of two tiles before.
+/// Inputs on their way, of an even and of an odd tile; the gates are of earlier tiles, which wait for
+/// their outputs.
 #[derive(CubeType)]
 pub(super) struct Ahead<SU: Size, SD: Size, SP: Size, SZ: Size> {
     u: Array<Words<SU>>,
@@ -114,20 +115,21 @@ pub(super) fn read<SU: Size, SD: Size, SP: Size, SZ: Size>(
     t0: usize,
     #[comptime] parity: usize,
     #[comptime] outputs: bool,
+    #[comptime] config: WalkConfig,
 ) {
     let row = at_row(part, t0 + part.position);
     let at = row * part.strides.fours + part.four;
-    ahead.u[parity] = u[at];
-    ahead.delta[parity] = delta[at];
+    ahead.u[parity] = load_now(u, at, config.ptx);
+    ahead.delta[parity] = load_now(delta, at, config.ptx);
     #[comptime]
     match resets {
         ComptimeOption::Some(resets) => ahead.resets[parity] = resets[row],
         ComptimeOption::None => {}
     }
     let row = at_row(part, t0 + part.row);
-    ahead.b[parity] = b[row * part.strides.b_twos + part.pair];
+    ahead.b[parity] = load_now(b, row * part.strides.b_twos + part.pair, config.ptx);
     if outputs {
-        ahead.c[parity] = c[row * part.strides.c_twos + part.pair];
+        ahead.c[parity] = load_now(c, row * part.strides.c_twos + part.pair, config.ptx);
     }
 }
 
@@ -139,12 +141,14 @@ pub(super) fn read_gates<SU: Size, SD: Size, SP: Size, SZ: Size>(
     part: &Part,
     t0: usize,
     #[comptime] parity: usize,
+    #[comptime] config: WalkConfig,
 ) {
     #[comptime]
     match z {
         ComptimeOption::Some(z) => {
             let row = at_row(part, t0 + part.position);
-            ahead.z[parity] = z[row * part.strides.z_fours + part.four]
+            let at = row * part.strides.z_fours + part.four;
+            ahead.z[parity] = load_now(z, at, config.ptx)
         }
         ComptimeOption::None => {}
     }
