@@ -12,7 +12,8 @@
 //! 3. *Outputs*: every chunk again from its entering state.
 //!
 //! With enough channels one pass does all of it, for half the exponentials: the units of a cube share a
-//! channel's states, and all that is not a state's is done element-wise ([`walk`]). With one chunk
+//! channel's states, and all that is not a state's is done element-wise ([`walk`]). With fewer channels but
+//! many positions that kernel goes through a few segments of the sequences at once. With one chunk
 //! (generation's L = 1), or very many channels that kernel does not fit, the third kernel alone walks
 //! all positions.
 //!

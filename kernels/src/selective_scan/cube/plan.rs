@@ -139,8 +139,9 @@ impl Chunks {
 /// inputs whose rows are aligned; none where forward goes another way.
 ///
 /// A cube's four planes alone leave a processor waiting for latencies; two cubes are enough, and with
-/// fewer than one and a half on average too many processors have one. There are as many cubes as channels
-/// times all segments but one.
+/// fewer than one and a half on average too many processors have one. In segments, there are as many cubes
+/// as channels times all segments but one; more than four of these are worth their second exponentials
+/// only where a processor has room for three cubes. With very many, cutting all of it is as fast.
 pub(super) fn shares(shape: &ScanShape, device: &DeviceTraits) -> Option<usize> {
     let fits = shape.state == walk::STATES
         && shape.inner.is_multiple_of(4)
@@ -148,16 +149,15 @@ pub(super) fn shares(shape: &ScanShape, device: &DeviceTraits) -> Option<usize> 
         && device.shared_bytes >= walk::shared_bytes(walk::CHANNELS);
     let cubes = shape.batch * shape.inner.div_ceil(walk::CHANNELS);
     let processors = device.busy_units / 1024;
-    let parts = 2 * processors / cubes.max(1);
-    let own = if shape.length <= CHUNK[0] {
-        None
-    } else if 2 * cubes >= 3 * processors {
-        Some(1)
-    } else if parts >= 2 && shape.length >= (parts + 1) * SEGMENT {
-        Some(parts + 1)
-    } else {
-        None
+    let room = device.processor_shared_bytes / walk::shared_bytes(walk::CHANNELS + 8);
+    let own = match 2 * processors / cubes.max(1) {
+        _ if shape.length <= CHUNK[0] => None,
+        _ if 2 * cubes >= 3 * processors => Some(1),
+        parts @ 2..=3 => Some(parts + 1),
+        4..=5 if room >= 3 => Some(3 * processors / cubes + 1),
+        _ => None,
     };
+    let own = own.filter(|segments| *segments == 1 || shape.length >= segments * SEGMENT);
     let wanted = match CHOICE.get().forward {
         None => own,
         Some(Forward::Share(segments)) => Some(segments),

@@ -23,6 +23,7 @@ fn kinds_of_device() -> impl Iterator<Item = DeviceTraits> {
             max_units,
             busy_units: 132 * 1024,
             shared_bytes: 32 * 1024,
+            processor_shared_bytes: 32 * 1024,
         })
 }
 
@@ -96,6 +97,7 @@ fn enough_channels_share_their_states() {
         max_units: 1024,
         busy_units: processors * 1024,
         shared_bytes: 48 * 1024,
+        processor_shared_bytes: 227 * 1024,
     };
     let shape = |batch, length, inner, state| ScanShape {
         batch,
@@ -103,7 +105,13 @@ fn enough_channels_share_their_states() {
         inner,
         state,
     };
-    for (processors, batch, segments) in [(132, 4, 1), (132, 2, 3), (132, 1, 5), (82, 2, 1)] {
+    for (processors, batch, segments) in [
+        (132, 4, 1),
+        (132, 2, 3),
+        (132, 1, 7),
+        (82, 2, 1),
+        (82, 1, 3),
+    ] {
         let shape = shape(batch, 8192, 2048, 16);
         assert_eq!(shares(&shape, &device(processors)), Some(segments));
     }
@@ -113,6 +121,8 @@ fn enough_channels_share_their_states() {
     assert_eq!(shares(&shape(64, 8192, 2048, 8), &device(132)), None);
     assert_eq!(shares(&shape(64, 8192, 2047, 16), &device(132)), None);
     let mut small = device(132);
+    small.processor_shared_bytes = 99 * 1024;
+    assert_eq!(shares(&shape(1, 8192, 2048, 16), &small), None);
     small.shared_bytes = 16 * 1024;
     assert_eq!(shares(&shape(64, 8192, 2048, 16), &small), None);
     small = device(132);
