@@ -210,9 +210,10 @@ impl Step {
     /// One layer backward, from what it kept.
     fn backward(&self, arena: &mut Arena, mut saved: Vec<Block>, gradients: &mut Vec<Block>) {
         let [out, delta, low, input] = self.gradients;
-        let normed = arena.take(self.outer);
         if saved.len() == 4 {
+            let normed = arena.take(self.outer);
             saved.push(self.with_weight(arena, 0, |arena| arena.take(self.projected)));
+            arena.free(normed);
         }
         let dout = arena.take(if self.casts.is_some() { self.outer } else { 0 });
         // Two products take the weight of the step sizes: it stays.
@@ -238,6 +239,7 @@ impl Step {
         let [hat, statistics, kept_low, states, xz]: [Block; 5] =
             saved.try_into().expect("what a layer keeps, and xz");
         arena.free_all([kept_low, states, xz]);
+        let normed = arena.take(self.outer);
         gradients.push(arena.take(input));
         arena.free(normed);
         let dnormed = self.with_weight(arena, 0, |arena| arena.take(self.outer));
