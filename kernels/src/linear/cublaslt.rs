@@ -4,8 +4,10 @@
 //! the whole context: one recorded before the product and waited for by our stream, one recorded
 //! after it and waited for by every stream. That costs 2 µs.
 //!
-//! cuBLASLt's heuristic picks the algorithm in microseconds, once for every shape: nothing is tuned
-//! or compiled at run time.
+//! cuBLASLt's heuristic proposes algorithms in microseconds, once for every shape, and the fastest of
+//! those that give the same bits is kept ([`choice`]). Nothing is compiled at run time.
+
+mod choice;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -183,14 +185,79 @@ struct Shape {
     alignments: [u32; 4],
 }
 
+impl Shape {
+    /// Rows and columns of the result.
+    fn result(&self) -> [usize; 2] {
+        [
+            self.a[usize::from(self.how.transposed[0])],
+            self.b[usize::from(!self.how.transposed[1])],
+        ]
+    }
+
+    /// The length of the sums.
+    fn depth(&self) -> usize {
+        self.a[usize::from(!self.how.transposed[0])]
+    }
+}
+
 /// Descriptors and algorithm of one shape. They live as long as the process: a program has a few
 /// dozen shapes.
+#[derive(Clone, Copy)]
 struct Plan {
     description: lts::cublasLtMatmulDesc_t,
     a: lts::cublasLtMatrixLayout_t,
     b: lts::cublasLtMatrixLayout_t,
     out: lts::cublasLtMatrixLayout_t,
     algorithm: lts::cublasLtMatmulAlgo_t,
+}
+
+/// A product of buffers, to be issued on a stream of ours.
+#[derive(Clone, Copy)]
+struct Call {
+    handle: lts::cublasLtHandle_t,
+    stream: cu::CUstream,
+    workspace: cu::CUdeviceptr,
+    plan: Plan,
+    adds: bool,
+    /// Addresses of a, b, what is added, and the result.
+    pointers: [cu::CUdeviceptr; 4],
+}
+
+impl Call {
+    /// Issues it.
+    ///
+    /// # Safety
+    ///
+    /// The buffers must live until the stream has come there, and no other work may be writing to
+    /// them.
+    unsafe fn issue(&self) -> Option<()> {
+        let (one, zero) = (1.0f32, 0.0f32);
+        let beta = if self.adds { &one } else { &zero };
+        let [a, b, add, out] = self.pointers;
+        // SAFETY: descriptors and stream are alive; the caller answers for the buffers. Row-major
+        // operands are transposed column-major ones, so `b` comes first.
+        unsafe {
+            lt::matmul(
+                self.handle,
+                self.plan.description,
+                (&raw const one).cast(),
+                std::ptr::from_ref(beta).cast(),
+                b as *const c_void,
+                self.plan.b,
+                a as *const c_void,
+                self.plan.a,
+                add as *const c_void,
+                self.plan.out,
+                out as *mut c_void,
+                self.plan.out,
+                &raw const self.plan.algorithm,
+                self.workspace as *mut c_void,
+                WORKSPACE_BYTES,
+                self.stream.cast(),
+            )
+            .ok()
+        }
+    }
 }
 
 /// cuBLASLt in one context.
@@ -231,19 +298,7 @@ impl Library {
     /// Issues the product of the buffers `[a, b, add, out]`.
     fn run(&mut self, mut shape: Shape, pointers: [u64; 4]) -> Option<()> {
         shape.alignments = pointers.map(|pointer| 1 << pointer.trailing_zeros().min(8));
-        let plan = match self.plans.entry(shape) {
-            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(plan(self.handle, &shape).ok())
-            }
-        };
-        let plan = plan.as_ref()?;
-        let (one, zero) = (1.0f32, 0.0f32);
-        let beta = if shape.adds { &one } else { &zero };
-        let [a, b, add, out] = pointers;
-        // SAFETY: descriptors, streams and events are alive; the addresses are those of buffers that
-        // the caller holds until the call is issued, and that CubeCL reuses only for work that
-        // waits for `after`. Row-major operands are transposed column-major ones, so `b` comes first.
+        // SAFETY: the events and streams are alive.
         unsafe {
             cu::cuCtxRecordEvent(self.context, self.before)
                 .result()
@@ -254,25 +309,26 @@ impl Library {
                 cu::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT,
             )
             .ok()?;
-            lt::matmul(
-                self.handle,
-                plan.description,
-                (&raw const one).cast(),
-                std::ptr::from_ref(beta).cast(),
-                b as *const c_void,
-                plan.b,
-                a as *const c_void,
-                plan.a,
-                add as *const c_void,
-                plan.out,
-                out as *mut c_void,
-                plan.out,
-                &raw const plan.algorithm,
-                self.workspace as *mut c_void,
-                WORKSPACE_BYTES,
-                self.stream.cast(),
-            )
-            .ok()?;
+        }
+        let call = |plan| Call {
+            handle: self.handle,
+            stream: self.stream,
+            workspace: self.workspace,
+            plan,
+            adds: shape.adds,
+            pointers,
+        };
+        let plan = *self.plans.entry(shape).or_insert_with(|| {
+            let (plan, algorithms) = plan(self.handle, &shape).ok()?;
+            Some(Plan {
+                algorithm: choice::fastest(call(plan), &shape, &algorithms),
+                ..plan
+            })
+        });
+        // SAFETY: the caller holds the buffers until the call is issued, and CubeCL reuses them only
+        // for work that waits for `after`; what it issued before has ended with `before`.
+        unsafe {
+            call(plan?).issue()?;
             driver::event::record(self.after, self.stream).ok()?;
             cu::cuCtxWaitEvent(self.context, self.after).result().ok()?;
         }
@@ -280,8 +336,14 @@ impl Library {
     }
 }
 
-/// Asks the heuristic for an algorithm.
-fn plan(handle: lts::cublasLtHandle_t, shape: &Shape) -> Result<Plan, lt::CublasError> {
+/// Algorithms that the heuristic is asked for.
+const ALGORITHMS: usize = 8;
+
+/// Asks the heuristic for algorithms: a plan with the first, and all of them.
+fn plan(
+    handle: lts::cublasLtHandle_t,
+    shape: &Shape,
+) -> Result<(Plan, Vec<lts::cublasLtMatmulAlgo_t>), lt::CublasError> {
     use lts::cublasLtMatmulDescAttributes_t as Desc;
     use lts::cublasLtMatmulPreferenceAttributes_t as Pref;
     let tf32 = shape.how.tf32 && shape.types[0] == lts::cudaDataType::CUDA_R_32F;
@@ -301,8 +363,7 @@ fn plan(handle: lts::cublasLtHandle_t, shape: &Shape) -> Result<Plan, lt::Cublas
     let layout = |kind, [rows, columns, stride]: [usize; 3]| {
         lt::create_matrix_layout(kind, columns as u64, rows as u64, stride as i64)
     };
-    let rows = shape.a[usize::from(shape.how.transposed[0])];
-    let columns = shape.b[usize::from(!shape.how.transposed[1])];
+    let [rows, columns] = shape.result();
     let a = layout(shape.types[0], shape.a)?;
     let b = layout(shape.types[1], shape.b)?;
     let out = layout(shape.types[2], [rows, columns, shape.out_stride])?;
@@ -326,17 +387,40 @@ fn plan(handle: lts::cublasLtHandle_t, shape: &Shape) -> Result<Plan, lt::Cublas
     ] {
         prefer(attribute, std::ptr::from_ref(alignment).cast(), 4)?;
     }
-    // SAFETY: all descriptors were made above and none is freed; the preference is freed once.
+    // SAFETY: all descriptors were made above and none is freed; the preference is freed once. The
+    // results are plain numbers, written by the call up to the count that it returns.
     let found = unsafe {
-        let found = lt::get_matmul_algo_heuristic(handle, description, b, a, out, out, preference);
+        let mut found: [lts::cublasLtMatmulHeuristicResult_t; ALGORITHMS] = std::mem::zeroed();
+        let mut count = 0;
+        let outcome = lts::cublasLtMatmulAlgoGetHeuristic(
+            handle,
+            description,
+            b,
+            a,
+            out,
+            out,
+            preference,
+            ALGORITHMS as i32,
+            found.as_mut_ptr(),
+            &mut count,
+        )
+        .result();
         lt::destroy_matmul_pref(preference)?;
-        found?
+        outcome?;
+        found.into_iter().take(count as usize)
     };
-    Ok(Plan {
+    let algorithms: Vec<_> = found.map(|result| result.algo).collect();
+    let Some(&algorithm) = algorithms.first() else {
+        return Err(lt::CublasError(
+            lts::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
+        ));
+    };
+    let plan = Plan {
         description,
         a,
         b,
         out,
-        algorithm: found.algo,
-    })
+        algorithm,
+    };
+    Ok((plan, algorithms))
 }

@@ -271,13 +271,16 @@ pub(crate) fn backward<B: MambaKernels>(
         states,
         rates,
     } = saved;
-    let normed = B::affine(
-        normalized.hat.clone(),
-        weights.norm.clone(),
-        weights.norm_bias.clone(),
-    );
-    let normed = rows_of::<B>(normed, sizes);
-    let xz = xz.unwrap_or_else(|| layer.in_proj::<B>(normed.clone()));
+    // Computed where it is needed, twice if `xz` was not kept: memory peaks between the two places.
+    let normed = || {
+        let normed = B::affine(
+            normalized.hat.clone(),
+            weights.norm.clone(),
+            weights.norm_bias.clone(),
+        );
+        rows_of::<B>(normed, sizes)
+    };
+    let xz = xz.unwrap_or_else(|| layer.in_proj::<B>(normed()));
 
     let mixed = backward_mixer::<B>(layer, sizes, &xz, [low, states, rates], &dout);
     let in_bias = weights
@@ -285,7 +288,7 @@ pub(crate) fn backward<B: MambaKernels>(
         .as_ref()
         .map(|_| sum_rows::<B>(mixed.xz.clone()));
     drop(xz);
-    let in_proj = layer.weight_gradient::<B>(normed, mixed.xz.clone());
+    let in_proj = layer.weight_gradient::<B>(normed(), mixed.xz.clone());
     let dnormed = layer.project_back::<B>(mixed.xz, &weights.in_proj, Target::New);
     let out_bias = weights
         .out_bias

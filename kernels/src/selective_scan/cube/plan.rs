@@ -11,7 +11,7 @@ use crate::selective_scan::ScanInputs;
 
 /// Bounds of the positions in a chunk. Short chunks make the pass over chunk ends long, long ones
 /// leave the device idle.
-const CHUNK: [usize; 2] = [32, 256];
+const CHUNK: [usize; 2] = [32, 512];
 
 /// Positions between the states that backward recomputes from. All of a sub-chunk's states and
 /// decays are in registers: with 8 the kernel spills or loses occupancy.
