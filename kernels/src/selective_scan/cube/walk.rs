@@ -1,20 +1,19 @@
 //! Forward in one pass: a cube's units share the states of its channels.
 //!
-//! In the recurrence a unit has four states of a channel, and neighbouring units neighbouring
-//! channels. All that does not belong to a state (step sizes before it, sums, skip connection and gate
-//! after it) is done once a position and channel, by all units of the cube, with four neighbouring
+//! In the recurrence a unit has four states of a channel, its *share*. All that does not belong to a
+//! state (step sizes before it, sums, skip connection and gate after it) is done once a position and channel, by all units of the cube, with four neighbouring
 //! channels of one position each. The two sides meet in shared memory, tile after tile of [`TILE`]
 //! positions, two tiles of each kind: while the recurrence goes through tile k, the units complete the
 //! outputs of tile k - 1 and make tile k + 1 ready, and the loads of tiles k + 2 and k + 3 are on their
 //! way. So there is one barrier a tile.
 //!
 //! What a processor's shared memory can deliver bounds this kernel, so units are laid out for few of its
-//! cycles: a plane's have eight channels, whose steps they read at once, and all four shares of them.
+//! cycles: a plane's have eight channels and all four shares of them.
 //!
-//! Too few channels for the device are made more by cutting sequences into a few *segments*, in two
-//! launches ([`Pass`]): the end states of all segments but the last, and then the outputs of all but the
-//! first, whose are complete by the first launch. A segment's other end states come from a zero state and
-//! the sum of its steps.
+//! Where there are too few channels for the device, sequences are cut into a few *segments*, in two
+//! launches ([`Pass`]). The first one completes the first segment, and takes each of the others but the last
+//! from a zero state to its end state, with the sum of its steps. From these the second launch has the states
+//! that enter the other segments, and completes them.
 //!
 //! Without segments, results have the bits of [`outputs`](super::forward::outputs): the same operations
 //! in the same order. Backward has the bits of an output either way, from the saved states.
