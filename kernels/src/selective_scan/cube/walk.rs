@@ -1,8 +1,8 @@
 //! Forward in one pass: a cube's units share the states of its channels.
 //!
 //! In the recurrence a unit has four states of a channel, its *share*. All that does not belong to a
-//! state (step sizes before it, sums, skip connection and gate after it) is done once a position and channel, by all units of the cube, with four neighbouring
-//! channels of one position each. The two sides meet in shared memory, tile after tile of [`TILE`]
+//! state (step sizes before it, sums, skip connection and gate after it) is done once a position and
+//! channel, by all units of the cube, with four neighbouring channels of one position each. The two sides meet in shared memory, tile after tile of [`TILE`]
 //! positions, two tiles of each kind: while the recurrence goes through tile k, the units complete the
 //! outputs of tile k - 1 and make tile k + 1 ready, and the loads of tiles k + 2 and k + 3 are on their
 //! way. So there is one barrier a tile.
