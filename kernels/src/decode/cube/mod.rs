@@ -309,14 +309,14 @@ impl Session {
         let batch = self.buffers.batch;
         let client = &weights.embedding.client;
         let c = self.config;
-        for (layer, (h, window)) in start.memory.into_iter().enumerate() {
-            let place = layer * batch * c.inner;
-            steps::copy(&raw(h), &self.buffers.h, place * c.states);
-            if c.taps > 1 {
-                steps::copy(&raw(window), &self.buffers.window, place * (c.taps - 1));
-            }
+        let memory = start.memory.into_iter();
+        let (h, window): (Vec<_>, Vec<_>) = memory.map(|(h, past)| (raw(h), raw(past))).unzip();
+        steps::copy(&h, &self.buffers.h, batch * c.inner * c.states);
+        if c.taps > 1 {
+            let stride = batch * c.inner * (c.taps - 1);
+            steps::copy(&window, &self.buffers.window, stride);
         }
-        steps::copy(&raw(start.logits), &self.buffers.logits, 0);
+        steps::copy(&[raw(start.logits)], &self.buffers.logits, 0);
         let write = |handle: &Handle, mut values: Vec<f32>, each: usize| {
             values.resize(batch * each, 0.0);
             let bytes = cubecl::bytes::Bytes::from_elems(values);
