@@ -44,6 +44,10 @@ pub(super) struct Exchange {
     low: Handle,
     /// `[B, E]`.
     y: Handle,
+    /// How often cubes have come to a meeting, in all launches.
+    arrivals: Handle,
+    /// How many steps there were in all launches.
+    steps: u32,
     /// The last tag that was used. Tags go on from one launch to the next, so that nothing old has
     /// one that is waited for.
     tag: u32,
@@ -65,12 +69,14 @@ impl Exchange {
             parts: empty(batch * config.low() * config.parts),
             low: empty(batch * config.low()),
             y: empty(batch * config.inner),
+            arrivals: empty(1),
+            steps: 0,
             tag: 0,
         }
     }
 }
 
-/// Runs `steps` steps. `buffers.arrivals` is zero.
+/// Runs `steps` steps.
 pub(super) fn launch(
     weights: &Weights,
     buffers: &Buffers,
@@ -113,7 +119,7 @@ pub(super) fn launch(
             all(&buffers.settings, batch * SETTINGS),
             all(&buffers.draws, draws),
             all(&buffers.choices, draws * CHOICE),
-            all(&buffers.arrivals, 1),
+            all(&exchange.arrivals, 1),
             of(&weights.embedding),
             of(&weights.widths),
             of(&weights.channels),
@@ -135,13 +141,18 @@ pub(super) fn launch(
             batch,
             weights.eps,
             cubes as u32,
+            exchange.steps,
             exchange.tag,
             c,
         );
     }
+    exchange.steps = exchange.steps.wrapping_add(steps as u32);
     let tags = steps * (weights.layers + 1);
     exchange.tag = exchange.tag.wrapping_add(tags as u32);
 }
+
+/// Half of the numbers of 32 bits.
+const HALF: u32 = 1 << 31;
 
 /// Arrives: what this unit, and those it has synchronised with, wrote before is there for all who
 /// see it.
@@ -176,17 +187,18 @@ fn come(arrivals: &[Atomic<u32>], #[comptime] ptx: bool) {
     }
 }
 
-/// Waits until cubes have come `target` times in all.
+/// Waits until cubes have come `target` times in all; the count may have gone round, so it is looked
+/// at as a distance.
 #[cube]
 fn meet(arrivals: &[Atomic<u32>], target: u32, #[comptime] ptx: bool) {
     if ptx {
         if UNIT_POS == 0 {
-            while arrived(arrivals) < target {}
+            while target - arrived(arrivals) - 1u32 < HALF {}
         }
         sync_cube();
     } else {
         if UNIT_POS == 0 {
-            while arrivals[0].load() < target {}
+            while target - arrivals[0].load() - 1u32 < HALF {}
         }
         sync_storage();
     }
@@ -222,6 +234,7 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
     batch: usize,
     eps: f32,
     cubes: u32,
+    last_step: u32,
     last_tag: u32,
     #[comptime] c: StepConfig,
 ) {
@@ -235,7 +248,7 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
         // The stream's tag before the first layer.
         let first_tag = last_tag + 1u32 + (step * (layers + 1)) as u32;
         if cube < batch {
-            meet(arrivals, cubes * step as u32, c.ptx);
+            meet(arrivals, cubes * (last_step + step as u32), c.ptx);
             next_byte(
                 logits, seen, limits, draws, choices, embedding, stream, step, cube, batch,
                 first_tag, c,
