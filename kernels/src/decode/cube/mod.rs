@@ -3,8 +3,8 @@
 //! The choice of a byte is part of the graph, so bytes reach the host in pieces, not one by one.
 
 mod exchange;
-mod persistent;
 mod pending;
+mod persistent;
 mod phases;
 mod plan;
 mod steps;
@@ -281,7 +281,10 @@ impl Session {
             };
             (config, buffers)
         });
-        let exchange = |cubes: usize| Box::new(Exchange::new(weights, &config, batch, cubes));
+        let exchange = |cubes: usize, more: usize| {
+            Box::new(Exchange::new(weights, &config, batch, cubes, more))
+        };
+        let processors = traits.busy_units / 1024;
         let parts = wide
             .as_ref()
             .map_or(config.parts, |(wide, _)| wide.step.parts);
@@ -306,13 +309,15 @@ impl Session {
                 Mode::Kernels => Recording::Impossible,
                 Mode::Graph => Recording::None,
                 Mode::Best => match persistent_cubes(&config, batch, traits) {
-                    Some(cubes) if wide.is_none() => Recording::Persistent(exchange(cubes)),
+                    Some(cubes) if wide.is_none() => {
+                        Recording::Persistent(exchange(cubes, processors - cubes))
+                    }
                     _ => Recording::None,
                 },
                 #[cfg(test)]
                 Mode::Wide => Recording::None,
                 #[cfg(test)]
-                Mode::Persistent(cubes) => Recording::Persistent(exchange(cubes)),
+                Mode::Persistent(cubes) => Recording::Persistent(exchange(cubes, 0)),
             },
             config,
             sequences: 0,

@@ -18,9 +18,10 @@ use cubecl::server::Handle;
 
 use super::exchange::{Pattern, Tagged, again, give, settle, take};
 use super::phases::{
-    AdvanceAhead, EnterAhead, LeaveAhead, enter_group, first_vector, head_group, leave_products,
-    leave_sum, load_advance, load_enter, load_gates, load_head, load_leave, no_advance, no_enter,
-    no_leave, own_place, part, part_place, part_sums, place_in_entering_cube, recur,
+    AdvanceAhead, EnterAhead, LeaveAhead, enter_group, first_vector, head_group, head_place,
+    leave_products, leave_sum, load_advance, load_enter, load_gates, load_head, load_leave,
+    no_advance, no_enter, no_leave, own_place, part, part_place, part_sums, place_in_entering_cube,
+    recur,
 };
 use super::plan::StepConfig;
 use super::steps::embedded;
@@ -30,12 +31,15 @@ use crate::cube::wide::One;
 use crate::cube::words::Words;
 use crate::cube::{address_type, buffer, cube_dim, word_buffer};
 use crate::sampling::BYTES;
-use crate::sampling::cube::{CHOICE, SETTINGS, choose};
+use crate::sampling::cube::{CHOICE, SETTINGS, choose, no_logit, note};
 
 /// What cubes hand to each other.
 #[derive(Clone, Debug)]
 pub(super) struct Exchange {
+    /// Cubes that go through the layers.
     cubes: usize,
+    /// The first cube that chooses: where the device has processors left, others than those.
+    chooser: usize,
     /// `[B, D]`.
     stream: Handle,
     /// `[B, R + 2N, parts]`.
@@ -44,18 +48,22 @@ pub(super) struct Exchange {
     low: Handle,
     /// `[B, E]`.
     y: Handle,
-    /// How often cubes have come to a meeting, in all launches.
-    arrivals: Handle,
-    /// How many steps there were in all launches.
-    steps: u32,
+    /// `[B, rows]`.
+    logits: Handle,
     /// The last tag that was used. Tags go on from one launch to the next, so that nothing old has
     /// one that is waited for.
     tag: u32,
 }
 
 impl Exchange {
-    /// Buffers for a number of sequences, and `cubes` cubes.
-    pub(super) fn new(weights: &Weights, config: &StepConfig, batch: usize, cubes: usize) -> Self {
+    /// Buffers for a number of sequences, and `cubes` cubes; `more` may run at the same time.
+    pub(super) fn new(
+        weights: &Weights,
+        config: &StepConfig,
+        batch: usize,
+        cubes: usize,
+        more: usize,
+    ) -> Self {
         let client = &weights.embedding.client;
         let empty = |count: usize| {
             let handle = client.empty(8 * count);
@@ -65,12 +73,12 @@ impl Exchange {
         };
         Self {
             cubes,
+            chooser: if more >= batch { cubes } else { 0 },
             stream: empty(batch * config.width),
             parts: empty(batch * config.low() * config.parts),
             low: empty(batch * config.low()),
             y: empty(batch * config.inner),
-            arrivals: empty(1),
-            steps: 0,
+            logits: empty(batch * config.rows),
             tag: 0,
         }
     }
@@ -106,7 +114,7 @@ pub(super) fn launch(
     unsafe {
         run_steps::launch_unchecked(
             &weights.embedding.client,
-            CubeCount::Static(cubes as u32, 1, 1),
+            CubeCount::Static(cubes.max(exchange.chooser + batch) as u32, 1, 1),
             cube_dim(c.units),
             address_type(&[&weights.in_proj, &weights.rates]),
             words,
@@ -119,7 +127,6 @@ pub(super) fn launch(
             all(&buffers.settings, batch * SETTINGS),
             all(&buffers.draws, draws),
             all(&buffers.choices, draws * CHOICE),
-            all(&exchange.arrivals, 1),
             of(&weights.embedding),
             of(&weights.widths),
             of(&weights.channels),
@@ -136,72 +143,19 @@ pub(super) fn launch(
             all(&exchange.parts, batch * c.low() * c.parts),
             all(&exchange.low, batch * c.low()),
             all(&exchange.y, channels),
+            all(&exchange.logits, batch * c.rows),
             steps,
             weights.layers,
             batch,
             weights.eps,
-            cubes as u32,
-            exchange.steps,
+            cubes,
+            exchange.chooser,
             exchange.tag,
             c,
         );
     }
-    exchange.steps = exchange.steps.wrapping_add(steps as u32);
     let tags = steps * (weights.layers + 1);
     exchange.tag = exchange.tag.wrapping_add(tags as u32);
-}
-
-/// Half of the numbers of 32 bits.
-const HALF: u32 = 1 << 31;
-
-/// Arrives: what this unit, and those it has synchronised with, wrote before is there for all who
-/// see it.
-#[cube]
-fn arrive(arrivals: &[Atomic<u32>]) {
-    let place = arrivals.as_ptr();
-    gpu_asm!("red.release.gpu.global.add.u32 [{}], {};", in(_) place, in(_) 1u32);
-}
-
-/// How many have arrived. What is read after it is as those left it.
-#[cube]
-fn arrived(arrivals: &[Atomic<u32>]) -> u32 {
-    let place = arrivals.as_ptr();
-    let count: u32;
-    gpu_asm!("ld.acquire.gpu.global.u32 {}, [{}];", out(_) count, in(_) place);
-    count
-}
-
-/// The cube has written its logits. One unit stands for all.
-#[cube]
-fn come(arrivals: &[Atomic<u32>], #[comptime] ptx: bool) {
-    if ptx {
-        sync_cube();
-        if UNIT_POS == 0 {
-            arrive(arrivals);
-        }
-    } else {
-        sync_storage();
-        if UNIT_POS == 0 {
-            arrivals[0].fetch_add(1u32);
-        }
-    }
-}
-
-/// Waits until cubes have come `target` times in all; the count may have gone round, so it is looked
-/// at as a distance.
-#[cube]
-fn meet(arrivals: &[Atomic<u32>], target: u32, #[comptime] ptx: bool) {
-    if ptx {
-        if UNIT_POS == 0 {
-            while target - arrived(arrivals) - 1u32 < HALF {}
-        }
-        sync_cube();
-    } else {
-        if UNIT_POS == 0 {
-            while target - arrivals[0].load() - 1u32 < HALF {}
-        }
-        sync_storage();
-    }
 }
 
 /// See the module's documentation; buffers are those of the phases and of [`Exchange`].
@@ -212,7 +166,6 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
     limits: &[f32],
     draws: &[f32],
     choices: &mut [f32],
-    arrivals: &[Atomic<u32>],
     embedding: &[f32],
     widths: &[One],
     channels: &[One],
@@ -229,12 +182,13 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
     parts: &mut [Tagged],
     low: &mut [Tagged],
     y: &mut [Tagged],
+    handed: &mut [Tagged],
     steps: usize,
     layers: usize,
     batch: usize,
     eps: f32,
-    cubes: u32,
-    last_step: u32,
+    cubes: usize,
+    chooser: usize,
     last_tag: u32,
     #[comptime] c: StepConfig,
 ) {
@@ -247,122 +201,132 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
     for step in 0..steps {
         // The stream's tag before the first layer.
         let first_tag = last_tag + 1u32 + (step * (layers + 1)) as u32;
-        if cube < batch {
-            meet(arrivals, cubes * (last_step + step as u32), c.ptx);
+        if cube >= chooser && cube < chooser + batch {
+            let sequence = cube - chooser;
             next_byte(
-                logits, seen, limits, draws, choices, embedding, stream, step, cube, batch,
-                first_tag, c,
+                logits, handed, seen, limits, draws, choices, embedding, stream, step, sequence,
+                batch, first_tag, c,
             );
         }
-        // Cubes that choose no byte do this while they wait; ahead of a step it would be in the way of
-        // the choice, which needs registers.
-        let first = 0usize.runtime();
-        load_enter(
-            &mut entering,
-            widths,
-            channels,
-            in_proj,
-            x_proj,
-            window,
-            first,
-            batch,
-            cube,
-            c,
-        );
-        load_gates(&mut entering, in_proj, first, cube, c);
-        load_leave(&mut leaving, out_proj, widths, first, cube, c);
-        for layer in 0..layers {
-            let next = layer + 1;
-            // All that the layer hands on has this one.
-            let tag = first_tag + 1u32 + layer as u32;
-            let values = take_stream(stream, batch, tag - 1u32, c);
-            enter_group::<P, V>(
+        if cube < cubes {
+            // Cubes that choose no byte do this while they wait; ahead of a step it would be in the way of
+            // the choice, which needs registers.
+            let first = 0usize.runtime();
+            load_enter(
                 &mut entering,
-                &values,
+                widths,
                 channels,
                 in_proj,
+                x_proj,
                 window,
-                &mut us,
-                &mut zs,
-                layer,
-                batch,
-                0usize.runtime(),
-                cube,
-                eps,
-                c,
-            );
-            give_parts(&entering, &us, parts, batch, cube, tag, c);
-            load_channels(
-                &mut advancing,
-                channels,
-                dt_proj,
-                rates,
-                h,
-                layer,
+                first,
                 batch,
                 cube,
                 c,
             );
-            if next < layers {
-                load_enter(
+            load_gates(&mut entering, in_proj, first, cube, c);
+            load_leave(&mut leaving, out_proj, widths, first, cube, c);
+            for layer in 0..layers {
+                let next = layer + 1;
+                // All that the layer hands on has this one.
+                let tag = first_tag + 1u32 + layer as u32;
+                let values = take_stream(stream, batch, tag - 1u32, c);
+                enter_group::<P, V>(
                     &mut entering,
-                    widths,
+                    &values,
                     channels,
                     in_proj,
-                    x_proj,
                     window,
-                    next,
+                    &mut us,
+                    &mut zs,
+                    layer,
+                    batch,
+                    0usize.runtime(),
+                    cube,
+                    eps,
+                    c,
+                );
+                give_parts(&entering, &us, parts, batch, cube, tag, c);
+                load_channels(
+                    &mut advancing,
+                    channels,
+                    dt_proj,
+                    rates,
+                    h,
+                    layer,
                     batch,
                     cube,
                     c,
                 );
+                if next < layers {
+                    load_enter(
+                        &mut entering,
+                        widths,
+                        channels,
+                        in_proj,
+                        x_proj,
+                        window,
+                        next,
+                        batch,
+                        cube,
+                        c,
+                    );
+                }
+                let sums = take_low(parts, low, batch, cube, cubes, tag, c);
+                advance(
+                    &advancing, &sums, &us, &zs, h, y, layer, batch, cube, tag, c,
+                );
+                // Those who look for y have to wait until it can be there: looking takes the memory's time.
+                sync_cube();
+                if next < layers {
+                    load_gates(&mut entering, in_proj, next, cube, c);
+                }
+                leave(
+                    &mut leaving,
+                    y,
+                    out_proj,
+                    widths,
+                    stream,
+                    layer,
+                    layers,
+                    batch,
+                    cube,
+                    tag,
+                    c,
+                );
             }
-            let sums = take_low(parts, low, batch, cube, cubes as usize, tag, c);
-            advance(
-                &advancing, &sums, &us, &zs, h, y, layer, batch, cube, tag, c,
-            );
-            // Those who look for y have to wait until it can be there: looking takes the memory's time.
-            sync_cube();
-            if next < layers {
-                load_gates(&mut entering, in_proj, next, cube, c);
+            if cube < comptime!(c.head_cubes()) {
+                let mut ahead = load_head(norm_f, head_weights, cube, c);
+                let values = take_stream(stream, batch, first_tag + layers as u32, c);
+                let sequences = 0usize.runtime();
+                let sum = head_group::<P, V>(
+                    &mut ahead,
+                    &values,
+                    head_weights,
+                    sequences,
+                    batch,
+                    cube,
+                    eps,
+                    c,
+                );
+                let (inside, at) = head_place(sequences, batch, cube, c);
+                if inside {
+                    logits[at] = sum;
+                    give(handed, at, sum, first_tag + layers as u32, c.ptx);
+                }
             }
-            leave(
-                &mut leaving,
-                y,
-                out_proj,
-                widths,
-                stream,
-                layer,
-                layers,
-                batch,
-                cube,
-                tag,
-                c,
-            );
         }
-        if cube < comptime!(c.head_cubes()) {
-            let mut ahead = load_head(norm_f, head_weights, cube, c);
-            let values = take_stream(stream, batch, first_tag + layers as u32, c);
-            head_group::<P, V>(
-                &mut ahead,
-                &values,
-                head_weights,
-                logits,
-                0usize.runtime(),
-                batch,
-                cube,
-                eps,
-                c,
-            );
-        }
-        come(arrivals, c.ptx);
+        // Shared memory of the head may serve the choice.
+        sync_cube();
     }
 }
 
-/// Chooses the byte of a sequence and hands on its row of the embedding.
+/// Chooses the byte of a sequence and hands on its row of the embedding. The first byte is chosen from
+/// `logits`, later ones from those that cubes have handed on.
 #[cube]
 fn next_byte(
     logits: &mut [f32],
+    handed: &mut [Tagged],
     seen: &mut [f32],
     limits: &[f32],
     draws: &[f32],
@@ -375,9 +339,28 @@ fn next_byte(
     tag: u32,
     #[comptime] c: StepConfig,
 ) {
-    let byte = choose(
-        logits, seen, limits, draws, choices, step, sequence, batch, c.rows, c.units, c.plane,
-    );
+    let unit = UNIT_POS as usize;
+    let bytes = comptime!(if c.rows < BYTES { c.rows } else { BYTES });
+    let first = sequence * comptime!(c.rows);
+    let own = min(unit, comptime!(bytes - 1).runtime());
+    settle(c.ptx);
+    let mut raw = logits[first + own];
+    if step > 0 {
+        let pattern = comptime!(Pattern {
+            rows: 1,
+            row: 0,
+            count: 1,
+            stride: 1,
+            each: 1,
+        });
+        let last = first + comptime!(bytes - 1);
+        let none = 0usize.runtime();
+        let taken = take(handed, first + own, last, none, tag - 1u32, pattern, c.ptx);
+        raw = taken[0];
+    }
+    let raw = select(unit < bytes, raw, no_logit());
+    let chooser = comptime!(c.chooser());
+    let byte = choose(raw, seen, limits, draws, step, sequence, batch, chooser);
     for i in 0..comptime!(c.width.div_ceil(c.units)) {
         let column = i * comptime!(c.units) + UNIT_POS as usize;
         if column < comptime!(c.width) {
@@ -391,6 +374,7 @@ fn next_byte(
             );
         }
     }
+    note(raw, byte, choices, step, sequence, batch, chooser);
 }
 
 /// The unit's columns of the stream of every sequence; columns beyond D are zero.

@@ -11,7 +11,7 @@ use crate::cube::wide::One;
 use crate::cube::words::Words;
 use crate::cube::{address_type, buffer, cube_dim, grid, launches, word_buffer};
 use crate::sampling::BYTES;
-use crate::sampling::cube::{CHOICE, SETTINGS, choose};
+use crate::sampling::cube::{CHOICE, SETTINGS, choose, no_logit, note};
 
 /// Units of a cube of the copy.
 const UNITS: usize = 256;
@@ -213,9 +213,14 @@ fn choose_and_embed(
         terminate!();
     }
     let step = usize::cast_from(position[0]);
-    let byte = choose(
-        logits, seen, limits, draws, choices, step, sequence, batch, c.rows, c.units, c.plane,
-    );
+    let unit = UNIT_POS as usize;
+    let bytes = comptime!(if c.rows < BYTES { c.rows } else { BYTES });
+    let mut raw = no_logit();
+    if unit < bytes {
+        raw = logits[sequence * comptime!(c.rows) + unit];
+    }
+    let chooser = comptime!(c.chooser());
+    let byte = choose(raw, seen, limits, draws, step, sequence, batch, chooser);
     for i in 0..comptime!(c.width.div_ceil(c.units)) {
         let column = i * comptime!(c.units) + UNIT_POS as usize;
         if column < comptime!(c.width) {
@@ -223,6 +228,7 @@ fn choose_and_embed(
                 Vector::new(embedded(embedding, byte, column, c));
         }
     }
+    note(raw, byte, choices, step, sequence, batch, chooser);
 }
 
 /// Column `column` of a byte's row of the embedding; a byte that the vocabulary does not have reads
