@@ -6,7 +6,8 @@
 //! and z stay where they are; of what the kernels of [`steps`](super::steps) hand on, y and the stream
 //! go to all cubes, and the parts of the low-rank product to one that adds them up for all.
 //! What a phase knows ahead (weights, states) is loaded a phase or two early, so that reading the
-//! weights goes on all the time.
+//! weights goes on all the time. Bytes are chosen by cubes that do nothing else, where there is room for
+//! them: the others load the first layer's weights meanwhile.
 //!
 //! The cubes must run at the same time: there are no more than the device has processors, each
 //! taking no more than a processor has. The arithmetic is that of the kernels of [`steps`](super::steps),
