@@ -42,3 +42,33 @@ pub(crate) fn number<P: Size>(
         }
     }
 }
+
+/// How PTX calls a vector of so many numbers.
+const fn width_name(size: usize) -> &'static str {
+    match size {
+        4 => ".v4",
+        2 => ".v2",
+        _ => "",
+    }
+}
+
+/// `from[at]`, loaded here, not before and not later. A compiler that knows that nobody writes to a
+/// buffer moves loads from it: to where they are needed, which then waits for them, or before what the
+/// cube tells others, who then wait for them.
+#[cube]
+pub(crate) fn load_now<E: Scalar, N: Size>(
+    from: &[Vector<E, N>],
+    at: usize,
+    #[comptime] ptx: bool,
+) -> Vector<E, N> {
+    if comptime!(ptx) {
+        let place = from[at..at + 1].as_ptr();
+        let size = N::value();
+        let name = comptime!(width_name(size));
+        let it: Vector<E, N>;
+        gpu_asm!("ld.global{name}.b32 {}, [{}];", out(_) it, in(_) place);
+        it
+    } else {
+        from[at]
+    }
+}

@@ -8,7 +8,7 @@ use super::common::{
 };
 use super::{ConvConfig, FORWARD_AHEAD};
 use crate::cube::OptionalInput;
-use crate::cube::words::{Words, number};
+use crate::cube::words::{Words, load_now, number};
 
 /// Reads `FORWARD_AHEAD` rows of the unit's channels from `first` on, those beyond `last` being `last`.
 /// Without conditions, if `inside`: their places are then a stride apart.
@@ -21,14 +21,15 @@ fn load_words<P: Size>(
     last: usize,
     vector: usize,
     #[comptime] inside: bool,
+    #[comptime] ptx: bool,
 ) {
     let start = first * stride + vector;
     #[unroll]
     for i in 0..FORWARD_AHEAD {
         if inside {
-            into[i] = x[start + i * stride];
+            into[i] = load_now(x, start + i * stride, ptx);
         } else {
-            into[i] = x[min(first + i, last) * stride + vector];
+            into[i] = load_now(x, min(first + i, last) * stride + vector, ptx);
         }
     }
 }
@@ -117,6 +118,7 @@ pub(super) fn conv_forward<X: Float, Y: Float, N: Size, P: Size>(
         last,
         place.vector,
         false,
+        config.ptx,
     );
     let filter = load_filter::<N>(weight, bias, place.vector, width);
     let mut window = window_before::<X, N>(
@@ -131,7 +133,16 @@ pub(super) fn conv_forward<X: Float, Y: Float, N: Size, P: Size>(
         }
         // Beyond the last whole group this one is read again, and not used.
         let next = select(group + 1 < groups, first + FORWARD_AHEAD, first);
-        load_words(words, x_stride, &mut ahead, next, last, place.vector, true);
+        load_words(
+            words,
+            x_stride,
+            &mut ahead,
+            next,
+            last,
+            place.vector,
+            true,
+            config.ptx,
+        );
         forward_rows::<Y, N, P>(
             &rows,
             resets,
@@ -148,7 +159,16 @@ pub(super) fn conv_forward<X: Float, Y: Float, N: Size, P: Size>(
     }
     if t0 + groups * FORWARD_AHEAD < end {
         let first = row0 + t0 + groups * FORWARD_AHEAD;
-        load_words(words, x_stride, &mut rows, first, last, place.vector, false);
+        load_words(
+            words,
+            x_stride,
+            &mut rows,
+            first,
+            last,
+            place.vector,
+            false,
+            config.ptx,
+        );
         forward_rows::<Y, N, P>(
             &rows,
             resets,

@@ -37,9 +37,9 @@ const MANY_UNITS: usize = 512;
 /// Positions whose loads are in flight together: backward, and forward while the unit works on as many
 /// others.
 const AHEAD: usize = 8;
-const FORWARD_AHEAD: usize = 4;
+const FORWARD_AHEAD: usize = 8;
 /// Most channels of a unit, and most bytes of them backward: wide loads against registers.
-const CHANNELS: usize = 4;
+const CHANNELS: usize = 2;
 const BACKWARD_BYTES: usize = 8;
 /// The share of the units that keep a device busy which its registers have room for, forward and
 /// backward (one half). With more, the last cubes would begin when the others are done.

@@ -281,10 +281,7 @@ impl Session {
             };
             (config, buffers)
         });
-        let exchange = |cubes: usize, more: usize| {
-            Box::new(Exchange::new(weights, &config, batch, cubes, more))
-        };
-        let processors = traits.busy_units / 1024;
+        let exchange = |cubes: usize| Box::new(Exchange::new(weights, &config, batch, cubes));
         let parts = wide
             .as_ref()
             .map_or(config.parts, |(wide, _)| wide.step.parts);
@@ -309,15 +306,13 @@ impl Session {
                 Mode::Kernels => Recording::Impossible,
                 Mode::Graph => Recording::None,
                 Mode::Best => match persistent_cubes(&config, batch, traits) {
-                    Some(cubes) if wide.is_none() => {
-                        Recording::Persistent(exchange(cubes, processors - cubes))
-                    }
+                    Some(cubes) if wide.is_none() => Recording::Persistent(exchange(cubes)),
                     _ => Recording::None,
                 },
                 #[cfg(test)]
                 Mode::Wide => Recording::None,
                 #[cfg(test)]
-                Mode::Persistent(cubes) => Recording::Persistent(exchange(cubes, 0)),
+                Mode::Persistent(cubes) => Recording::Persistent(exchange(cubes)),
             },
             config,
             sequences: 0,

@@ -6,8 +6,7 @@
 //! and z stay where they are; of what the kernels of [`steps`](super::steps) hand on, y and the stream
 //! go to all cubes, and the parts of the low-rank product to one that adds them up for all.
 //! What a phase knows ahead (weights, states) is loaded a phase or two early, so that reading the
-//! weights goes on all the time. Bytes are chosen by cubes that do nothing else, where there is room for
-//! them: the others load the first layer's weights meanwhile.
+//! weights goes on all the time.
 //!
 //! The cubes must run at the same time: there are no more than the device has processors, each
 //! taking no more than a processor has. The arithmetic is that of the kernels of [`steps`](super::steps),
@@ -37,10 +36,7 @@ use crate::sampling::cube::{CHOICE, SETTINGS, choose, no_logit, note};
 /// What cubes hand to each other.
 #[derive(Clone, Debug)]
 pub(super) struct Exchange {
-    /// Cubes that go through the layers.
     cubes: usize,
-    /// The first cube that chooses: where the device has processors left, others than those.
-    chooser: usize,
     /// `[B, D]`.
     stream: Handle,
     /// `[B, R + 2N, parts]`.
@@ -57,14 +53,8 @@ pub(super) struct Exchange {
 }
 
 impl Exchange {
-    /// Buffers for a number of sequences, and `cubes` cubes; `more` may run at the same time.
-    pub(super) fn new(
-        weights: &Weights,
-        config: &StepConfig,
-        batch: usize,
-        cubes: usize,
-        more: usize,
-    ) -> Self {
+    /// Buffers for a number of sequences, and `cubes` cubes.
+    pub(super) fn new(weights: &Weights, config: &StepConfig, batch: usize, cubes: usize) -> Self {
         let client = &weights.embedding.client;
         let empty = |count: usize| {
             let handle = client.empty(8 * count);
@@ -74,7 +64,6 @@ impl Exchange {
         };
         Self {
             cubes,
-            chooser: if more >= batch { cubes } else { 0 },
             stream: empty(batch * config.width),
             parts: empty(batch * config.low() * config.parts),
             low: empty(batch * config.low()),
@@ -115,7 +104,7 @@ pub(super) fn launch(
     unsafe {
         run_steps::launch_unchecked(
             &weights.embedding.client,
-            CubeCount::Static(cubes.max(exchange.chooser + batch) as u32, 1, 1),
+            CubeCount::Static(cubes as u32, 1, 1),
             cube_dim(c.units),
             address_type(&[&weights.in_proj, &weights.rates]),
             words,
@@ -150,7 +139,6 @@ pub(super) fn launch(
             batch,
             weights.eps,
             cubes,
-            exchange.chooser,
             exchange.tag,
             c,
         );
@@ -189,7 +177,6 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
     batch: usize,
     eps: f32,
     cubes: usize,
-    chooser: usize,
     last_tag: u32,
     #[comptime] c: StepConfig,
 ) {
@@ -202,119 +189,116 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
     for step in 0..steps {
         // The stream's tag before the first layer.
         let first_tag = last_tag + 1u32 + (step * (layers + 1)) as u32;
-        if cube >= chooser && cube < chooser + batch {
-            let sequence = cube - chooser;
+        if cube < batch {
             next_byte(
-                logits, handed, seen, limits, draws, choices, embedding, stream, step, sequence,
-                batch, first_tag, c,
+                logits, handed, seen, limits, draws, choices, embedding, stream, step, cube, batch,
+                first_tag, c,
             );
         }
-        if cube < cubes {
-            // Cubes that choose no byte do this while they wait; ahead of a step it would be in the way of
-            // the choice, which needs registers.
-            let first = 0usize.runtime();
-            load_enter(
+        // Cubes that choose no byte do this while they wait; ahead of a step it would be in the way of
+        // the choice, which needs registers.
+        let first = 0usize.runtime();
+        load_enter(
+            &mut entering,
+            widths,
+            channels,
+            in_proj,
+            x_proj,
+            window,
+            first,
+            batch,
+            cube,
+            c,
+        );
+        load_gates(&mut entering, in_proj, first, cube, c);
+        load_leave(&mut leaving, out_proj, widths, first, cube, c);
+        for layer in 0..layers {
+            let next = layer + 1;
+            // All that the layer hands on has this one.
+            let tag = first_tag + 1u32 + layer as u32;
+            let values = take_stream(stream, batch, tag - 1u32, c);
+            enter_group::<P, V>(
                 &mut entering,
-                widths,
+                &values,
                 channels,
                 in_proj,
-                x_proj,
                 window,
-                first,
+                &mut us,
+                &mut zs,
+                layer,
+                batch,
+                0usize.runtime(),
+                cube,
+                eps,
+                c,
+            );
+            give_parts(&entering, &us, parts, batch, cube, tag, c);
+            load_channels(
+                &mut advancing,
+                channels,
+                dt_proj,
+                rates,
+                h,
+                layer,
                 batch,
                 cube,
                 c,
             );
-            load_gates(&mut entering, in_proj, first, cube, c);
-            load_leave(&mut leaving, out_proj, widths, first, cube, c);
-            for layer in 0..layers {
-                let next = layer + 1;
-                // All that the layer hands on has this one.
-                let tag = first_tag + 1u32 + layer as u32;
-                let values = take_stream(stream, batch, tag - 1u32, c);
-                enter_group::<P, V>(
+            if next < layers {
+                load_enter(
                     &mut entering,
-                    &values,
+                    widths,
                     channels,
                     in_proj,
+                    x_proj,
                     window,
-                    &mut us,
-                    &mut zs,
-                    layer,
-                    batch,
-                    0usize.runtime(),
-                    cube,
-                    eps,
-                    c,
-                );
-                give_parts(&entering, &us, parts, batch, cube, tag, c);
-                load_channels(
-                    &mut advancing,
-                    channels,
-                    dt_proj,
-                    rates,
-                    h,
-                    layer,
+                    next,
                     batch,
                     cube,
-                    c,
-                );
-                if next < layers {
-                    load_enter(
-                        &mut entering,
-                        widths,
-                        channels,
-                        in_proj,
-                        x_proj,
-                        window,
-                        next,
-                        batch,
-                        cube,
-                        c,
-                    );
-                }
-                let sums = take_low(parts, low, batch, cube, cubes, tag, c);
-                advance(
-                    &advancing, &sums, &us, &zs, h, y, layer, batch, cube, tag, c,
-                );
-                // Those who look for y have to wait until it can be there: looking takes the memory's time.
-                sync_cube();
-                if next < layers {
-                    load_gates(&mut entering, in_proj, next, cube, c);
-                }
-                leave(
-                    &mut leaving,
-                    y,
-                    out_proj,
-                    widths,
-                    stream,
-                    layer,
-                    layers,
-                    batch,
-                    cube,
-                    tag,
                     c,
                 );
             }
-            if cube < comptime!(c.head_cubes()) {
-                let mut ahead = load_head(norm_f, head_weights, cube, c);
-                let values = take_stream(stream, batch, first_tag + layers as u32, c);
-                let sequences = 0usize.runtime();
-                let sum = head_group::<P, V>(
-                    &mut ahead,
-                    &values,
-                    head_weights,
-                    sequences,
-                    batch,
-                    cube,
-                    eps,
-                    c,
-                );
-                let (inside, at) = head_place(sequences, batch, cube, c);
-                if inside {
-                    logits[at] = sum;
-                    give(handed, at, sum, first_tag + layers as u32, c.ptx);
-                }
+            let sums = take_low(parts, low, batch, cube, cubes, tag, c);
+            advance(
+                &advancing, &sums, &us, &zs, h, y, layer, batch, cube, tag, c,
+            );
+            // Those who look for y have to wait until it can be there: looking takes the memory's time.
+            sync_cube();
+            if next < layers {
+                load_gates(&mut entering, in_proj, next, cube, c);
+            }
+            leave(
+                &mut leaving,
+                y,
+                out_proj,
+                widths,
+                stream,
+                layer,
+                layers,
+                batch,
+                cube,
+                tag,
+                c,
+            );
+        }
+        if cube < comptime!(c.head_cubes()) {
+            let mut ahead = load_head(norm_f, head_weights, cube, c);
+            let values = take_stream(stream, batch, first_tag + layers as u32, c);
+            let sequences = 0usize.runtime();
+            let sum = head_group::<P, V>(
+                &mut ahead,
+                &values,
+                head_weights,
+                sequences,
+                batch,
+                cube,
+                eps,
+                c,
+            );
+            let (inside, at) = head_place(sequences, batch, cube, c);
+            if inside {
+                logits[at] = sum;
+                give(handed, at, sum, first_tag + layers as u32, c.ptx);
             }
         }
         // Shared memory of the head may serve the choice.

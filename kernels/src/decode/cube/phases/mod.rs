@@ -23,7 +23,7 @@ use cubecl::prelude::*;
 use super::plan::StepConfig;
 use crate::cube::reduce::lane_sum;
 use crate::cube::wide::{One, wide_at};
-use crate::cube::words::{Words, number};
+use crate::cube::words::{Words, load_now, number};
 pub(super) use advancing::{
     AdvanceAhead, advance, load_advance, load_parameters, load_states, no_advance, part, place,
     place_in_entering_cube, recur,
@@ -64,36 +64,6 @@ fn dot<P: Size, V: Size>(
         result = fma(number(weights, i, halves), x.extract(i), result);
     }
     result
-}
-
-/// How PTX calls a vector of so many numbers.
-const fn width_name(size: usize) -> &'static str {
-    match size {
-        4 => ".v4",
-        2 => ".v2",
-        _ => "",
-    }
-}
-
-/// `from[at]`, loaded here and not before. A compiler that knows that nobody writes to a buffer
-/// begins loads from it as early as it can: before the cube has told the others that it has arrived,
-/// which then waits for them.
-#[cube]
-fn load_now<E: Scalar, N: Size>(
-    from: &[Vector<E, N>],
-    at: usize,
-    #[comptime] ptx: bool,
-) -> Vector<E, N> {
-    if comptime!(ptx) {
-        let place = from[at..at + 1].as_ptr();
-        let size = N::value();
-        let name = comptime!(width_name(size));
-        let it: Vector<E, N>;
-        gpu_asm!("ld.global{name}.b32 {}, [{}];", out(_) it, in(_) place);
-        it
-    } else {
-        from[at]
-    }
 }
 
 /// A norm's weights and biases of a unit's columns.
