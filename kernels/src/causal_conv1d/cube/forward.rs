@@ -4,43 +4,19 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::common::{
-    Filter, Window, clear, convolve, gate, load_filter, place, shift, window_before,
+    Filter, Window, clear, convolve, gate, load_filter, load_resets, load_rows, place, shift,
+    window_before,
 };
-use super::{ConvConfig, FORWARD_AHEAD};
+use super::{AHEAD, ConvConfig};
 use crate::cube::OptionalInput;
-use crate::cube::words::{Words, load_now, number};
 
-/// Reads `FORWARD_AHEAD` rows of the unit's channels from `first` on, those beyond `last` being `last`.
-/// Without conditions, if `inside`: their places are then a stride apart.
-#[cube]
-fn load_words<P: Size>(
-    x: &[Words<P>],
-    stride: usize,
-    into: &mut Array<Words<P>>,
-    first: usize,
-    last: usize,
-    vector: usize,
-    #[comptime] inside: bool,
-    #[comptime] ptx: bool,
-) {
-    let start = first * stride + vector;
-    #[unroll]
-    for i in 0..FORWARD_AHEAD {
-        if inside {
-            into[i] = load_now(x, start + i * stride, ptx);
-        } else {
-            into[i] = load_now(x, min(first + i, last) * stride + vector, ptx);
-        }
-    }
-}
-
-/// The outputs of `FORWARD_AHEAD` rows from `first` on, or of those before `end` unless all are
-/// `inside`.
+/// The outputs of `AHEAD` rows from `first` on, or of those before `end` unless all are `inside`.
 ///
 /// Without conditions the window's shifts are mere renaming of registers.
 #[cube]
-fn forward_rows<X: Float, N: Size, P: Size>(
-    rows: &Array<Words<P>>,
+fn forward_rows<X: Float, N: Size>(
+    x: &[Vector<X, N>],
+    x_stride: usize,
     resets: &OptionalInput,
     y: &mut [Vector<X, N>],
     vectors: usize,
@@ -52,23 +28,17 @@ fn forward_rows<X: Float, N: Size, P: Size>(
     #[comptime] config: ConvConfig,
     #[comptime] inside: bool,
 ) {
+    let next = load_rows::<X, N>(x, x_stride, first, end - 1, vector, inside);
+    let flags = load_resets(resets, first, end - 1);
     let start = first * vectors + vector;
     #[unroll]
-    for i in 0..FORWARD_AHEAD {
+    for i in 0..AHEAD {
         let row = first + i;
         if inside || row < end {
-            #[comptime]
-            match resets {
-                ComptimeOption::Some(resets) => clear(window, resets[row], config.width),
-                ComptimeOption::None => {}
+            if comptime!(resets.is_some()) {
+                clear(window, flags[i], config.width);
             }
-            let words = rows[i];
-            let mut next = Vector::<f32, N>::new(0.0f32);
-            #[unroll]
-            for c in 0..N::value() {
-                next.insert(c, number(words, c, config.halves));
-            }
-            shift(window, next, config.width);
+            shift(window, Vector::cast_from(next[i]), config.width);
             let mut value = convolve(&*window, filter, config.width);
             if config.silu {
                 value = value * gate(value, config.ptx);
@@ -78,26 +48,22 @@ fn forward_rows<X: Float, N: Size, P: Size>(
     }
 }
 
-/// Output and last window. `x_stride` is that of the rows of `x`, in vectors; `words` is `x`, too.
-///
-/// A unit's rows are loaded while it works on those before: as words, which nothing takes apart
-/// before they are needed.
+/// Output and last window. `x_stride` is that of the rows of `x`, in vectors.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(super) fn conv_forward<X: Float, Y: Float, N: Size, P: Size>(
+pub(super) fn conv_forward<X: Float, N: Size>(
     x: &[Vector<X, N>],
-    words: &[Words<P>],
     weight: &[f32],
     bias: &OptionalInput,
     initial: &OptionalInput,
     resets: &OptionalInput,
-    y: &mut [Vector<Y, N>],
+    y: &mut [Vector<X, N>],
     last_window: &mut [f32],
     batch: usize,
     length: usize,
     vectors: usize,
     x_stride: usize,
     #[comptime] config: ConvConfig,
-    #[define(X, Y)] _types: [ElemType; 2],
+    #[define(X)] _type: ElemType,
 ) {
     let place = place(length, vectors, config);
     if place.batch >= batch || place.vector >= vectors {
@@ -106,45 +72,17 @@ pub(super) fn conv_forward<X: Float, Y: Float, N: Size, P: Size>(
     let width = comptime!(config.width);
     let t0 = place.tile * comptime!(config.tile);
     let end = min(t0 + comptime!(config.tile), length);
-    let row0 = place.batch * length;
-    let groups = (end - t0) / FORWARD_AHEAD;
-    let mut ahead = Array::<Words<P>>::new(FORWARD_AHEAD);
-    let last = row0 + end - 1;
-    load_words(
-        words,
-        x_stride,
-        &mut ahead,
-        row0 + t0,
-        last,
-        place.vector,
-        false,
-        config.ptx,
-    );
     let filter = load_filter::<N>(weight, bias, place.vector, width);
     let mut window = window_before::<X, N>(
         x, x_stride, initial, resets, &place, t0, length, vectors, width,
     );
-    let mut rows = Array::<Words<P>>::new(FORWARD_AHEAD);
+    let row0 = place.batch * length;
+    let groups = (end - t0) / AHEAD;
     for group in 0..groups {
-        let first = row0 + t0 + group * FORWARD_AHEAD;
-        #[unroll]
-        for i in 0..FORWARD_AHEAD {
-            rows[i] = ahead[i];
-        }
-        // Beyond the last whole group this one is read again, and not used.
-        let next = select(group + 1 < groups, first + FORWARD_AHEAD, first);
-        load_words(
-            words,
+        let first = row0 + t0 + group * AHEAD;
+        forward_rows::<X, N>(
+            x,
             x_stride,
-            &mut ahead,
-            next,
-            last,
-            place.vector,
-            true,
-            config.ptx,
-        );
-        forward_rows::<Y, N, P>(
-            &rows,
             resets,
             y,
             vectors,
@@ -157,20 +95,11 @@ pub(super) fn conv_forward<X: Float, Y: Float, N: Size, P: Size>(
             true,
         );
     }
-    if t0 + groups * FORWARD_AHEAD < end {
-        let first = row0 + t0 + groups * FORWARD_AHEAD;
-        load_words(
-            words,
+    if t0 + groups * AHEAD < end {
+        let first = row0 + t0 + groups * AHEAD;
+        forward_rows::<X, N>(
+            x,
             x_stride,
-            &mut rows,
-            first,
-            last,
-            place.vector,
-            false,
-            config.ptx,
-        );
-        forward_rows::<Y, N, P>(
-            &rows,
             resets,
             y,
             vectors,

@@ -24,7 +24,7 @@ use burn_cubecl::tensor::CubeTensor;
 use super::{ConvGrads, ConvInputs, ConvOutputs};
 use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous_f32, cube_dim, dims, elem, empty, fold_rows,
-    grid, optional, row_stride, rows, vector_width, word_buffer,
+    grid, optional, row_stride, rows, vector_width,
 };
 
 /// Units of a cube.
@@ -34,12 +34,10 @@ const UNITS: usize = 128;
 /// An NVIDIA multiprocessor has 128 registers for each of so many units, with which backward does
 /// well: the compiler, which would rather take more, has to keep to them where a cube is that large.
 const MANY_UNITS: usize = 512;
-/// Positions whose loads are in flight together: backward, and forward while the unit works on as many
-/// others.
+/// Positions whose loads are in flight together.
 const AHEAD: usize = 8;
-const FORWARD_AHEAD: usize = 8;
 /// Most channels of a unit, and most bytes of them backward: wide loads against registers.
-const CHANNELS: usize = 2;
+const CHANNELS: usize = 4;
 const BACKWARD_BYTES: usize = 8;
 /// The share of the units that keep a device busy which its registers have room for, forward and
 /// backward (one half). With more, the last cubes would begin when the others are done.
@@ -61,8 +59,6 @@ struct ConvConfig {
     silu: bool,
     /// Whether a bias (and its gradient) exists.
     bias: bool,
-    /// Whether a word has two inputs (forward).
-    halves: bool,
     ptx: bool,
 }
 
@@ -110,7 +106,6 @@ impl ConvShape {
             units: if many { MANY_UNITS } else { UNITS },
             silu: inputs.silu,
             bias: inputs.bias.is_some(),
-            halves: inputs.x.dtype == DType::BF16,
             ptx: device.ptx,
         }
     }
@@ -128,23 +123,16 @@ impl ConvShape {
 
 /// See [`MambaKernels::causal_conv1d`](crate::MambaKernels::causal_conv1d).
 pub(crate) fn forward(inputs: ConvInputs<CubeTensor>) -> ConvOutputs<CubeTensor> {
-    let dtype = inputs.x.dtype;
-    let (mut inputs, mut x_stride) = prepare(inputs);
+    let (inputs, x_stride) = prepare(inputs);
     let shape = ConvShape::of(&inputs);
     let ConvShape {
         batch,
         length,
         inner,
     } = shape;
-    let widest = |x: &CubeTensor, stride| vector_width(CHANNELS, inner, &[(x, stride)]);
-    let mut channels = widest(&inputs.x, x_stride);
-    if !in_words(dtype, channels) {
-        inputs.x = contiguous_f32(inputs.x);
-        x_stride = inner;
-        channels = widest(&inputs.x, x_stride);
-    }
+    let channels = vector_width(CHANNELS, inner, &[(&inputs.x, x_stride)]);
     let config = shape.config(&inputs, channels, 0);
-    let y = empty(&inputs.x, [batch, length, inner], dtype);
+    let y = empty(&inputs.x, [batch, length, inner], inputs.x.dtype);
     let last_window = empty(&inputs.x, [batch, inner, config.width - 1], DType::F32);
     // An empty buffer cannot be bound; nothing is written to its stand-in.
     let window = if config.width > 1 { &last_window } else { &y };
@@ -157,9 +145,7 @@ pub(crate) fn forward(inputs: ConvInputs<CubeTensor>) -> ConvOutputs<CubeTensor>
             cube_dim(config.units),
             address_type(&[&inputs.x, &inputs.weight]),
             channels,
-            channels * inputs.x.dtype.size() / 4,
             buffer(&inputs.x),
-            word_buffer(&inputs.x),
             buffer(&inputs.weight),
             optional(&inputs.bias),
             optional(&inputs.initial_window),
@@ -171,19 +157,10 @@ pub(crate) fn forward(inputs: ConvInputs<CubeTensor>) -> ConvOutputs<CubeTensor>
             shape.vectors(&config),
             x_stride / channels,
             config,
-            [elem(inputs.x.dtype), elem(dtype)],
+            elem(inputs.x.dtype),
         );
     }
     ConvOutputs { y, last_window }
-}
-
-/// Whether so many neighbouring numbers are whole words that forward can read.
-fn in_words(dtype: DType, channels: usize) -> bool {
-    match dtype {
-        DType::F32 | DType::Flex32 => true,
-        DType::BF16 => channels.is_multiple_of(2),
-        _ => false,
-    }
 }
 
 /// See [`MambaKernels::causal_conv1d_backward`](crate::MambaKernels::causal_conv1d_backward).
