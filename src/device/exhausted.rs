@@ -2,7 +2,8 @@
 
 use std::any::Any;
 use std::panic::{self, AssertUnwindSafe, PanicHookInfo};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
 use crate::error::{Error, Result};
 use crate::memory::size;
@@ -60,7 +61,8 @@ impl Failure {
 }
 
 /// Runs `work`. Where the device's memory does not suffice, its panic is not shown, and what
-/// happened is the error that `explain` makes of it.
+/// happened is the error that `explain` makes of it. May be called inside itself, and by several
+/// threads.
 ///
 /// # Errors
 ///
@@ -70,12 +72,9 @@ pub(super) fn caught<T>(
     work: impl FnOnce() -> Result<T>,
     explain: impl FnOnce(&Failure) -> Error,
 ) -> Result<T> {
-    let first = Arc::new(Mutex::new(None));
-    let result = {
-        let _quiet = QuietHook::install(gpu, Arc::clone(&first));
-        panic::catch_unwind(AssertUnwindSafe(work))
-    };
-    let noted = first.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let watch = Watch::begin(gpu);
+    let result = panic::catch_unwind(AssertUnwindSafe(work));
+    let noted = watch.end();
     let failure = match &result {
         Ok(Err(Error::Other(error))) => Failure::of(&format!("{error:#}")),
         Ok(_) => None,
@@ -107,42 +106,76 @@ pub(crate) fn guard<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     })
 }
 
-/// Notes the first out-of-memory panic of any thread, and keeps its default message and those of
-/// what follows from it from being printed. Ends with the value.
-struct QuietHook {
-    previous: Arc<Hook>,
+/// All work that is watched now. A panic may come from the device's thread, so every watch notes it.
+static WATCHES: Mutex<Vec<Noted>> = Mutex::new(Vec::new());
+
+/// What a watch has noted.
+struct Noted {
+    watch: u64,
+    /// The GPU in use and the bytes there that are not this run's.
+    gpu: Option<(Arc<Gpu>, u64)>,
+    /// The first failure.
+    failure: Option<Failure>,
 }
 
-type Hook = dyn Fn(&PanicHookInfo<'_>) + Send + Sync;
+/// The first out-of-memory panic of any thread since it began. Its message and those of what
+/// follows from it are not printed.
+struct Watch(u64);
 
-impl QuietHook {
-    /// `gpu` is the one in use and the bytes there that are not this run's.
-    fn install(gpu: Option<(Arc<Gpu>, u64)>, first: Arc<Mutex<Option<Failure>>>) -> Self {
-        let previous: Arc<Hook> = Arc::from(panic::take_hook());
-        let others = Arc::clone(&previous);
-        panic::set_hook(Box::new(move |info| {
-            let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
-            if first.is_some() {
-                return;
-            }
-            let Some(failure) = panic_text(info.payload()).and_then(Failure::of) else {
-                return others(info);
-            };
-            let in_use = gpu.as_ref().and_then(|(gpu, foreign)| {
-                let (free, total) = gpu.memory()?;
-                Some(total.saturating_sub(free + foreign))
-            });
-            *first = Some(Failure { in_use, ..failure });
-        }));
-        Self { previous }
+impl Watch {
+    fn begin(gpu: Option<(Arc<Gpu>, u64)>) -> Self {
+        static HOOK: Once = Once::new();
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        HOOK.call_once(|| {
+            let previous = panic::take_hook();
+            panic::set_hook(Box::new(move |info| {
+                if !is_noted(info) {
+                    previous(info);
+                }
+            }));
+        });
+        let watch = NEXT.fetch_add(1, Ordering::Relaxed);
+        watches().push(Noted {
+            watch,
+            gpu,
+            failure: None,
+        });
+        Self(watch)
+    }
+
+    /// What was noted. Watches around this one forget it: it is dealt with.
+    fn end(self) -> Option<Failure> {
+        let mut watches = watches();
+        let at = watches.iter().position(|it| it.watch == self.0)?;
+        let failure = watches.remove(at).failure?;
+        for outer in watches.iter_mut() {
+            outer.failure.take_if(|it| it.text == failure.text);
+        }
+        Some(failure)
     }
 }
 
-impl Drop for QuietHook {
-    fn drop(&mut self) {
-        let previous = Arc::clone(&self.previous);
-        panic::set_hook(Box::new(move |info| previous(info)));
+fn watches() -> MutexGuard<'static, Vec<Noted>> {
+    WATCHES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether a panic is for lack of memory, or comes after one that was, and somebody watches.
+fn is_noted(info: &PanicHookInfo<'_>) -> bool {
+    let mut watches = watches();
+    if watches.iter().any(|it| it.failure.is_some()) {
+        return true;
     }
+    let Some(text) = panic_text(info.payload()) else {
+        return false;
+    };
+    for noted in watches.iter_mut() {
+        let in_use = noted.gpu.as_ref().and_then(|(gpu, foreign)| {
+            let (free, total) = gpu.memory()?;
+            Some(total.saturating_sub(free + foreign))
+        });
+        noted.failure = Failure::of(text).map(|failure| Failure { in_use, ..failure });
+    }
+    watches.iter().any(|it| it.failure.is_some())
 }
 
 /// What a panic says.
@@ -164,9 +197,9 @@ fn requested(failure: &str) -> Option<u64> {
     })
 }
 
-/// The hook of panics is one for all threads: tests that set it take turns.
+/// Every watch notes every failure: tests that fail so take turns.
 #[cfg(test)]
-pub(super) fn turn() -> std::sync::MutexGuard<'static, ()> {
+pub(super) fn turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -188,6 +221,29 @@ mod tests {
             assert!(report.contains(part), "{part}: {report}");
         }
         assert_eq!(guard(|| Ok(3)).expect("fine"), 3);
+    }
+
+    #[test]
+    fn a_failure_inside_is_none_of_the_work_around_it() {
+        let _turn = turn();
+        let device_fails = || -> Result<()> {
+            // On a thread of its own, as a device has, which takes the caller's with it.
+            let device = std::thread::spawn(|| panic!("{CUBECL}"));
+            assert!(device.join().is_err());
+            panic!("the device is gone")
+        };
+        let outer = guard(|| {
+            for _ in 0..2 {
+                let error = guard(device_fails).expect_err("out of memory");
+                assert_eq!(error.exit_code(), 6);
+                assert_eq!(guard(|| Ok(3)).expect("fine"), 3);
+            }
+            Ok(4)
+        });
+        assert_eq!(outer.expect("fine"), 4);
+        let other = panic::catch_unwind(|| guard::<()>(|| panic!("index 7")));
+        assert!(other.is_err());
+        assert!(watches().is_empty());
     }
 
     #[test]

@@ -13,6 +13,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::Loaded;
+use crate::device::exhausted;
 use crate::error::{Error, Result};
 use crate::eval::{Lanes, SequenceScore, score_sequences};
 use crate::generate::{Generator, GeneratorOptions, Piece, Request, Session};
@@ -173,9 +174,12 @@ fn gone() -> Failure {
     Failure::Broken("the model's thread has ended".to_owned())
 }
 
-/// The thread's own side: its model, and what lies before it.
+/// The thread's own side: its model, and what lies before it. Lack of memory fails the texts that were
+/// too many or too long, not the server.
 struct Desk {
     generator: Generator,
+    /// Makes another one, for a session that was broken off leaves it in the middle of things.
+    renew: Box<dyn Fn() -> Result<Generator>>,
     scorer: Scorer,
 }
 
@@ -201,8 +205,13 @@ impl Desk {
             precision,
             plain: false,
         };
+        let renew = {
+            let (model, device) = (model.clone(), device.clone());
+            move || Ok(Generator::new(model.clone(), &device, options))
+        };
         Self {
             generator: Generator::new(model.clone(), &device, options),
+            renew: Box::new(renew),
             scorer: Scorer {
                 model: model.frozen(),
                 device,
@@ -214,18 +223,24 @@ impl Desk {
         }
     }
 
-    /// Works until the server is gone.
+    /// Works until the server is gone, or there is no memory left to write with.
     fn run(mut self) {
         while self.scorer.wait() {
             self.scorer.score();
-            if !self.scorer.writes.is_empty() {
-                self.write();
+            if self.scorer.writes.is_empty() {
+                continue;
+            }
+            if let Err(Error::OutOfMemory { .. }) = self.write() {
+                match exhausted::guard(&self.renew) {
+                    Ok(generator) => self.generator = generator,
+                    Err(error) => return tracing::error!("the model's thread ends: {error}"),
+                }
             }
         }
     }
 
     /// Writes the texts of as many waiting jobs as fit beside each other, to their ends.
-    fn write(&mut self) {
+    fn write(&mut self) -> Result<()> {
         let mut texts = 0;
         let fit = |job: &WriteJob| {
             texts += job.requests.len();
@@ -246,16 +261,17 @@ impl Desk {
             .flat_map(|(job, it)| (0..it.requests.len()).map(move |index| (job, index)))
             .collect();
         let requests: Vec<Request> = jobs.iter().flat_map(|it| it.requests.clone()).collect();
-        let outcome = self
-            .generator
-            .start(&requests)
-            .and_then(|session| write_all(session, &jobs, &owners, &mut self.scorer));
-        if let Err(error) = outcome {
+        let outcome = exhausted::guard(|| {
+            let session = self.generator.start(&requests)?;
+            write_all(session, &jobs, &owners, &mut self.scorer)
+        });
+        if let Err(error) = &outcome {
             tracing::error!("generation failed: {error}");
             for job in &jobs {
                 let _ = job.pieces.send(Err(Failure::Broken(error.to_string())));
             }
         }
+        outcome
     }
 }
 
@@ -353,7 +369,9 @@ impl Scorer {
         texts.sort_by_key(|place| std::cmp::Reverse(text(*place).len()));
         let sequences: Vec<&[u8]> = texts.iter().map(|place| text(*place)).collect();
         let top = waiting.iter().map(|job| job.top).max().unwrap_or(0);
-        match score_sequences(&self.model, &self.device, LANES, &sequences, top) {
+        let scores =
+            exhausted::guard(|| score_sequences(&self.model, &self.device, LANES, &sequences, top));
+        match scores {
             Ok(scores) => {
                 let mut sorted: Vec<_> = texts.into_iter().zip(scores).collect();
                 sorted.sort_by_key(|(place, _)| *place);

@@ -45,6 +45,8 @@ pub(crate) struct DeviceTraits {
     pub busy_units: usize,
     /// Shared memory that a cube may use, in bytes.
     pub shared_bytes: usize,
+    /// The most that any cube could have, in bytes: about what a processor has for all of its cubes.
+    pub processor_shared_bytes: usize,
 }
 
 impl DeviceTraits {
@@ -71,6 +73,7 @@ impl DeviceTraits {
                 .min(1024),
             busy_units: processors * 1024,
             shared_bytes: hardware.max_shared_memory_size.clamp(16 << 10, 48 << 10),
+            processor_shared_bytes: hardware.max_shared_memory_size,
         }
     }
 }

@@ -52,9 +52,9 @@ const fn width_name(size: usize) -> &'static str {
     }
 }
 
-/// `from[at]`, loaded here, not before and not later. A compiler that knows that nobody writes to a
-/// buffer moves loads from it: to where they are needed, which then waits for them, or before what the
-/// cube tells others, who then wait for them.
+/// `from[at]`, loaded between the barriers that it stands between. A compiler that knows that nobody
+/// writes to a buffer moves loads from it over barriers: before one, which then waits for them, or to
+/// where there are registers, which is too late.
 #[cube]
 pub(crate) fn load_now<E: Scalar, N: Size>(
     from: &[Vector<E, N>],

@@ -187,4 +187,31 @@ mod views {
             assert_eq!(values(owned), [20.0, 23.0, 44.0, 51.0], "{device:?}");
         }
     }
+
+    /// Large enough that cuBLASLt's algorithms are tried, which must not show in a sum.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn trying_algorithms_adds_nothing_to_a_sum() {
+        let [rows, inner, output] = [2048, 2048, 1024];
+        // Every row picks one row of b.
+        let mut a = vec![0.0f32; rows * inner];
+        for i in 0..rows {
+            a[i * inner + (7 * i) % inner] = 1.0;
+        }
+        let b: Vec<f32> = (0..inner * output).map(|at| (at % 251) as f32).collect();
+        let start: Vec<f32> = (0..rows * output).map(|at| (at % 127) as f32).collect();
+        let expected: Vec<f32> = (0..rows * output)
+            .map(|at| start[at] + b[(7 * (at / output)) % inner * output + at % output])
+            .collect();
+        let device = &burn_cubecl::CubeDevice::cuda(0).expect("a GPU");
+        for _ in 0..2 {
+            let sum = CubeBackend::product(
+                from_values(&a, [rows, inner], device),
+                from_values(&b, [inner, output], device),
+                Product::plain(DType::F32, false),
+                Target::Add(from_values(&start, [rows, output], device)),
+            );
+            assert!(values(sum) == expected);
+        }
+    }
 }

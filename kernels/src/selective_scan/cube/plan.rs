@@ -25,6 +25,9 @@ const TRANSIENT_BYTES: usize = if cfg!(test) {
     BACKWARD_TRANSIENT_BYTES
 };
 
+/// Least positions of a segment.
+const SEGMENT: usize = 512;
+
 /// States of a lane: all of a channel's, for the usual number of states.
 const LANE_STATES: usize = 16;
 
@@ -37,9 +40,9 @@ pub enum Forward {
     /// Once through all positions, a channel in one unit or plane: for one chunk, or very many
     /// channels.
     Walk,
-    /// Once through all positions, the states of a channel shared by units of a cube: for many
-    /// channels of 16 states, if rows of the inputs are aligned; else the plan's own choice.
-    Share,
+    /// The states of a channel shared by units of a cube, once through all positions or in so many
+    /// segments: for channels of 16 states, if rows of the inputs are aligned; else the plan's own choice.
+    Share(usize),
 }
 
 /// Choices in the place of the plan's own, for tests and measurements.
@@ -109,7 +112,7 @@ impl Chunks {
             size,
             count,
             forward: match CHOICE.get().forward {
-                Some(Forward::Share) | None => own,
+                Some(Forward::Share(_)) | None => own,
                 Some(chosen) => chosen,
             },
         }
@@ -127,28 +130,40 @@ impl Chunks {
     pub fn parts(&self) -> usize {
         match self.forward {
             Forward::Cut => self.count,
-            Forward::Walk | Forward::Share => 1,
+            Forward::Walk | Forward::Share(_) => 1,
         }
     }
 }
 
-/// Whether forward goes once through all positions with shared states ([`Forward::Share`]), given
-/// inputs whose rows are aligned.
+/// Segments that sequences are cut into where cubes' units share states ([`Forward::Share`]), given
+/// inputs whose rows are aligned; none where forward goes another way.
 ///
 /// A cube's four planes alone leave a processor waiting for latencies; two cubes are enough, and with
-/// fewer than one and a half on average too many processors have one.
-pub(super) fn shares(shape: &ScanShape, device: &DeviceTraits) -> bool {
+/// fewer than one and a half on average too many processors have one. In segments, there are as many cubes
+/// as channels times all segments but one; more than four of these are worth their second exponentials
+/// only where a processor has room for three cubes. With very many, cutting all of it is as fast.
+pub(super) fn shares(shape: &ScanShape, device: &DeviceTraits) -> Option<usize> {
     let fits = shape.state == walk::STATES
         && shape.inner.is_multiple_of(4)
         && device.max_units >= walk::UNITS
         && device.shared_bytes >= walk::shared_bytes(walk::CHANNELS);
     let cubes = shape.batch * shape.inner.div_ceil(walk::CHANNELS);
     let processors = device.busy_units / 1024;
-    let own = shape.length > CHUNK[0] && 2 * cubes >= 3 * processors;
-    fits && CHOICE
-        .get()
-        .forward
-        .map_or(own, |chosen| chosen == Forward::Share)
+    let room = device.processor_shared_bytes / walk::shared_bytes(walk::CHANNELS + 8);
+    let own = match 2 * processors / cubes.max(1) {
+        _ if shape.length <= CHUNK[0] => None,
+        _ if 2 * cubes >= 3 * processors => Some(1),
+        parts @ 2..=3 => Some(parts + 1),
+        4..=5 if room >= 3 => Some(3 * processors / cubes + 1),
+        _ => None,
+    };
+    let own = own.filter(|segments| *segments == 1 || shape.length >= segments * SEGMENT);
+    let wanted = match CHOICE.get().forward {
+        None => own,
+        Some(Forward::Share(segments)) => Some(segments),
+        Some(_) => None,
+    };
+    wanted.filter(|_| fits)
 }
 
 /// A position's numbers of the channels in shared memory: after every `run` of them `gap` places are

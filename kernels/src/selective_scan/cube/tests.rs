@@ -23,6 +23,7 @@ fn kinds_of_device() -> impl Iterator<Item = DeviceTraits> {
             max_units,
             busy_units: 132 * 1024,
             shared_bytes: 32 * 1024,
+            processor_shared_bytes: 32 * 1024,
         })
 }
 
@@ -96,6 +97,7 @@ fn enough_channels_share_their_states() {
         max_units: 1024,
         busy_units: processors * 1024,
         shared_bytes: 48 * 1024,
+        processor_shared_bytes: 227 * 1024,
     };
     let shape = |batch, length, inner, state| ScanShape {
         batch,
@@ -103,19 +105,29 @@ fn enough_channels_share_their_states() {
         inner,
         state,
     };
-    for (processors, batch, expected) in [(132, 4, true), (132, 1, false), (82, 2, true)] {
+    for (processors, batch, segments) in [
+        (132, 4, 1),
+        (132, 2, 3),
+        (132, 1, 7),
+        (82, 2, 1),
+        (82, 1, 3),
+    ] {
         let shape = shape(batch, 8192, 2048, 16);
-        assert_eq!(shares(&shape, &device(processors)), expected);
+        assert_eq!(shares(&shape, &device(processors)), Some(segments));
     }
-    assert!(!shares(&shape(64, 1, 2048, 16), &device(132)));
-    assert!(!shares(&shape(64, 8192, 2048, 8), &device(132)));
-    assert!(!shares(&shape(64, 8192, 2047, 16), &device(132)));
+    assert_eq!(shares(&shape(1, 1024, 2048, 16), &device(132)), None);
+    assert_eq!(shares(&shape(1, 8192, 6144, 16), &device(132)), None);
+    assert_eq!(shares(&shape(64, 1, 2048, 16), &device(132)), None);
+    assert_eq!(shares(&shape(64, 8192, 2048, 8), &device(132)), None);
+    assert_eq!(shares(&shape(64, 8192, 2047, 16), &device(132)), None);
     let mut small = device(132);
+    small.processor_shared_bytes = 99 * 1024;
+    assert_eq!(shares(&shape(1, 8192, 2048, 16), &small), None);
     small.shared_bytes = 16 * 1024;
-    assert!(!shares(&shape(64, 8192, 2048, 16), &small));
+    assert_eq!(shares(&shape(64, 8192, 2048, 16), &small), None);
     small = device(132);
     small.max_units = 64;
-    assert!(!shares(&shape(64, 8192, 2048, 16), &small));
+    assert_eq!(shares(&shape(64, 8192, 2048, 16), &small), None);
 }
 
 fn scan_inputs(dims: [usize; 4], device: &Device) -> Scan {
@@ -203,7 +215,7 @@ fn shared_states_equal_reference() {
         [1, 307, 68],
     ] {
         let dims = [batch, length, inner, 16];
-        for bare in [false, true] {
+        for (bare, segments) in [(false, 1), (true, 1), (false, 3), (true, 2)] {
             let inputs = |device: &Device| {
                 let mut scan = scan_inputs(dims, device);
                 let device = device.clone().autodiff();
@@ -225,17 +237,15 @@ fn shared_states_equal_reference() {
             };
             let expected = results(inputs(&cpu()), reference::selective_scan);
             choose(Choice {
-                forward: Some(Forward::Share),
+                forward: Some(Forward::Share(segments)),
             });
             for device in cube_devices() {
                 let inputs = inputs_with_columns(dims, &device);
-                assert!(shares(
-                    &ScanShape::of(&inputs),
-                    &DeviceTraits::of(&inputs.u)
-                ));
+                let chosen = shares(&ScanShape::of(&inputs), &DeviceTraits::of(&inputs.u));
+                assert_eq!(chosen, Some(segments));
             }
             for device in devices() {
-                let what = format!("{device:?} {dims:?} bare {bare}");
+                let what = format!("{device:?} {dims:?} bare {bare} segments {segments}");
                 let run = || results(inputs(&device), selective_scan);
                 let (got, again) = (run(), run());
                 for ((got, again), expected) in got.iter().zip(&again).zip(&expected) {
@@ -272,7 +282,7 @@ fn shared_states_in_bf16_equal_f32() {
         (wide.b, wide.c) = (again(&narrow.b), again(&narrow.c));
         wide.z = narrow.z.as_ref().map(again);
         choose(Choice {
-            forward: Some(Forward::Share),
+            forward: Some(Forward::Share(2)),
         });
         let (expected, got) = (selective_scan(wide), selective_scan(narrow));
         choose(Choice::default());
@@ -495,6 +505,14 @@ fn gradients_in_the_place_of_inputs_have_the_same_bits() {
     }
 }
 
+/// The ways of forward through time.
+const WAYS: [Forward; 4] = [
+    Forward::Cut,
+    Forward::Walk,
+    Forward::Share(1),
+    Forward::Share(3),
+];
+
 /// Whichever way forward goes through time, its results differ by rounding only, are the same in
 /// every run, and backward's outputs have its very bits.
 #[test]
@@ -522,7 +540,7 @@ fn all_ways_through_time_agree() {
             inputs.resets = cleared.then(|| CubeBackend::float_from_data(flags, &device));
             inputs.z = inputs.z.filter(|_| gated);
             let mut expected: Option<[Vec<f32>; 3]> = None;
-            for way in [Forward::Cut, Forward::Walk, Forward::Share] {
+            for way in WAYS {
                 let what = format!("{device:?} {dims:?} {way:?} {gated} {cleared}");
                 choose(Choice { forward: Some(way) });
                 let first = CubeBackend::selective_scan(inputs.clone());

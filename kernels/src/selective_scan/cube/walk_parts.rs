@@ -4,12 +4,12 @@
 use cubecl::prelude::*;
 
 use super::common::{CLEARED, V2, V4, entry};
-use super::walk::{CHANNELS, SHARES, STATES, STEP_PITCH, TILE, WalkConfig};
+use super::walk::{CHANNELS, SHARES, STATES, STEP_ROW, TILE, WalkConfig};
 use crate::cube::OptionalInput;
 use crate::cube::math::{sigmoid, step_size};
 use crate::cube::reduce::tree_sum;
 use crate::cube::wide::{One, put_wide_at, wide_at};
-use crate::cube::words::{Words, number};
+use crate::cube::words::{Words, load_now, number};
 
 /// From a position to the next: of u, delta and y, and of z, in fours; of B and C in twos.
 #[derive(CubeType)]
@@ -23,13 +23,13 @@ pub(super) struct Strides {
 /// What a unit works on, element-wise.
 #[derive(CubeType)]
 pub(super) struct Part {
-    /// The sequence's first position, in all of them.
+    /// The first position, in all of them, and their number.
     first: usize,
-    length: usize,
+    count: usize,
     /// The unit's position within a tile.
-    position: usize,
+    pub position: usize,
     /// Its first channel within the cube.
-    column: usize,
+    pub column: usize,
     /// Its four channels, counted in fours; the last four for units beyond them.
     four: usize,
     inside: bool,
@@ -42,20 +42,21 @@ pub(super) struct Part {
 #[cube]
 pub(super) fn part(
     block: usize,
-    sequence: usize,
-    length: usize,
+    first: usize,
+    count: usize,
     inner: usize,
     strides: Strides,
 ) -> Part {
     let unit = UNIT_POS as usize;
-    // So that neither loads and stores of shared memory nor those of global memory meet in a bank or
-    // touch more lines than need be: of 8 neighbouring units two have the same position.
-    let column = (unit % 2 + unit / 16 % 4 * 2) * 4;
+    // Of a plane's 32 units, eight have the channels of one position, so that global memory sees few
+    // lines; of 16 neighbouring ones four have four positions each, which do not meet in a bank of shared
+    // memory.
+    let column = (unit / 4 % 4 + unit / 16 % 2 * 4) * 4;
     let channel = block * CHANNELS + column;
     Part {
-        first: sequence * length,
-        length,
-        position: unit / 2 % 8 + unit / 64 * 8,
+        first,
+        count,
+        position: unit % 4 + unit / 32 * 4,
         column,
         four: min(channel, inner - 4) / 4,
         inside: channel < inner,
@@ -65,39 +66,43 @@ pub(super) fn part(
     }
 }
 
-/// Inputs on their way: of u and z those of tiles k - 1 to k + 2, of the others tiles k + 1 and k + 2.
+/// Position number `t`, counted from the first, in all of them; the last one for those beyond it.
+#[cube]
+fn at_row(part: &Part, t: usize) -> usize {
+    part.first + min(t, part.count - 1)
+}
+
+/// Inputs on their way, of an even and of an odd tile; the gates are of earlier tiles, which wait for
+/// their outputs.
 #[derive(CubeType)]
 pub(super) struct Ahead<SU: Size, SD: Size, SP: Size, SZ: Size> {
     u: Array<Words<SU>>,
-    z: Array<Words<SZ>>,
     delta: Array<Words<SD>>,
     b: Array<Words<SP>>,
     c: Array<Words<SP>>,
     resets: Array<f32>,
+    z: Array<Words<SZ>>,
 }
 
-/// No inputs yet; of tiles before the first there are none.
+/// No inputs yet.
 #[cube]
 pub(super) fn nothing_ahead<SU: Size, SD: Size, SP: Size, SZ: Size>() -> Ahead<SU, SD, SP, SZ> {
-    let mut u = Array::<Words<SU>>::new(4usize);
-    let mut z = Array::<Words<SZ>>::new(4usize);
+    let mut z = Array::<Words<SZ>>::new(2usize);
     #[unroll]
     for i in 0..2usize {
-        u[i] = Words::<SU>::new(0u32);
         z[i] = Words::<SZ>::new(0u32);
     }
     Ahead::<SU, SD, SP, SZ> {
-        u,
-        z,
+        u: Array::new(2usize),
         delta: Array::new(2usize),
         b: Array::new(2usize),
         c: Array::new(2usize),
         resets: Array::new(2usize),
+        z,
     }
 }
 
-/// Reads the unit's part of the tile from position `t0` on, or of the last position beyond the end,
-/// into the places of tile k + 1, or of tile k + 2 if `late`.
+/// Reads the unit's part of the tile from position `t0` on, which is of the given parity.
 #[cube]
 pub(super) fn read<SU: Size, SD: Size, SP: Size, SZ: Size>(
     ahead: &mut Ahead<SU, SD, SP, SZ>,
@@ -105,52 +110,47 @@ pub(super) fn read<SU: Size, SD: Size, SP: Size, SZ: Size>(
     delta: &[Words<SD>],
     b: &[Words<SP>],
     c: &[Words<SP>],
-    z: &ComptimeOption<Box<[Words<SZ>]>>,
     resets: &OptionalInput,
     part: &Part,
     t0: usize,
-    #[comptime] late: bool,
+    #[comptime] parity: usize,
+    #[comptime] outputs: bool,
+    #[comptime] config: WalkConfig,
 ) {
-    let slot = comptime!(late as usize);
-    let at = part.first + min(t0 + part.position, part.length - 1);
-    ahead.u[comptime!(slot + 2)] = u[at * part.strides.fours + part.four];
-    ahead.delta[slot] = delta[at * part.strides.fours + part.four];
+    let row = at_row(part, t0 + part.position);
+    let at = row * part.strides.fours + part.four;
+    ahead.u[parity] = load_now(u, at, config.ptx);
+    ahead.delta[parity] = load_now(delta, at, config.ptx);
+    #[comptime]
+    match resets {
+        ComptimeOption::Some(resets) => ahead.resets[parity] = resets[row],
+        ComptimeOption::None => {}
+    }
+    let row = at_row(part, t0 + part.row);
+    ahead.b[parity] = load_now(b, row * part.strides.b_twos + part.pair, config.ptx);
+    if outputs {
+        ahead.c[parity] = load_now(c, row * part.strides.c_twos + part.pair, config.ptx);
+    }
+}
+
+/// Reads the unit's gates of the tile from position `t0` on, which is of the given parity.
+#[cube]
+pub(super) fn read_gates<SU: Size, SD: Size, SP: Size, SZ: Size>(
+    ahead: &mut Ahead<SU, SD, SP, SZ>,
+    z: &ComptimeOption<Box<[Words<SZ>]>>,
+    part: &Part,
+    t0: usize,
+    #[comptime] parity: usize,
+    #[comptime] config: WalkConfig,
+) {
     #[comptime]
     match z {
         ComptimeOption::Some(z) => {
-            ahead.z[comptime!(slot + 2)] = z[at * part.strides.z_fours + part.four]
+            let row = at_row(part, t0 + part.position);
+            let at = row * part.strides.z_fours + part.four;
+            ahead.z[parity] = load_now(z, at, config.ptx)
         }
         ComptimeOption::None => {}
-    }
-    #[comptime]
-    match resets {
-        ComptimeOption::Some(resets) => ahead.resets[slot] = resets[at],
-        ComptimeOption::None => {}
-    }
-    let at = part.first + min(t0 + part.row, part.length - 1);
-    ahead.b[slot] = b[at * part.strides.b_twos + part.pair];
-    ahead.c[slot] = c[at * part.strides.c_twos + part.pair];
-}
-
-/// Every tile becomes the one before.
-#[cube]
-pub(super) fn shift<SU: Size, SD: Size, SP: Size, SZ: Size>(
-    ahead: &mut Ahead<SU, SD, SP, SZ>,
-    #[comptime] gated: bool,
-    #[comptime] resets: bool,
-) {
-    #[unroll]
-    for i in 0..3usize {
-        ahead.u[i] = ahead.u[comptime!(i + 1)];
-        if gated {
-            ahead.z[i] = ahead.z[comptime!(i + 1)];
-        }
-    }
-    ahead.delta[0] = ahead.delta[1];
-    ahead.b[0] = ahead.b[1];
-    ahead.c[0] = ahead.c[1];
-    if resets {
-        ahead.resets[0] = ahead.resets[1];
     }
 }
 
@@ -176,86 +176,74 @@ pub(super) fn parameters(bias: &OptionalInput, d: &OptionalInput, part: &Part) -
     }
 }
 
-/// The unit's part of tile k + 1 as the recurrence takes it.
-#[derive(CubeType)]
-pub(super) struct Ready<SP: Size> {
-    /// Step sizes of four channels as the decays see them, and times u.
-    steps: Array<f32>,
-    xs: Array<f32>,
-    b: Words<SP>,
-    c: Words<SP>,
-}
-
-/// Makes the tile from position `t0` on ready.
+/// Makes channel number `i` of the unit's of the tile from position `t0` on ready for the recurrence. Its
+/// u is kept for [`finish`], its step added to `passed`.
 #[cube]
 pub(super) fn stage<SU: Size, SD: Size, SP: Size, SZ: Size>(
     ahead: &Ahead<SU, SD, SP, SZ>,
+    steps: &mut Shared<[One]>,
+    us: &mut Array<f32>,
+    passed: &mut Array<f32>,
     parameters: &Parameters,
     part: &Part,
     t0: usize,
-    #[comptime] resets: bool,
+    #[comptime] i: usize,
+    #[comptime] parity: usize,
+    #[comptime] cleared: bool,
+    #[comptime] outputs: bool,
     #[comptime] c: WalkConfig,
-) -> Ready<SP> {
-    let mut steps = Array::<f32>::new(4usize);
-    let mut xs = Array::<f32>::new(4usize);
-    let inside = t0 + part.position < part.length;
-    let mut clear = 0.0f32;
-    if resets {
-        let mut reset = ahead.resets[0] > 0.5f32;
+) {
+    let inside = t0 + part.position < part.count;
+    let delta = number::<SD>(ahead.delta[parity], i, comptime!(c.halves[1]));
+    let mut dt = step_size(delta + parameters.bias[i], c.softplus, c.ptx);
+    if comptime!(!c.whole) {
+        // A position beyond the last leaves the state as it is.
+        dt = select(inside, dt, 0.0f32);
+    }
+    let mut step = dt;
+    if cleared {
+        let mut reset = ahead.resets[parity] > 0.5f32;
         if comptime!(!c.whole) {
             reset = reset && inside;
         }
-        clear = select(reset, CLEARED, 0.0f32);
+        step += select(reset, CLEARED, 0.0f32);
     }
-    #[unroll]
-    for i in 0..4usize {
-        let delta = number::<SD>(ahead.delta[0], i, comptime!(c.halves[1]));
-        let mut dt = step_size(delta + parameters.bias[i], c.softplus, c.ptx);
-        if comptime!(!c.whole) {
-            // A position beyond the last leaves the state as it is.
-            dt = select(inside, dt, 0.0f32);
-        }
-        xs[i] = dt * number::<SU>(ahead.u[2], i, comptime!(c.halves[0]));
-        steps[i] = if resets { dt + clear } else { dt };
-    }
-    Ready::<SP> {
-        steps,
-        xs,
-        b: ahead.b[0],
-        c: ahead.c[0],
+    let u = number::<SU>(ahead.u[parity], i, comptime!(c.halves[0]));
+    let at = comptime!(parity * TILE / 2 * STEP_ROW * 2)
+        + part.position / 2 * comptime!(STEP_ROW * 2)
+        + (part.column + part.column / 8 + i) * 2
+        + part.position % 2;
+    put_two(steps, at, step, dt * u, c.ptx);
+    if outputs {
+        us[comptime!(parity * 4 + i)] = u;
+    } else {
+        passed[i] = min(passed[i] + select(inside, step, 0.0f32), CLEARED);
     }
 }
 
-/// Writes what is ready into the tile of the given parity.
+/// Makes the unit's numbers of B and C ready. Those of odd positions are the other way round, so that
+/// neighbouring positions meet in no bank.
 #[cube]
-pub(super) fn put<SP: Size>(
-    ready: &Ready<SP>,
-    steps: &mut Shared<[One]>,
+pub(super) fn stage_bc<SU: Size, SD: Size, SP: Size, SZ: Size>(
+    ahead: &Ahead<SU, SD, SP, SZ>,
     bc: &mut Shared<[One]>,
     part: &Part,
     #[comptime] parity: usize,
+    #[comptime] outputs: bool,
     #[comptime] c: WalkConfig,
 ) {
-    #[unroll]
-    for i in 0..4usize {
-        let at = comptime!(parity * CHANNELS * STEP_PITCH)
-            + (part.column + i) * STEP_PITCH
-            + part.position;
-        put_two(steps, at, ready.steps[i], ready.xs[i], c.ptx);
-    }
+    let halves = comptime!(c.halves[2]);
     let at =
         comptime!(parity * TILE * STATES) + part.row * STATES + part.pair / 2 * 4 + part.pair % 2;
-    let halves = comptime!(c.halves[2]);
-    let (b0, b1) = (
-        number::<SP>(ready.b, 0usize, halves),
-        number::<SP>(ready.b, 1usize, halves),
-    );
-    put_two(bc, at, b0, b1, c.ptx);
-    let (c0, c1) = (
-        number::<SP>(ready.c, 0usize, halves),
-        number::<SP>(ready.c, 1usize, halves),
-    );
-    put_two(bc, at + 2, c0, c1, c.ptx);
+    let turned = part.row % 2 * 2;
+    let b0 = number::<SP>(ahead.b[parity], 0usize, halves);
+    let b1 = number::<SP>(ahead.b[parity], 1usize, halves);
+    put_two(bc, at + turned, b0, b1, c.ptx);
+    if outputs {
+        let c0 = number::<SP>(ahead.c[parity], 0usize, halves);
+        let c1 = number::<SP>(ahead.c[parity], 1usize, halves);
+        put_two(bc, at + 2 - turned, c0, c1, c.ptx);
+    }
 }
 
 /// Pair number `at` of a buffer.
@@ -266,29 +254,23 @@ fn put_two(buffer: &mut Shared<[One]>, at: usize, first: f32, second: f32, #[com
     put_wide_at::<Const<2>>(buffer, at, two, ptx);
 }
 
-/// Completes the outputs of the tile from position `t0` on, which is tile k - 1. Of a tile beyond
-/// either end nothing is written.
+/// Sums over the states of the unit's outputs, from the shares of the tile of the given parity.
 #[cube]
-pub(super) fn finish<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
-    ahead: &Ahead<SU, SD, SP, SZ>,
+pub(super) fn gather(
     sums: &mut Shared<[One]>,
-    parameters: &Parameters,
-    y: &mut [Vector<Y, Const<4>>],
     part: &Part,
-    t0: usize,
-    #[comptime] gated: bool,
     #[comptime] parity: usize,
     #[comptime] c: WalkConfig,
-) {
+) -> Array<f32> {
     let mut shares = Array::<V4>::new(SHARES);
     #[unroll]
     for i in 0..SHARES {
-        let at = comptime!((parity * SHARES + i) * TILE * c.pitch / 4)
+        let at = comptime!((parity * SHARES + i) * c.share_pitch() / 4)
             + part.position * comptime!(c.pitch / 4)
             + part.column / 4;
         shares[i] = wide_at::<Const<4>>(sums, at, c.ptx);
     }
-    let mut out = V4::new(0.0f32);
+    let mut out = Array::<f32>::new(4usize);
     #[unroll]
     for i in 0..4usize {
         let mut of_shares = Array::<f32>::new(SHARES);
@@ -296,17 +278,37 @@ pub(super) fn finish<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
         for k in 0..SHARES {
             of_shares[k] = shares[k].extract(i);
         }
-        let sum = tree_sum(&mut of_shares, SHARES);
-        let u = number::<SU>(ahead.u[0], i, comptime!(c.halves[0]));
-        let mut value = fma(parameters.skip[i], u, sum);
-        if gated {
-            let z = number::<SZ>(ahead.z[0], i, comptime!(c.halves[3]));
-            value = value * z * sigmoid(z, c.ptx);
-        }
-        out.insert(i, value);
+        out[i] = tree_sum(&mut of_shares, SHARES);
     }
+    out
+}
+
+/// The output of channel number `i` of the unit's of the tile of the given parity.
+#[cube]
+pub(super) fn finish<SU: Size, SD: Size, SP: Size, SZ: Size>(
+    ahead: &Ahead<SU, SD, SP, SZ>,
+    sums: &Array<f32>,
+    us: &Array<f32>,
+    parameters: &Parameters,
+    #[comptime] i: usize,
+    #[comptime] parity: usize,
+    #[comptime] gated: bool,
+    #[comptime] c: WalkConfig,
+) -> f32 {
+    let value = fma(parameters.skip[i], us[comptime!(parity * 4 + i)], sums[i]);
+    if gated {
+        let z = number::<SZ>(ahead.z[parity], i, comptime!(c.halves[3]));
+        value * z * sigmoid(z, c.ptx)
+    } else {
+        value
+    }
+}
+
+/// Writes the unit's outputs of the tile from position `t0` on, but none beyond either end.
+#[cube]
+pub(super) fn write<Y: Float>(out: V4, y: &mut [Vector<Y, Const<4>>], part: &Part, t0: usize) {
     let t = t0 + part.position;
-    if part.inside && t < part.length {
+    if part.inside && t < part.count {
         y[(part.first + t) * part.strides.fours + part.four] = Vector::cast_from(out);
     }
 }
