@@ -87,6 +87,16 @@ pub trait MambaKernels: Backend {
         bias: Option<FloatTensor<Self>>,
     ) -> (Normalized<FloatTensor<Self>>, FloatTensor<Self>);
 
+    /// What [`normalize_affine`](Self::normalize_affine) returns second, where nothing is kept for
+    /// backward.
+    fn normed(
+        inputs: NormalizeInputs<FloatTensor<Self>>,
+        weight: FloatTensor<Self>,
+        bias: Option<FloatTensor<Self>>,
+    ) -> FloatTensor<Self> {
+        Self::normalize_affine(inputs, weight, bias).1
+    }
+
     /// Gradients of [`normalize_affine`](Self::normalize_affine), with the gradient that bypasses
     /// the normalisation added.
     fn normalize_backward(
@@ -456,12 +466,9 @@ macro_rules! forward_to_kernels {
                 let layer = mamba_layer::fused::Layer {
                     weights,
                     memory,
-                    settings: LayerSettings {
-                        keep: false,
-                        ..settings
-                    },
+                    settings,
                 };
-                let out = mamba_layer::fused::forward::<Self>(&layer, stream);
+                let out = mamba_layer::fused::infer::<Self>(&layer, stream);
                 (out.stream, out.h, out.window)
             }
 

@@ -131,7 +131,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         output.begin()?;
     }
     while !session.is_finished() {
-        for piece in session.advance(steps(&session))? {
+        for piece in session.advance_ahead(steps(&session))? {
             if args.num_samples == 1 && !args.json {
                 output.write(&piece.bytes)?;
             } else {

@@ -1,5 +1,7 @@
 //! The loop over bytes: choose, read, choose.
 
+use std::collections::VecDeque;
+
 use burn::tensor::{DType, Int, Tensor};
 use mambabyte_kernels::decode::{self, Start};
 use mambabyte_kernels::sampling::{Choice, Draw, Lane};
@@ -36,6 +38,7 @@ impl Decoder {
                 state: None,
                 logits: Vec::new(),
                 lanes: Vec::new(),
+                queued: VecDeque::new(),
             })),
         }
     }
@@ -52,6 +55,7 @@ impl Decoder {
                 });
             }
             Self::Plain(plain) => {
+                plain.queued.clear();
                 plain.logits = values(logits);
                 plain.state = Some(state);
                 plain.lanes = lanes;
@@ -59,16 +63,24 @@ impl Decoder {
         }
     }
 
-    /// Chooses and reads `draws.len() / B` bytes of every sequence. Draws and choices are in the
-    /// order `[steps, B]`.
-    pub fn run(&mut self, draws: &[Draw]) -> Vec<Choice> {
+    /// Has `draws.len() / B` bytes of every sequence chosen and read. Draws and choices are in the order
+    /// `[steps, B]`.
+    pub fn queue(&mut self, draws: Vec<Draw>) {
         match self {
-            Self::Kernels(kernels) => kernels.run(draws),
-            Self::Plain(plain) => plain.run(draws),
+            Self::Kernels(kernels) => kernels.queue(&draws),
+            Self::Plain(plain) => plain.queued.push_back(draws),
         }
     }
 
-    /// What the next bytes are chosen from, `[B, V]`.
+    /// What was chosen in the piece that was queued first.
+    pub fn take(&mut self) -> Vec<Choice> {
+        match self {
+            Self::Kernels(kernels) => kernels.take(),
+            Self::Plain(plain) => plain.take(),
+        }
+    }
+
+    /// What the bytes behind all pieces are chosen from, `[B, V]`.
     pub fn logits(&self) -> Vec<f32> {
         match self {
             Self::Kernels(kernels) => kernels.logits(),
@@ -94,10 +106,15 @@ pub(super) struct Plain {
     /// `[B, V]`.
     logits: Vec<f32>,
     lanes: Vec<Lane>,
+    /// Draws of the pieces to come.
+    queued: VecDeque<Vec<Draw>>,
 }
 
 impl Plain {
-    fn run(&mut self, draws: &[Draw]) -> Vec<Choice> {
+    fn take(&mut self) -> Vec<Choice> {
+        let Some(draws) = self.queued.pop_front() else {
+            unreachable!("queue() comes first");
+        };
         let mut all = Vec::with_capacity(draws.len());
         for draws in draws.chunks(self.lanes.len()) {
             let vocabulary = self.logits.len() / self.lanes.len();

@@ -124,7 +124,7 @@ impl Generator {
         };
         let mut texts = vec![empty; requests.len()];
         'writing: while !session.is_finished() {
-            for piece in session.advance(PIECE)? {
+            for piece in session.advance_ahead(PIECE)? {
                 let flow = sink(&piece);
                 let text = &mut texts[piece.index];
                 text.bytes.extend(piece.bytes);

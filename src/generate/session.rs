@@ -16,6 +16,8 @@ pub struct Session<'g> {
     generator: &'g mut Generator,
     texts: Vec<Text>,
     timing: Timing,
+    /// Steps of the piece that has been begun ahead, if any.
+    begun: usize,
 }
 
 /// One text on its way.
@@ -46,7 +48,7 @@ impl Text {
         }
     }
 
-    /// What its byte number `ahead` from now is chosen with.
+    /// What its byte number `ahead` behind those chosen is chosen with.
     fn draw(&mut self, ahead: usize) -> Draw {
         Draw {
             number: self.draws.next(),
@@ -94,6 +96,7 @@ impl<'g> Session<'g> {
                 prefill: began.elapsed(),
                 ..Timing::default()
             },
+            begun: 0,
         })
     }
 
@@ -109,17 +112,32 @@ impl<'g> Session<'g> {
     ///
     /// If the device fails.
     pub fn advance(&mut self, most: usize) -> Result<Vec<Piece>> {
-        let unfinished = self.texts.iter().filter(|text| text.finish.is_none());
-        let steps = most.min(unfinished.map(|text| text.left).max().unwrap_or(0));
+        self.write(most, false)
+    }
+
+    /// As [`advance`](Self::advance), and has a GPU begin the next piece before this one is waited for,
+    /// so that it does not stand still between the two. The next piece, whoever asks for it, has these
+    /// `most` bytes.
+    ///
+    /// # Errors
+    ///
+    /// If the device fails.
+    pub fn advance_ahead(&mut self, most: usize) -> Result<Vec<Piece>> {
+        self.write(most, true)
+    }
+
+    fn write(&mut self, most: usize, ahead: bool) -> Result<Vec<Piece>> {
         let batch = self.texts.len();
+        let began = Instant::now();
+        if self.begun == 0 {
+            self.begun = self.begin(0, most);
+        }
+        let steps = self.begun;
         let mut choices = Vec::new();
-        if steps > 0 {
-            let began = Instant::now();
-            let mut draws = Vec::with_capacity(steps * batch);
-            for step in 0..steps {
-                draws.extend(self.texts.iter_mut().map(|text| text.draw(step)));
-            }
-            choices = self.generator.decoder.run(&draws);
+        // What was begun ahead of an end is of no use.
+        if steps > 0 && self.texts.iter().any(|text| text.finish.is_none()) {
+            self.begun = if ahead { self.begin(steps, most) } else { 0 };
+            choices = self.generator.decoder.take();
             self.timing.decode += began.elapsed();
             self.timing.new_bytes += choices.len();
         }
@@ -141,6 +159,22 @@ impl<'g> Session<'g> {
         Ok(pieces)
     }
 
+    /// Has the bytes chosen that come `behind` so many more, at most `most` of them; returns their
+    /// number.
+    fn begin(&mut self, behind: usize, most: usize) -> usize {
+        let unfinished = self.texts.iter().filter(|text| text.finish.is_none());
+        let left = unfinished.map(|text| text.left).max().unwrap_or(0);
+        let steps = most.min(left.saturating_sub(behind));
+        if steps > 0 {
+            let mut draws = Vec::with_capacity(steps * self.texts.len());
+            for step in behind..behind + steps {
+                draws.extend(self.texts.iter_mut().map(|text| text.draw(step)));
+            }
+            self.generator.decoder.queue(draws);
+        }
+        steps
+    }
+
     /// Ends a text where it is; bytes held back are dropped.
     pub fn cancel(&mut self, index: usize) {
         let text = &mut self.texts[index];
@@ -160,7 +194,8 @@ impl<'g> Session<'g> {
     }
 
     /// Scores of what comes next, `[B][V]`: the logits that the next byte of each sequence is chosen
-    /// from. For sequences that ended before others they are of no use.
+    /// from, behind what has been begun ahead. For sequences that ended before others they are of no
+    /// use.
     pub fn logits(&self) -> Vec<Vec<f32>> {
         let logits = self.generator.decoder.logits();
         let vocabulary = logits.len() / self.texts.len().max(1);

@@ -197,6 +197,22 @@ impl Mamba {
         state: Option<State>,
         resets: Option<Tensor<2>>,
     ) -> (Tensor<3>, State) {
+        let (stream, state) = self.forward_stream(x, state, resets);
+        (self.finish(stream), state)
+    }
+
+    /// [`forward`](Self::forward) up to the stream behind the last block, which
+    /// [`finish`](Self::finish) makes the output of.
+    ///
+    /// # Panics
+    ///
+    /// If the state is of another number of layers.
+    pub(crate) fn forward_stream(
+        &self,
+        x: Tensor<3>,
+        state: Option<State>,
+        resets: Option<Tensor<2>>,
+    ) -> (Tensor<3>, State) {
         let before = state.map_or_else(Vec::new, |state| state.layers);
         assert!(
             before.is_empty() || before.len() == self.layers.len(),
@@ -205,7 +221,7 @@ impl Mamba {
             self.layers.len()
         );
         let (stream, after) = self.forward_layers(0..self.layers.len(), x, before, resets);
-        (self.finish(stream), State { layers: after })
+        (stream, State { layers: after })
     }
 
     /// Runs the blocks `range`: from the stream before them to the stream behind, with the memories

@@ -81,15 +81,12 @@ impl MambaLm {
         state: Option<State>,
         count: usize,
     ) -> (Tensor<3>, State) {
-        let (x, state) = self
-            .backbone
-            .forward(self.embedding.forward(bytes), state, None);
-        let [batch, length, width] = x.dims();
+        let stream = self.embedding.forward(bytes);
+        let [batch, length, width] = stream.dims();
+        let (stream, state) = self.backbone.forward_stream(stream, state, None);
         let from = length.saturating_sub(count);
-        (
-            self.head(x.slice([0..batch, from..length, 0..width])),
-            state,
-        )
+        let last = stream.slice([0..batch, from..length, 0..width]);
+        (self.head(self.backbone.finish(last)), state)
     }
 
     /// Logits after one more byte of every sequence, and the new memory.

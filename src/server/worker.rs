@@ -283,7 +283,7 @@ fn write_all(
     scorer: &mut Scorer,
 ) -> Result<()> {
     while !session.is_finished() {
-        for piece in session.advance(SLICE)? {
+        for piece in session.advance_ahead(SLICE)? {
             let (job, index) = owners[piece.index];
             let _ = jobs[job].pieces.send(Ok(Piece { index, ..piece }));
         }

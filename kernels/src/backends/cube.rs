@@ -75,6 +75,14 @@ impl MambaKernels for CubeBackend {
         norm::cube::normalize_affine(inputs, weight, bias)
     }
 
+    fn normed(
+        inputs: NormalizeInputs<FloatTensor<Self>>,
+        weight: FloatTensor<Self>,
+        bias: Option<FloatTensor<Self>>,
+    ) -> FloatTensor<Self> {
+        norm::cube::normed(inputs, weight, bias)
+    }
+
     fn normalize_backward(
         inputs: NormalizeBackward<FloatTensor<Self>>,
     ) -> NormalizeGrads<FloatTensor<Self>> {

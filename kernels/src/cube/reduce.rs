@@ -183,3 +183,35 @@ pub(crate) fn cube_sum(
     }
     sum
 }
+
+/// The largest `value` of the cube, and the first unit that has it; every unit gets them. `scratch` has
+/// two places for each plane. All units must call it together, and may read afterwards what others
+/// wrote to shared memory before.
+#[cube]
+pub(crate) fn cube_top(
+    value: f32,
+    scratch: &mut Shared<[f32]>,
+    #[comptime] units: usize,
+    #[comptime] plane: usize,
+) -> (f32, usize) {
+    let unit = UNIT_POS as usize;
+    let largest = lane_max(value, plane);
+    // The first is the one whose number, taken from that of all, is the largest.
+    let behind = f32::cast_from((comptime!(units).runtime() - unit) as u32);
+    let own = lane_max(select(value == largest, behind, 0.0f32), plane);
+    // The scratch may still be read from an earlier sum.
+    sync_cube();
+    if unit % plane == 0 {
+        scratch[unit / plane * 2] = largest;
+        scratch[unit / plane * 2 + 1] = own;
+    }
+    sync_cube();
+    let mut top = scratch[0];
+    let mut place = scratch[1];
+    for i in 1..comptime!(units / plane) {
+        let larger = scratch[2 * i] > top;
+        top = select(larger, scratch[2 * i], top);
+        place = select(larger, scratch[2 * i + 1], place);
+    }
+    (top, comptime!(units) - usize::cast_from(place as u32))
+}

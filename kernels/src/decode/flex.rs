@@ -4,6 +4,8 @@
 //! The weights are those of the model, where they are; nothing is copied. A result does not depend
 //! on the number of threads, nor a sequence's on the sequences beside it.
 
+use std::collections::VecDeque;
+
 use burn::backend::DispatchTensorKind;
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
@@ -39,6 +41,8 @@ pub struct Decoder {
     lanes: Vec<Lane>,
     /// `[B, V]`.
     logits: Vec<f32>,
+    /// Draws of the pieces to come.
+    queued: VecDeque<Vec<Draw>>,
 }
 
 /// A layer's parameters, absent biases as zeros, and its memory.
@@ -179,10 +183,12 @@ impl Decoder {
             eps: model.eps,
             lanes: Vec::new(),
             logits: Vec::new(),
+            queued: VecDeque::new(),
         }
     }
 
     pub(super) fn begin(&mut self, start: Start) {
+        self.queued.clear();
         self.logits = values(&raw(&start.logits)).to_vec();
         self.lanes = start.lanes;
         for (layer, (h, window)) in self.layers.iter_mut().zip(start.memory) {
@@ -191,8 +197,17 @@ impl Decoder {
         }
     }
 
-    pub(super) fn run(&mut self, draws: &[Draw]) -> Vec<Choice> {
+    /// See [`super::Decoder::queue`].
+    pub(super) fn queue(&mut self, draws: &[Draw]) {
         assert!(!self.lanes.is_empty(), "decode: begin() comes first");
+        self.queued.push_back(draws.to_vec());
+    }
+
+    /// See [`super::Decoder::take`].
+    pub(super) fn take(&mut self) -> Vec<Choice> {
+        let Some(draws) = self.queued.pop_front() else {
+            panic!("decode: queue() comes first");
+        };
         let mut all = Vec::with_capacity(draws.len());
         for draws in draws.chunks(self.lanes.len()) {
             let rows = self.logits.chunks(self.vocabulary);

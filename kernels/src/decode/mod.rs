@@ -127,7 +127,7 @@ impl Decoder {
         }
     }
 
-    /// Takes up sequences where they stand; whatever was at work before is dropped.
+    /// Takes up sequences where they stand; whatever was at work or queued before is dropped.
     pub fn begin(&mut self, start: Start) {
         match self {
             #[cfg(feature = "flex")]
@@ -144,15 +144,40 @@ impl Decoder {
     ///
     /// Before [`begin`](Self::begin).
     pub fn run(&mut self, draws: &[Draw]) -> Vec<Choice> {
+        self.queue(draws);
+        self.take()
+    }
+
+    /// Has a piece worked on, as [`run`](Self::run) does, without waiting for it: a GPU goes on to it from
+    /// the one before without a pause. The CPU begins when it is taken.
+    ///
+    /// # Panics
+    ///
+    /// Before [`begin`](Self::begin).
+    pub fn queue(&mut self, draws: &[Draw]) {
         match self {
             #[cfg(feature = "flex")]
-            Self::Flex(decoder) => decoder.run(draws),
+            Self::Flex(decoder) => decoder.queue(draws),
             #[cfg(feature = "cube")]
-            Self::Cube(decoder) => decoder.run(draws),
+            Self::Cube(decoder) => decoder.queue(draws),
         }
     }
 
-    /// What the next bytes are chosen from, `[B, V]`.
+    /// What was chosen in the piece that was queued first of those not taken yet.
+    ///
+    /// # Panics
+    ///
+    /// If there is none.
+    pub fn take(&mut self) -> Vec<Choice> {
+        match self {
+            #[cfg(feature = "flex")]
+            Self::Flex(decoder) => decoder.take(),
+            #[cfg(feature = "cube")]
+            Self::Cube(decoder) => decoder.take(),
+        }
+    }
+
+    /// What the bytes behind all pieces are chosen from, `[B, V]`.
     pub fn logits(&self) -> Vec<f32> {
         match self {
             #[cfg(feature = "flex")]

@@ -137,8 +137,11 @@ impl Shape {
             decoder.begin(self.start(lanes.clone(), &device));
             // In pieces, as it is used: the first step, then some.
             let (first, rest) = draws.split_at(self.batch);
-            let mut got = decoder.run(first);
-            got.extend(decoder.run(rest));
+            // The second piece is begun before the first is looked at.
+            decoder.queue(first);
+            decoder.queue(rest);
+            let mut got = decoder.take();
+            got.extend(decoder.take());
             let bytes = |choices: &[Choice]| choices.iter().map(|it| it.byte).collect::<Vec<_>>();
             assert_eq!(bytes(&got), bytes(&expected), "{device:?}");
             let logprobs = |choices: &[Choice]| -> Vec<f32> {
@@ -416,7 +419,8 @@ fn run_as(
     let mut decoder = cube::Decoder::new(&shape.model(device), DType::F32).expect("kernels");
     decoder.set_mode(mode, processors);
     decoder.begin(shape.start(shape.lanes(sampling), device));
-    let choices = decoder.run(&draws);
+    decoder.queue(&draws);
+    let choices = decoder.take();
     (choices, decoder.logits(), decoder.describe())
 }
 
@@ -494,7 +498,8 @@ fn kernels_for_many_sequences_equal_the_reference() {
             let mut decoder = cube::Decoder::new(&model, DType::F32).expect("kernels");
             decoder.set_mode(cube::Mode::Wide, None);
             decoder.begin(shape.start(lanes.clone(), &device));
-            let got = decoder.run(&draws);
+            decoder.queue(&draws);
+            let got = decoder.take();
             let what = format!("{shape:?} on {device:?}");
             assert_close(&what, &logprobs(&got), &logprobs(&expected), 1e-3, 1e-3);
             assert_close(&what, &decoder.logits(), &reference.logits(), 1e-3, 1e-3);

@@ -67,9 +67,9 @@ pub(crate) fn layer<B: MambaKernels, C: CheckpointStrategy>(
         },
         settings,
     };
-    let out = forward::<B>(&inner, stream.into_primitive());
+    let (out, saved) = forward::<B>(&inner, stream.into_primitive());
     let stream = match LayerBackward.prepare::<C>(nodes).compute_bound().stateful() {
-        OpsKind::Tracked(prep) => prep.finish((inner, out.saved), out.stream),
+        OpsKind::Tracked(prep) => prep.finish((inner, saved), out.stream),
         OpsKind::UnTracked(prep) => prep.finish(out.stream),
     };
     (

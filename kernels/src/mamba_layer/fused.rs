@@ -29,7 +29,6 @@ pub(crate) struct LayerOutputs<T> {
     pub h: T,
     /// `[B, E, K-1]`.
     pub window: T,
-    pub saved: LayerSaved<T>,
 }
 
 /// What backward needs of the forward pass.
@@ -204,24 +203,67 @@ fn sum_rows<B: MambaKernels>(x: Raw<B>) -> Raw<B> {
     B::float_reshape(B::float_sum_dim(x, 0), Shape::new([width]))
 }
 
-/// The forward pass.
+impl<T: TensorMetadata + Clone> Layer<T> {
+    /// The inputs of its norm.
+    fn norm<B>(&self, stream: &Raw<B>) -> NormalizeInputs<Raw<B>>
+    where
+        B: MambaKernels<FloatTensorPrimitive = T>,
+    {
+        NormalizeInputs {
+            x: matrix::<B>(stream.clone()),
+            eps: self.settings.eps,
+            kind: self.settings.norm,
+            dtype: self.settings.dtype,
+        }
+    }
+}
+
+/// The forward pass, and what backward needs of it.
 pub(crate) fn forward<B: MambaKernels>(
     layer: &Layer<Raw<B>>,
     stream: Raw<B>,
+) -> (LayerOutputs<Raw<B>>, LayerSaved<Raw<B>>) {
+    let (weight, bias) = (&layer.weights.norm, &layer.weights.norm_bias);
+    let inputs = layer.norm::<B>(&stream);
+    let (normalized, normed) = B::normalize_affine(inputs, weight.clone(), bias.clone());
+    let (outputs, mixed) = forward_mixer::<B>(layer, stream, normed);
+    let saved = LayerSaved {
+        normalized,
+        xz: layer.settings.keep.then_some(mixed.xz),
+        low: mixed.low,
+        states: mixed.states,
+        rates: mixed.rates,
+    };
+    (outputs, saved)
+}
+
+/// The forward pass alone, with the same bits.
+pub(crate) fn infer<B: MambaKernels>(
+    layer: &Layer<Raw<B>>,
+    stream: Raw<B>,
 ) -> LayerOutputs<Raw<B>> {
+    let (weight, bias) = (&layer.weights.norm, &layer.weights.norm_bias);
+    let normed = B::normed(layer.norm::<B>(&stream), weight.clone(), bias.clone());
+    forward_mixer::<B>(layer, stream, normed).0
+}
+
+/// What the forward pass computes on its way behind the norm; see [`LayerSaved`].
+struct Mixed<T> {
+    xz: T,
+    low: T,
+    states: T,
+    rates: T,
+}
+
+/// The layer behind its norm, for `normed` `[B · L, D]`.
+fn forward_mixer<B: MambaKernels>(
+    layer: &Layer<Raw<B>>,
+    stream: Raw<B>,
+    normed: Raw<B>,
+) -> (LayerOutputs<Raw<B>>, Mixed<Raw<B>>) {
     let sizes = layer.sizes(&stream);
     let LayerSettings { dtype, tf32, .. } = layer.settings;
     let weights = &layer.weights;
-    let (normalized, normed) = B::normalize_affine(
-        NormalizeInputs {
-            x: matrix::<B>(stream.clone()),
-            eps: layer.settings.eps,
-            kind: layer.settings.norm,
-            dtype,
-        },
-        weights.norm.clone(),
-        weights.norm_bias.clone(),
-    );
     let xz = layer.in_proj::<B>(rows_of::<B>(normed, sizes));
     let ConvOutputs { y: u, last_window } = B::causal_conv1d(layer.conv::<B>(&xz, sizes.inner));
     let low = layer.project::<B>(u.clone(), &weights.x_proj);
@@ -233,21 +275,21 @@ pub(crate) fn forward<B: MambaKernels>(
         Product::plain(DType::F32, tf32),
         Target::Add(stream),
     );
-    LayerOutputs {
+    let outputs = LayerOutputs {
         stream: match &weights.out_bias {
             Some(bias) => add_row::<B>(out, bias.clone()),
             None => out,
         },
         h: scan.last_state,
         window: last_window,
-        saved: LayerSaved {
-            normalized,
-            xz: layer.settings.keep.then_some(xz),
-            low,
-            states: scan.saved,
-            rates,
-        },
-    }
+    };
+    let mixed = Mixed {
+        xz,
+        low,
+        states: scan.saved,
+        rates,
+    };
+    (outputs, mixed)
 }
 
 /// A `[B · L, D]` tensor as `[B, L, D]`.

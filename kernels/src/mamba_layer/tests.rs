@@ -232,6 +232,55 @@ fn what_is_kept_changes_no_bit() {
     }
 }
 
+/// The layer with gradients tracked, which has to give what it gives without.
+fn both(args: MambaLayer) -> (Tensor<3>, Tensor<3>, Tensor<3>) {
+    fn plain<const D: usize>(tensor: &Tensor<D>) -> Tensor<D> {
+        tensor.clone().inner()
+    }
+    fn optional<const D: usize>(tensor: &Option<Tensor<D>>) -> Option<Tensor<D>> {
+        tensor.as_ref().map(plain)
+    }
+    let (stream, h, window) = mamba_layer(MambaLayer {
+        stream: plain(&args.stream),
+        norm: plain(&args.norm),
+        norm_bias: optional(&args.norm_bias),
+        in_proj: plain(&args.in_proj),
+        in_bias: optional(&args.in_bias),
+        conv: plain(&args.conv),
+        conv_bias: optional(&args.conv_bias),
+        x_proj: plain(&args.x_proj),
+        dt_proj: plain(&args.dt_proj),
+        dt_bias: optional(&args.dt_bias),
+        a_log: plain(&args.a_log),
+        rates: None,
+        d: plain(&args.d),
+        out_proj: plain(&args.out_proj),
+        out_bias: optional(&args.out_bias),
+        h: optional(&args.h),
+        window: optional(&args.window),
+        resets: optional(&args.resets),
+        settings: args.settings,
+    });
+    let tracked = mamba_layer(args);
+    for (name, a, b) in [
+        ("out", &tracked.0, stream),
+        ("h", &tracked.1, h),
+        ("window", &tracked.2, window),
+    ] {
+        assert_same_bits(name, &read(a.clone()), &read(b));
+    }
+    tracked
+}
+
+#[test]
+fn without_gradients_the_bits_are_the_same() {
+    for case in cases() {
+        for device in devices() {
+            run(both, case, settings(&case, DType::F32, true), &device);
+        }
+    }
+}
+
 /// Relative distance of two lists of numbers.
 fn distance(got: &[f32], expected: &[f32]) -> f32 {
     let norm = |it: &mut dyn Iterator<Item = f32>| it.map(|v| v * v).sum::<f32>().sqrt();

@@ -43,6 +43,8 @@ struct NormConfig {
     vectors: usize,
     /// Whether the mean is subtracted.
     centred: bool,
+    /// Whether `hat` and `rstd` are wanted (forward).
+    keep: bool,
     /// Whether dbias is wanted (backward).
     bias: bool,
     /// Whether dx is wanted in a second data type (backward).
@@ -60,6 +62,7 @@ impl NormConfig {
             plane: device.plane,
             vectors,
             centred: kind == NormKind::Layer,
+            keep: true,
             bias: false,
             cast: false,
         }
@@ -73,7 +76,8 @@ impl NormConfig {
 
 /// See [`MambaKernels::normalize`](crate::MambaKernels::normalize).
 pub(crate) fn normalize(inputs: NormalizeInputs<CubeTensor>) -> Normalized<CubeTensor> {
-    launch_forward(inputs, None, None).0
+    let (normalized, _) = launch_forward(inputs, None, true);
+    normalized.expect("kept")
 }
 
 /// See [`MambaKernels::normalize_affine`](crate::MambaKernels::normalize_affine).
@@ -82,32 +86,48 @@ pub(crate) fn normalize_affine(
     weight: CubeTensor,
     bias: Option<CubeTensor>,
 ) -> (Normalized<CubeTensor>, CubeTensor) {
-    let (normalized, normed) = launch_forward(inputs, Some(weight), bias);
-    (normalized, normed.expect("a weight was given"))
+    let (normalized, normed) = launch_forward(inputs, Some((weight, bias)), true);
+    (normalized.expect("kept"), normed.expect("given a weight"))
 }
 
-/// Normalised rows and, with a weight, their affine form.
+/// See [`MambaKernels::normed`](crate::MambaKernels::normed).
+pub(crate) fn normed(
+    inputs: NormalizeInputs<CubeTensor>,
+    weight: CubeTensor,
+    bias: Option<CubeTensor>,
+) -> CubeTensor {
+    let (_, normed) = launch_forward(inputs, Some((weight, bias)), false);
+    normed.expect("given a weight")
+}
+
+/// Normalised rows if they are to be kept and, with a weight, their affine form.
 fn launch_forward(
     inputs: NormalizeInputs<CubeTensor>,
-    weight: Option<CubeTensor>,
-    bias: Option<CubeTensor>,
-) -> (Normalized<CubeTensor>, Option<CubeTensor>) {
+    affine: Option<(CubeTensor, Option<CubeTensor>)>,
+    keep: bool,
+) -> (Option<Normalized<CubeTensor>>, Option<CubeTensor>) {
     let x = contiguous_f32(inputs.x);
+    let (weight, bias) = affine.unzip();
     let weight = weight.map(contiguous_f32);
-    let bias = bias.map(contiguous_f32);
+    let bias = bias.flatten().map(contiguous_f32);
     let [rows, width] = dims(&x);
     let device = DeviceTraits::of(&x);
-    let hat = empty(&x, [rows, width], inputs.dtype);
-    let rstd = empty(&x, [rows], DType::F32);
+    let normalized = keep.then(|| Normalized {
+        hat: empty(&x, [rows, width], inputs.dtype),
+        rstd: empty(&x, [rows], DType::F32),
+    });
     let normed = weight
         .as_ref()
         .map(|_| empty(&x, [rows, width], inputs.dtype));
     let parameters = weight.iter().chain(&bias);
     let vector = vector_of(width, [&x].into_iter().chain(parameters));
-    let config = NormConfig::new(width, vector, inputs.kind, &device);
+    let mut config = NormConfig::new(width, vector, inputs.kind, &device);
+    config.keep = keep;
+    let hat = normalized.as_ref().map(|it| &it.hat);
+    let rstd = normalized.as_ref().map(|it| &it.rstd);
     // SAFETY: every position is derived from the shapes passed along, whose buffers are contiguous
-    // and of just these sizes; cubes beyond the last row do nothing, and without a weight the
-    // stand-in of `normed` is not written.
+    // and of just these sizes; cubes beyond the last row do nothing, and the stand-ins of what is not
+    // wanted are not written.
     unsafe {
         normalize_rows::launch_unchecked(
             &x.client,
@@ -118,16 +138,16 @@ fn launch_forward(
             buffer(&x),
             optional(&weight),
             optional(&bias),
-            buffer(&hat),
-            buffer(normed.as_ref().unwrap_or(&hat)),
-            buffer(&rstd),
+            buffer(hat.or(normed.as_ref()).unwrap_or(&x)),
+            buffer(normed.as_ref().or(hat).unwrap_or(&x)),
+            buffer(rstd.unwrap_or(&x)),
             rows,
             inputs.eps,
             config,
             elem(inputs.dtype),
         );
     }
-    (Normalized { hat, rstd }, normed)
+    (normalized, normed)
 }
 
 /// The widest vectors that read rows of `width` columns of all `tensors`.
@@ -299,7 +319,9 @@ fn normalize_rows<H: Float, N: Size>(
         if column < vectors {
             let at = row * vectors + column;
             let rounded = Vector::<H, N>::cast_from(values[i] * Vector::new(scale));
-            hat[at] = rounded;
+            if config.keep {
+                hat[at] = rounded;
+            }
             #[comptime]
             match weight {
                 ComptimeOption::Some(weight) => {
@@ -309,8 +331,10 @@ fn normalize_rows<H: Float, N: Size>(
             }
         }
     }
-    if unit == 0 {
-        rstd[row] = scale;
+    if config.keep {
+        if unit == 0 {
+            rstd[row] = scale;
+        }
     }
 }
 

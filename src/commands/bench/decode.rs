@@ -80,7 +80,7 @@ pub fn run(args: &DecodeArgs, decodes: bool) -> Result<()> {
         let mut session = opened.generator.start(&requests)?;
         let mut hasher = crc32fast::Hasher::new();
         while decodes && !session.is_finished() {
-            for piece in session.advance(64)? {
+            for piece in session.advance_ahead(64)? {
                 hasher.update(&piece.bytes);
             }
         }

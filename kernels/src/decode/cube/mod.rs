@@ -3,6 +3,7 @@
 //! The choice of a byte is part of the graph, so bytes reach the host in pieces, not one by one.
 
 mod exchange;
+mod pending;
 mod persistent;
 mod phases;
 mod plan;
@@ -10,10 +11,13 @@ mod steps;
 mod weights;
 mod wide;
 
+use std::collections::VecDeque;
+
 use burn::tensor::DType;
 use cubecl::client::Graph;
 use cubecl::server::Handle;
 
+use self::pending::Pending;
 use self::persistent::Exchange;
 use self::plan::{Sizes, StepConfig};
 use self::weights::{Weights, raw, whole_words};
@@ -63,8 +67,6 @@ pub(super) struct Buffers {
     pub choices: Handle,
     /// Steps since `draws` was written.
     pub position: Handle,
-    /// How often cubes have come to a meeting.
-    pub arrivals: Handle,
 }
 
 /// See [`super::Decoder`].
@@ -123,6 +125,8 @@ struct Session {
     /// For many sequences.
     wide: Option<(WideConfig, WideBuffers)>,
     graph: Recording,
+    /// Pieces that the device works on, each of one launch or several.
+    queued: VecDeque<Vec<Pending>>,
 }
 
 /// How steps are run.
@@ -198,14 +202,28 @@ impl Decoder {
         }
     }
 
-    /// See [`super::Decoder::run`].
-    pub(super) fn run(&mut self, draws: &[Draw]) -> Vec<Choice> {
+    /// See [`super::Decoder::queue`].
+    pub(super) fn queue(&mut self, draws: &[Draw]) {
         let Some(session) = &mut self.session else {
             panic!("decode: begin() comes first");
         };
-        let pieces = draws.chunks(AHEAD * session.sequences);
-        pieces
-            .flat_map(|draws| session.run(&self.weights, draws))
+        let launches = draws.chunks(AHEAD * session.sequences);
+        let piece = launches.map(|draws| session.launch(&self.weights, draws));
+        let piece = piece.collect();
+        session.queued.push_back(piece);
+    }
+
+    /// See [`super::Decoder::take`].
+    pub(super) fn take(&mut self) -> Vec<Choice> {
+        let Some(session) = &mut self.session else {
+            panic!("decode: begin() comes first");
+        };
+        let Some(piece) = session.queued.pop_front() else {
+            panic!("decode: queue() comes first");
+        };
+        piece
+            .into_iter()
+            .flat_map(|launched| session.choices(launched))
             .collect()
     }
 
@@ -213,7 +231,8 @@ impl Decoder {
     pub(super) fn logits(&self) -> Vec<f32> {
         match &self.session {
             Some(session) => {
-                let mut logits = session.read(&self.weights, &session.buffers.logits);
+                let client = &self.weights.embedding.client;
+                let mut logits = Pending::read(client, &session.buffers.logits, 0).wait();
                 logits.truncate(session.sequences * session.config.rows);
                 logits
             }
@@ -282,7 +301,6 @@ impl Session {
                 draws: floats(AHEAD * batch),
                 choices: floats(AHEAD * batch * CHOICE),
                 position: floats(1),
-                arrivals: floats(1),
             },
             graph: match mode {
                 Mode::Kernels => Recording::Impossible,
@@ -299,24 +317,26 @@ impl Session {
             config,
             sequences: 0,
             wide,
+            queued: VecDeque::new(),
         }
     }
 
     /// Copies where the sequences stand into the buffers, which stay where they are: a graph that
     /// was recorded goes on with them.
     fn load(&mut self, weights: &Weights, start: Start) {
+        self.queued.clear();
         self.sequences = start.lanes.len();
         let batch = self.buffers.batch;
         let client = &weights.embedding.client;
         let c = self.config;
-        for (layer, (h, window)) in start.memory.into_iter().enumerate() {
-            let place = layer * batch * c.inner;
-            steps::copy(&raw(h), &self.buffers.h, place * c.states);
-            if c.taps > 1 {
-                steps::copy(&raw(window), &self.buffers.window, place * (c.taps - 1));
-            }
+        let memory = start.memory.into_iter();
+        let (h, window): (Vec<_>, Vec<_>) = memory.map(|(h, past)| (raw(h), raw(past))).unzip();
+        steps::copy(&h, &self.buffers.h, batch * c.inner * c.states);
+        if c.taps > 1 {
+            let stride = batch * c.inner * (c.taps - 1);
+            steps::copy(&window, &self.buffers.window, stride);
         }
-        steps::copy(&raw(start.logits), &self.buffers.logits, 0);
+        steps::copy(&[raw(start.logits)], &self.buffers.logits, 0);
         let write = |handle: &Handle, mut values: Vec<f32>, each: usize| {
             values.resize(batch * each, 0.0);
             let bytes = cubecl::bytes::Bytes::from_elems(values);
@@ -342,8 +362,8 @@ impl Session {
         write(&self.buffers.seen, lanes.flat_map(seen).collect(), BYTES);
     }
 
-    /// At most [`AHEAD`] steps.
-    fn run(&mut self, weights: &Weights, draws: &[Draw]) -> Vec<Choice> {
+    /// Has the device run at most [`AHEAD`] steps.
+    fn launch(&mut self, weights: &Weights, draws: &[Draw]) -> Pending {
         let (batch, sequences) = (self.buffers.batch, self.sequences);
         let steps = draws.len() / sequences;
         let client = &weights.embedding.client;
@@ -361,27 +381,31 @@ impl Session {
             &self.buffers.draws,
             cubecl::bytes::Bytes::from_elems(numbers),
         );
-        client.write(
-            &self.buffers.position,
-            cubecl::bytes::Bytes::from_elems(vec![0u32]),
-        );
         match &mut self.graph {
             Recording::Persistent(exchange) => {
-                let zero = cubecl::bytes::Bytes::from_elems(vec![0u32]);
-                client.write(&self.buffers.arrivals, zero);
                 persistent::launch(weights, &self.buffers, exchange, &self.config, steps);
             }
-            _ => (0..steps).for_each(|_| self.step(weights)),
+            _ => {
+                let zero = cubecl::bytes::Bytes::from_elems(vec![0u32]);
+                client.write(&self.buffers.position, zero);
+                (0..steps).for_each(|_| self.step(weights));
+            }
         }
-        let values = self.read(weights, &self.buffers.choices);
+        Pending::read(client, &self.buffers.choices, steps)
+    }
+
+    /// What was chosen in a launch.
+    fn choices(&self, launched: Pending) -> Vec<Choice> {
+        let steps = launched.steps;
+        let values = launched.wait();
         let choice = |it: &[f32]| Choice {
             byte: it[0] as u8,
             logprob: it[1],
             top: it[2] as u8,
             top_logprob: it[3],
         };
-        let rows = values.chunks_exact(CHOICE * batch).take(steps);
-        rows.flat_map(|row| row.chunks_exact(CHOICE).take(sequences))
+        let rows = values.chunks_exact(CHOICE * self.buffers.batch).take(steps);
+        rows.flat_map(|row| row.chunks_exact(CHOICE).take(self.sequences))
             .map(choice)
             .collect()
     }
@@ -414,13 +438,6 @@ impl Session {
                     }
                 }
             }
-        }
-    }
-
-    fn read(&self, weights: &Weights, handle: &Handle) -> Vec<f32> {
-        match weights.embedding.client.read_one(handle.clone()) {
-            Ok(bytes) => bytemuck::cast_slice(&bytes).to_vec(),
-            Err(error) => panic!("decode: {error:?}"),
         }
     }
 }

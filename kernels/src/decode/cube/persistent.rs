@@ -18,9 +18,10 @@ use cubecl::server::Handle;
 
 use super::exchange::{Pattern, Tagged, again, give, settle, take};
 use super::phases::{
-    AdvanceAhead, EnterAhead, LeaveAhead, enter_group, first_vector, head_group, leave_products,
-    leave_sum, load_advance, load_enter, load_gates, load_head, load_leave, no_advance, no_enter,
-    no_leave, own_place, part, part_place, part_sums, place_in_entering_cube, recur,
+    AdvanceAhead, EnterAhead, LeaveAhead, enter_group, first_vector, head_group, head_place,
+    leave_products, leave_sum, load_advance, load_enter, load_gates, load_head, load_leave,
+    no_advance, no_enter, no_leave, own_place, part, part_place, part_sums, place_in_entering_cube,
+    recur,
 };
 use super::plan::StepConfig;
 use super::steps::embedded;
@@ -30,7 +31,7 @@ use crate::cube::wide::One;
 use crate::cube::words::Words;
 use crate::cube::{address_type, buffer, cube_dim, word_buffer};
 use crate::sampling::BYTES;
-use crate::sampling::cube::{CHOICE, SETTINGS, choose};
+use crate::sampling::cube::{CHOICE, SETTINGS, choose, no_logit, note};
 
 /// What cubes hand to each other.
 #[derive(Clone, Debug)]
@@ -44,6 +45,8 @@ pub(super) struct Exchange {
     low: Handle,
     /// `[B, E]`.
     y: Handle,
+    /// `[B, rows]`.
+    logits: Handle,
     /// The last tag that was used. Tags go on from one launch to the next, so that nothing old has
     /// one that is waited for.
     tag: u32,
@@ -65,12 +68,13 @@ impl Exchange {
             parts: empty(batch * config.low() * config.parts),
             low: empty(batch * config.low()),
             y: empty(batch * config.inner),
+            logits: empty(batch * config.rows),
             tag: 0,
         }
     }
 }
 
-/// Runs `steps` steps. `buffers.arrivals` is zero.
+/// Runs `steps` steps.
 pub(super) fn launch(
     weights: &Weights,
     buffers: &Buffers,
@@ -113,7 +117,6 @@ pub(super) fn launch(
             all(&buffers.settings, batch * SETTINGS),
             all(&buffers.draws, draws),
             all(&buffers.choices, draws * CHOICE),
-            all(&buffers.arrivals, 1),
             of(&weights.embedding),
             of(&weights.widths),
             of(&weights.channels),
@@ -130,66 +133,18 @@ pub(super) fn launch(
             all(&exchange.parts, batch * c.low() * c.parts),
             all(&exchange.low, batch * c.low()),
             all(&exchange.y, channels),
+            all(&exchange.logits, batch * c.rows),
             steps,
             weights.layers,
             batch,
             weights.eps,
-            cubes as u32,
+            cubes,
             exchange.tag,
             c,
         );
     }
     let tags = steps * (weights.layers + 1);
     exchange.tag = exchange.tag.wrapping_add(tags as u32);
-}
-
-/// Arrives: what this unit, and those it has synchronised with, wrote before is there for all who
-/// see it.
-#[cube]
-fn arrive(arrivals: &[Atomic<u32>]) {
-    let place = arrivals.as_ptr();
-    gpu_asm!("red.release.gpu.global.add.u32 [{}], {};", in(_) place, in(_) 1u32);
-}
-
-/// How many have arrived. What is read after it is as those left it.
-#[cube]
-fn arrived(arrivals: &[Atomic<u32>]) -> u32 {
-    let place = arrivals.as_ptr();
-    let count: u32;
-    gpu_asm!("ld.acquire.gpu.global.u32 {}, [{}];", out(_) count, in(_) place);
-    count
-}
-
-/// The cube has written its logits. One unit stands for all.
-#[cube]
-fn come(arrivals: &[Atomic<u32>], #[comptime] ptx: bool) {
-    if ptx {
-        sync_cube();
-        if UNIT_POS == 0 {
-            arrive(arrivals);
-        }
-    } else {
-        sync_storage();
-        if UNIT_POS == 0 {
-            arrivals[0].fetch_add(1u32);
-        }
-    }
-}
-
-/// Waits until cubes have come `target` times in all.
-#[cube]
-fn meet(arrivals: &[Atomic<u32>], target: u32, #[comptime] ptx: bool) {
-    if ptx {
-        if UNIT_POS == 0 {
-            while arrived(arrivals) < target {}
-        }
-        sync_cube();
-    } else {
-        if UNIT_POS == 0 {
-            while arrivals[0].load() < target {}
-        }
-        sync_storage();
-    }
 }
 
 /// See the module's documentation; buffers are those of the phases and of [`Exchange`].
@@ -200,7 +155,6 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
     limits: &[f32],
     draws: &[f32],
     choices: &mut [f32],
-    arrivals: &[Atomic<u32>],
     embedding: &[f32],
     widths: &[One],
     channels: &[One],
@@ -217,11 +171,12 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
     parts: &mut [Tagged],
     low: &mut [Tagged],
     y: &mut [Tagged],
+    handed: &mut [Tagged],
     steps: usize,
     layers: usize,
     batch: usize,
     eps: f32,
-    cubes: u32,
+    cubes: usize,
     last_tag: u32,
     #[comptime] c: StepConfig,
 ) {
@@ -235,9 +190,8 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
         // The stream's tag before the first layer.
         let first_tag = last_tag + 1u32 + (step * (layers + 1)) as u32;
         if cube < batch {
-            meet(arrivals, cubes * step as u32, c.ptx);
             next_byte(
-                logits, seen, limits, draws, choices, embedding, stream, step, cube, batch,
+                logits, handed, seen, limits, draws, choices, embedding, stream, step, cube, batch,
                 first_tag, c,
             );
         }
@@ -304,7 +258,7 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
                     c,
                 );
             }
-            let sums = take_low(parts, low, batch, cube, cubes as usize, tag, c);
+            let sums = take_low(parts, low, batch, cube, cubes, tag, c);
             advance(
                 &advancing, &sums, &us, &zs, h, y, layer, batch, cube, tag, c,
             );
@@ -330,26 +284,34 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
         if cube < comptime!(c.head_cubes()) {
             let mut ahead = load_head(norm_f, head_weights, cube, c);
             let values = take_stream(stream, batch, first_tag + layers as u32, c);
-            head_group::<P, V>(
+            let sequences = 0usize.runtime();
+            let sum = head_group::<P, V>(
                 &mut ahead,
                 &values,
                 head_weights,
-                logits,
-                0usize.runtime(),
+                sequences,
                 batch,
                 cube,
                 eps,
                 c,
             );
+            let (inside, at) = head_place(sequences, batch, cube, c);
+            if inside {
+                logits[at] = sum;
+                give(handed, at, sum, first_tag + layers as u32, c.ptx);
+            }
         }
-        come(arrivals, c.ptx);
+        // Shared memory of the head may serve the choice.
+        sync_cube();
     }
 }
 
-/// Chooses the byte of a sequence and hands on its row of the embedding.
+/// Chooses the byte of a sequence and hands on its row of the embedding. The first byte is chosen from
+/// `logits`, later ones from those that cubes have handed on.
 #[cube]
 fn next_byte(
     logits: &mut [f32],
+    handed: &mut [Tagged],
     seen: &mut [f32],
     limits: &[f32],
     draws: &[f32],
@@ -362,9 +324,28 @@ fn next_byte(
     tag: u32,
     #[comptime] c: StepConfig,
 ) {
-    let byte = choose(
-        logits, seen, limits, draws, choices, step, sequence, batch, c.rows, c.units, c.plane,
-    );
+    let unit = UNIT_POS as usize;
+    let bytes = comptime!(if c.rows < BYTES { c.rows } else { BYTES });
+    let first = sequence * comptime!(c.rows);
+    let own = min(unit, comptime!(bytes - 1).runtime());
+    settle(c.ptx);
+    let mut raw = logits[first + own];
+    if step > 0 {
+        let pattern = comptime!(Pattern {
+            rows: 1,
+            row: 0,
+            count: 1,
+            stride: 1,
+            each: 1,
+        });
+        let last = first + comptime!(bytes - 1);
+        let none = 0usize.runtime();
+        let taken = take(handed, first + own, last, none, tag - 1u32, pattern, c.ptx);
+        raw = taken[0];
+    }
+    let raw = select(unit < bytes, raw, no_logit());
+    let chooser = comptime!(c.chooser());
+    let byte = choose(raw, seen, limits, draws, step, sequence, batch, chooser);
     for i in 0..comptime!(c.width.div_ceil(c.units)) {
         let column = i * comptime!(c.units) + UNIT_POS as usize;
         if column < comptime!(c.width) {
@@ -378,6 +359,7 @@ fn next_byte(
             );
         }
     }
+    note(raw, byte, choices, step, sequence, batch, chooser);
 }
 
 /// The unit's columns of the stream of every sequence; columns beyond D are zero.

@@ -1,6 +1,7 @@
 //! How the work of a step is divided.
 
 use crate::cube::{DeviceTraits, power_of_two_below};
+use crate::sampling::cube::Chooser;
 
 /// Units of a cube at most.
 const UNITS: usize = 512;
@@ -162,14 +163,23 @@ impl StepConfig {
         let sums = 2 * self.planes() * self.group;
         let hat = self.group * self.padded() + sums;
         [
-            // Four numbers for each of 256 bytes, and sums.
-            4 * 256 + 64,
+            self.chooser().shared_numbers(),
             hat + 2 * self.group * self.channels,
             self.low() * (self.slices() + self.group),
             self.out_slices * self.out_rows * self.group,
             hat,
         ]
         .map(|numbers| 4 * numbers)
+    }
+
+    /// A cube that chooses a byte.
+    pub const fn chooser(&self) -> Chooser {
+        Chooser {
+            units: self.units,
+            plane: self.plane,
+            rows: self.rows,
+            ptx: self.ptx,
+        }
     }
 
     /// R + 2N.

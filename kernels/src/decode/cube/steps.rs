@@ -9,40 +9,62 @@ use super::wide::{self, WideBuffers, WideConfig};
 use super::{Buffers, Weights, phases};
 use crate::cube::wide::One;
 use crate::cube::words::Words;
-use crate::cube::{address_type, buffer, cube_dim, grid, word_buffer};
+use crate::cube::{address_type, buffer, cube_dim, grid, launches, word_buffer};
 use crate::sampling::BYTES;
-use crate::sampling::cube::{CHOICE, SETTINGS, choose};
+use crate::sampling::cube::{CHOICE, SETTINGS, choose, no_logit, note};
 
 /// Units of a cube of the copy.
 const UNITS: usize = 256;
 
-/// Copies a tensor of f32 into a buffer of f32, from number `first` on.
-pub(super) fn copy(from: &CubeTensor, to: &Handle, first: usize) {
-    let count = from.meta.num_elements();
+/// Copies contiguous tensors of f32, all of one size, into a buffer of f32: tensor `i` to number
+/// `i · stride` on. One launch takes as many as the device binds buffers for.
+pub(super) fn copy(from: &[CubeTensor], to: &Handle, stride: usize) {
+    let count = from[0].meta.num_elements();
+    let end = (from.len() - 1) * stride + count;
     assert!(
-        4 * (first + count) as u64 <= to.size(),
+        from.iter().all(|it| it.meta.num_elements() == count) && 4 * end as u64 <= to.size(),
         "decode: a copy beyond the buffer"
     );
-    // SAFETY: all of it is inside the buffer, as checked; units beyond the last number do nothing.
-    unsafe {
-        copy_numbers::launch_unchecked(
-            &from.client,
-            grid(count.div_ceil(UNITS)),
-            cube_dim(UNITS),
-            AddressType::from_len(first + count),
-            buffer(from),
-            BufferArg::from_raw_parts(to.clone(), first + count),
-            first,
-            count,
-        );
+    let cubes = count.div_ceil(UNITS);
+    let mut first = 0;
+    for some in launches(from, |_| (), &from[0], 1) {
+        // SAFETY: all of it is inside the buffer, as checked; units beyond a tensor's last number do
+        // nothing.
+        unsafe {
+            copy_numbers::launch_unchecked(
+                &from[0].client,
+                grid(some.len() * cubes),
+                cube_dim(UNITS),
+                AddressType::from_len(end),
+                some.iter().map(buffer).collect(),
+                BufferArg::from_raw_parts(to.clone(), end),
+                first * stride,
+                stride,
+                count,
+                cubes,
+            );
+        }
+        first += some.len();
     }
 }
 
+/// Every tensor has so many `cubes`.
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn copy_numbers(from: &[f32], to: &mut [f32], first: usize, count: usize) {
-    let at = CUBE_POS * CUBE_DIM as usize + UNIT_POS as usize;
-    if at < count {
-        to[first + at] = from[at];
+fn copy_numbers(
+    from: &Sequence<Box<[f32]>>,
+    to: &mut [f32],
+    first: usize,
+    stride: usize,
+    count: usize,
+    cubes: usize,
+) {
+    let own = CUBE_POS / cubes;
+    let at = CUBE_POS % cubes * CUBE_DIM as usize + UNIT_POS as usize;
+    #[unroll]
+    for i in 0..comptime!(from.len()) {
+        if own == i && at < count {
+            to[first + i * stride + at] = from.index(i)[at];
+        }
     }
 }
 
@@ -191,9 +213,14 @@ fn choose_and_embed(
         terminate!();
     }
     let step = usize::cast_from(position[0]);
-    let byte = choose(
-        logits, seen, limits, draws, choices, step, sequence, batch, c.rows, c.units, c.plane,
-    );
+    let unit = UNIT_POS as usize;
+    let bytes = comptime!(if c.rows < BYTES { c.rows } else { BYTES });
+    let mut raw = no_logit();
+    if unit < bytes {
+        raw = logits[sequence * comptime!(c.rows) + unit];
+    }
+    let chooser = comptime!(c.chooser());
+    let byte = choose(raw, seen, limits, draws, step, sequence, batch, chooser);
     for i in 0..comptime!(c.width.div_ceil(c.units)) {
         let column = i * comptime!(c.units) + UNIT_POS as usize;
         if column < comptime!(c.width) {
@@ -201,6 +228,7 @@ fn choose_and_embed(
                 Vector::new(embedded(embedding, byte, column, c));
         }
     }
+    note(raw, byte, choices, step, sequence, batch, chooser);
 }
 
 /// Column `column` of a byte's row of the embedding; a byte that the vocabulary does not have reads

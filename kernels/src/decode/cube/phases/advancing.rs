@@ -2,11 +2,11 @@
 
 use cubecl::prelude::*;
 
-use super::{CHANNEL_NUMBERS, DT_BIAS, SKIP, StepConfig, load_now};
+use super::{CHANNEL_NUMBERS, DT_BIAS, SKIP, StepConfig};
 use crate::cube::math::{exp2, sigmoid, step_size};
 use crate::cube::reduce::{lane_sum, tree_sum};
 use crate::cube::wide::{One, wide_at};
-use crate::cube::words::{Words, number};
+use crate::cube::words::{Words, load_now, number};
 
 /// What a unit loads for [`advance`] before it waits for u, z and the parts.
 #[derive(CubeType)]

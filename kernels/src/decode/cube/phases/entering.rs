@@ -8,12 +8,12 @@ use cubecl::prelude::*;
 
 use super::{
     CHANNEL_NUMBERS, CONV_BIAS, ENTER_NUMBERS, NormAhead, StepConfig, WIDTH_NUMBERS, X_BIAS,
-    Z_BIAS, add_products, load_norm, load_now, no_norm, normalise, own_sum, read_row, read_stream,
+    Z_BIAS, add_products, load_norm, no_norm, normalise, own_sum, read_row, read_stream,
 };
 use crate::cube::math::sigmoid;
 use crate::cube::reduce::lane_sum;
 use crate::cube::wide::One;
-use crate::cube::words::{Words, number};
+use crate::cube::words::{Words, load_now, number};
 
 /// What a unit loads for [`enter`] before it waits for the stream: all that is known ahead.
 #[derive(CubeType)]

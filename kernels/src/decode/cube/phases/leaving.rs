@@ -6,10 +6,10 @@
 
 use cubecl::prelude::*;
 
-use super::{OUT_BIAS, StepConfig, WIDTH_NUMBERS, load_now};
+use super::{OUT_BIAS, StepConfig, WIDTH_NUMBERS};
 use crate::cube::reduce::{spread_start, spread_sum};
 use crate::cube::wide::{One, wide_at};
-use crate::cube::words::{Words, number};
+use crate::cube::words::{Words, load_now, number};
 
 /// What a unit loads for [`leave`] before it waits for y: its vectors of the plane's first rows.
 #[derive(CubeType)]

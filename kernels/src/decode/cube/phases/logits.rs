@@ -68,32 +68,50 @@ pub(in crate::decode::cube) fn head<P: Size, V: Size>(
     for group in 0..batch.div_ceil(comptime!(c.group)) {
         let first = group * comptime!(c.group);
         let values = read_stream(stream, first, batch, c);
-        head_group::<P, V>(
-            &mut ahead, &values, head, logits, first, batch, cube, eps, c,
-        );
+        let sum = head_group::<P, V>(&mut ahead, &values, head, first, batch, cube, eps, c);
+        let (inside, at) = head_place(first, batch, cube, c);
+        if inside {
+            logits[at] = sum;
+        }
     }
 }
 
-/// The logits of the sequences `first ..` of a group, of whose stream the units have `values`.
+/// Whether the unit has a logit of the sequences `first ..` of a group, and its place.
+#[cube]
+pub(in crate::decode::cube) fn head_place(
+    first: usize,
+    batch: usize,
+    cube: usize,
+    #[comptime] c: StepConfig,
+) -> (bool, usize) {
+    let lane = UNIT_POS as usize % comptime!(c.plane);
+    let plane = UNIT_POS as usize / comptime!(c.plane);
+    let row = head_row(cube, c);
+    let inside = plane < comptime!(c.head_rows) && cube * comptime!(c.head_rows) + plane == row;
+    let sequence = first + lane;
+    (
+        inside && lane < comptime!(c.group) && sequence < batch,
+        sequence * comptime!(c.rows) + row,
+    )
+}
+
+/// The unit's logit of the sequences `first ..` of a group, of whose stream the units have `values`: that
+/// of [`head_place`].
 #[cube]
 pub(in crate::decode::cube) fn head_group<P: Size, V: Size>(
     ahead: &mut HeadAhead<P>,
     values: &Array<f32>,
     head: &[Words<P>],
-    logits: &mut [f32],
     first: usize,
     batch: usize,
     cube: usize,
     eps: f32,
     #[comptime] c: StepConfig,
-) {
-    let unit = UNIT_POS as usize;
-    let lane = unit % comptime!(c.plane);
-    let plane = unit / comptime!(c.plane);
+) -> f32 {
+    let lane = UNIT_POS as usize % comptime!(c.plane);
     let vectors = comptime!(c.width / c.vector);
     let rounds = comptime!(c.loads(vectors)[1]);
     let row = head_row(cube, c);
-    let inside = plane < comptime!(c.head_rows) && cube * comptime!(c.head_rows) + plane == row;
     let mut hat = Shared::<[One]>::new_aligned_slice(comptime!(c.group * c.padded()), 32usize);
     // Others may still read the group before.
     sync_cube();
@@ -120,9 +138,5 @@ pub(in crate::decode::cube) fn head_group<P: Size, V: Size>(
         }
         add_products::<P, V>(&ahead.weights, &mut hat, &mut sums, 0usize, round, c);
     }
-    let sum = own_sum(&sums, lane, 0usize, c);
-    let sequence = first + lane;
-    if inside && lane < comptime!(c.group) && sequence < batch {
-        logits[sequence * comptime!(c.rows) + row] = sum;
-    }
+    own_sum(&sums, lane, 0usize, c)
 }

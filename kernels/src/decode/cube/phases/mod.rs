@@ -34,7 +34,7 @@ pub(super) use entering::{
 pub(super) use leaving::{
     LeaveAhead, first_vector, leave, leave_products, leave_sum, load_leave, no_leave, own_place,
 };
-pub(super) use logits::{head, head_group, load_head};
+pub(super) use logits::{head, head_group, head_place, load_head};
 
 /// Numbers of a channel in the buffer of channel parameters: its taps, then these.
 pub(super) const CONV_BIAS: usize = 0;
@@ -220,14 +220,18 @@ fn dot_hat<P: Size, V: Size>(
 /// Columns of D that a plane's units have together.
 #[cube]
 fn plane_columns(plane: usize, #[comptime] c: StepConfig) -> f32 {
-    let mut count = 0usize;
-    #[unroll]
-    for i in 0..comptime!(c.columns()) {
-        let start = plane * comptime!(c.plane) + comptime!(i * c.units);
-        let rest = comptime!(c.width) - min(start, comptime!(c.width).runtime());
-        count += min(rest, comptime!(c.plane).runtime());
+    if comptime!(c.width.is_multiple_of(c.units)) {
+        comptime!((c.columns() * c.plane) as f32).runtime()
+    } else {
+        let mut count = 0usize;
+        #[unroll]
+        for i in 0..comptime!(c.columns()) {
+            let start = plane * comptime!(c.plane) + comptime!(i * c.units);
+            let rest = comptime!(c.width) - min(start, comptime!(c.width).runtime());
+            count += min(rest, comptime!(c.plane).runtime());
+        }
+        f32::cast_from(count as u32)
     }
-    f32::cast_from(count as u32)
 }
 
 /// Mean and sum of squared differences from it, of a plane's columns of every sequence; the mean is
@@ -299,7 +303,7 @@ fn cube_moments(
             sum += own;
         }
         means[b] = mean;
-        scales[b] = 1.0f32 / (sum / width + eps).sqrt();
+        scales[b] = (sum / width + eps).inverse_sqrt();
     }
 }
 
