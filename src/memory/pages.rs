@@ -6,7 +6,8 @@
 //! allocation by allocation, in the order of `kernels/src/mamba_layer/fused.rs` and
 //! `src/train/recompute.rs`, and the page size with the least loss is the one to use.
 //!
-//! Weights and moments are in a pool of their own, without loss.
+//! Weights, moments and the sum of several micro-batches' gradients are in a pool of their own, without
+//! loss.
 
 /// Page sizes are multiples of this, in bytes.
 const UNIT: u64 = 32 << 20;
@@ -57,7 +58,7 @@ pub(super) struct Step {
     pub group: usize,
     /// First layers that are recomputed.
     pub recomputed: usize,
-    /// Whether gradients are summed over several micro-batches.
+    /// Whether gradients are summed over several micro-batches, elsewhere.
     pub accumulates: bool,
 }
 
@@ -92,19 +93,15 @@ impl Step {
         let mut arena = Arena::new(page);
         // The second step finds the pages as the first left them.
         for _ in 0..2 {
-            let mut sum = self.micro_batch(&mut arena, true);
-            if self.accumulates {
-                let more = self.micro_batch(&mut arena, false);
-                arena.free_all(more);
-            }
-            arena.free_all(std::mem::take(&mut sum));
+            let gradients = self.micro_batch(&mut arena);
+            arena.free_all(gradients);
         }
         arena.pages.len() as u64
     }
 
-    /// One micro-batch; returns its gradients. Without groups all of them are there at its end; with
-    /// groups those of a layer go into the sum, if there is one (`first` off).
-    fn micro_batch(&self, arena: &mut Arena, first: bool) -> Vec<Block> {
+    /// One micro-batch; returns its gradients, but for those that went into a sum at the end of their
+    /// group.
+    fn micro_batch(&self, arena: &mut Arena) -> Vec<Block> {
         let groups: Vec<_> = (0..self.layers)
             .step_by(self.group)
             .map(|from| from..(from + self.group).min(self.layers))
@@ -146,9 +143,9 @@ impl Step {
             if let Some(start) = starts.pop() {
                 arena.free(start);
             }
-            match first || self.group == self.layers {
-                true => gradients.extend(own),
-                false => arena.free_all(own),
+            match self.accumulates {
+                true => arena.free_all(own),
+                false => gradients.extend(own),
             }
         }
         gradients.push(arena.take(self.table));
@@ -428,7 +425,7 @@ mod tests {
                     ..paper(1, 3, &[64 << 20, 8 << 20, 1 << 20])
                 };
                 let mut arena = Arena::new(512 << 20);
-                let gradients = step.micro_batch(&mut arena, true);
+                let gradients = step.micro_batch(&mut arena);
                 arena.free_all(gradients);
                 assert!(arena.pages.iter().all(Vec::is_empty), "group {group}");
             }

@@ -234,7 +234,8 @@ impl Sizes {
     /// the allocator loses by then.
     pub(super) fn peak(&self, recomputed: usize) -> Estimate {
         let tensors = self.tensors(recomputed);
-        let cut = tensors.gradients + tensors.activations + tensors.workspace - self.products;
+        let cut = tensors.gradients + tensors.activations + tensors.workspace;
+        let cut = cut - self.products - self.accumulated;
         let reserved = self.pages(recomputed).map_or(0, |(_, reserved)| reserved);
         Estimate {
             pages: reserved.saturating_sub(cut),

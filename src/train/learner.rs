@@ -1,13 +1,14 @@
 //! One training step: from a batch to an updated model.
 
 use burn::module::Module;
-use burn::optim::{GradientsAccumulator, GradientsParams};
+use burn::optim::GradientsParams;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use mambabyte_datasets::Batch;
 
 use super::inspect::Sketch;
 use super::optimizer::{AdamW, clip_factor, global_norm};
 use super::recompute;
+use super::sum::GradientSum;
 use super::telemetry::{Phase, Phases, StepTimes};
 use crate::config::{Config, Mode};
 use crate::device::budget::device_memory;
@@ -171,28 +172,28 @@ impl Learner {
         let carried = self.config.train.mode == Mode::Contiguous;
         let timed = self.look || self.synchronous;
         let mut phases = Phases::start(timed.then(|| self.inner_device()));
-        let mut accumulator = GradientsAccumulator::new();
+        let mut sum = GradientSum::new(count, &self.inner_device());
         let mut losses = Vec::with_capacity(count);
         for i in 0..count {
             let inputs = Inputs::of(batch, i * micro, (i + 1) * micro, carried, &self.device);
             let before = self.carried[i].take();
             let share = 1.0 / count as f64;
             let (loss, after) = match self.config.train.checkpoint_every {
-                0 => self.gradients(inputs, before, share, &mut accumulator, &mut phases),
+                0 => self.gradients(inputs, before, share, &mut sum, &mut phases),
                 every => recompute::gradients(
                     self.weights(),
                     every,
                     inputs,
                     before,
                     share,
-                    &mut accumulator,
+                    &mut sum,
                     &mut phases,
                 ),
             };
             losses.push(loss);
             self.carried[i] = carried.then_some(after);
         }
-        let grads = accumulator.grads();
+        let grads = sum.into_grads();
         self.sketch = (self.look).then(|| Sketch::gradients(self.weights(), &grads));
         let norm = global_norm(self.weights(), &grads);
         let loss = Tensor::cat(losses, 0).sum();
@@ -237,7 +238,7 @@ impl Learner {
         inputs: Inputs,
         state: Option<State>,
         share: f64,
-        sum: &mut GradientsAccumulator<MambaLm>,
+        sum: &mut GradientSum,
         phases: &mut Phases,
     ) -> (Tensor<1>, State) {
         let Inputs {
@@ -251,7 +252,7 @@ impl Learner {
         phases.end(Phase::Forward);
         let mut grads = loss.backward();
         let grads = GradientsParams::from_module(&mut grads, self.weights());
-        sum.accumulate(self.weights(), grads);
+        sum.add(self.weights(), grads);
         phases.end(Phase::Backward);
         (loss.inner(), state.inner())
     }

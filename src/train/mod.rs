@@ -5,8 +5,7 @@
 //! optimizer's record can be reached only through its per-epoch checkpointers, which panic on a
 //! failed write; each update clones the model, so that weights exist twice; its clipping is per
 //! tensor where the recipe's is the global norm; and a training step returns nothing through which
-//! a state could be carried to the next. Burn's modules, autodiff and gradient accumulator are used
-//! as they are.
+//! a state could be carried to the next. Burn's modules and autodiff are used as they are.
 
 pub mod checkpoint;
 pub mod fit;
@@ -25,6 +24,7 @@ mod run;
 pub mod run_dir;
 mod saver;
 mod schedule;
+mod sum;
 pub mod telemetry;
 pub mod tensorboard;
 

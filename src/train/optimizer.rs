@@ -204,7 +204,7 @@ impl AdamW {
 
 /// Makes tensors that live as long as the run where they take no room between those that come
 /// and go with every step.
-fn lasting<T: Send>(device: &Device, make: impl Fn(&Device) -> T + Send + Sync) -> T {
+pub(super) fn lasting<T: Send>(device: &Device, make: impl Fn(&Device) -> T + Send + Sync) -> T {
     device.memory_persistent_allocations((), |()| make(device))
 }
 

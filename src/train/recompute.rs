@@ -26,6 +26,7 @@ use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Gradients, Tensor};
 
 use super::learner::{Inputs, mean};
+use super::sum::GradientSum;
 use super::telemetry::{Phase, Phases};
 use crate::model::{LayerState, MambaLm, State};
 
@@ -37,7 +38,7 @@ pub(super) fn gradients(
     inputs: Inputs,
     before: Option<State>,
     share: f64,
-    sum: &mut GradientsAccumulator<MambaLm>,
+    sum: &mut GradientSum,
     phases: &mut Phases,
 ) -> (Tensor<1>, State) {
     let groups = Groups {
@@ -71,7 +72,7 @@ pub(super) fn gradients(
     let embedded = model.embedding.forward(inputs.bytes);
     let mut grads = sums(embedded * Tensor::from_inner(gradient)).backward();
     ends.accumulate(model, GradientsParams::from_module(&mut grads, model));
-    sum.accumulate(model, ends.grads());
+    sum.add(model, ends.grads());
     phases.end(Phase::Backward);
     (loss.inner(), State { layers: after })
 }
@@ -150,10 +151,10 @@ fn add_layers(
     model: &MambaLm,
     grads: &mut Gradients,
     stream: &Tensor<3>,
-    sum: &mut GradientsAccumulator<MambaLm>,
+    sum: &mut GradientSum,
 ) -> Tensor<3> {
     let of_layers = GradientsParams::from_module(grads, &model.backbone);
-    sum.accumulate(model, of_layers);
+    sum.add(model, of_layers);
     stream
         .grad_remove(grads)
         .expect("what is behind depends on the stream")

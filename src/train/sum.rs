@@ -1,0 +1,59 @@
+//! The sum of gradients over micro-batches.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::optim::GradientsParams;
+use burn::tensor::{Device, Tensor};
+
+use super::optimizer::lasting;
+
+/// Gradients of one micro-batch, or their sum over several.
+///
+/// A sum stays while micro-batches come and go. As Burn's accumulator keeps it, in the tensors of the
+/// first one, it lies scattered between theirs and leaves gaps that none of them fits: 1 to 2 GiB of
+/// 24 (353M). So it gets memory of its own, like weights and moments.
+pub(super) struct GradientSum {
+    grads: GradientsParams,
+    /// Where the sum is, if there are several micro-batches.
+    device: Option<Device>,
+}
+
+impl GradientSum {
+    /// Nothing yet; of `count` micro-batches.
+    pub fn new(count: usize, device: &Device) -> Self {
+        Self {
+            grads: GradientsParams::new(),
+            device: (count > 1).then(|| device.clone()),
+        }
+    }
+
+    /// Adds gradients of parameters of `module`.
+    pub fn add(&mut self, module: &impl Module, grads: GradientsParams) {
+        let mut adding = Adding { sum: self, grads };
+        module.visit(&mut adding);
+    }
+
+    /// The sum.
+    pub fn into_grads(self) -> GradientsParams {
+        self.grads
+    }
+}
+
+struct Adding<'a> {
+    sum: &'a mut GradientSum,
+    grads: GradientsParams,
+}
+
+impl ModuleVisitor for Adding<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let Some(new) = self.grads.remove::<D>(param.id) else {
+            return;
+        };
+        let sum = match (self.sum.grads.remove::<D>(param.id), &self.sum.device) {
+            (Some(sum), _) => sum.add(new),
+            // The clone keeps the product out of the gradient's own memory.
+            (None, Some(device)) => lasting(device, |_| new.clone().mul_scalar(1.0)),
+            (None, None) => new,
+        };
+        self.sum.grads.register::<D>(param.id, sum);
+    }
+}
