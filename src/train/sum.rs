@@ -57,3 +57,42 @@ impl ModuleVisitor for Adding<'_> {
         self.sum.grads.register::<D>(param.id, sum);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::nn::{Linear, LinearConfig};
+    use burn::optim::GradientsAccumulator;
+
+    use super::*;
+
+    /// The gradients of a micro-batch of its own.
+    fn gradients(linear: &Linear, device: &Device, number: usize) -> GradientsParams {
+        let rows: Vec<f32> = (0..6).map(|i| ((i + 5 * number) as f32).sin()).collect();
+        let x = Tensor::<1>::from_floats(rows.as_slice(), device).reshape([2, 3]);
+        let loss = linear.forward(x).powf_scalar(2.0).sum();
+        GradientsParams::from_grads(loss.backward(), linear)
+    }
+
+    fn bits(linear: &Linear, grads: &GradientsParams) -> Vec<u32> {
+        let weight = grads.get::<2>(linear.weight.id).expect("there");
+        let weight: Vec<f32> = weight.into_data().iter().collect();
+        weight.into_iter().map(f32::to_bits).collect()
+    }
+
+    #[test]
+    fn a_sum_has_the_bits_of_burn_s() {
+        let device = Device::flex().autodiff();
+        let linear = LinearConfig::new(3, 4).init(&device);
+        for count in [1, 3] {
+            let mut expected = GradientsAccumulator::new();
+            let mut sum = GradientSum::new(count, &device.clone().inner());
+            for number in 0..count {
+                expected.accumulate(&linear, gradients(&linear, &device, number));
+                sum.add(&linear, gradients(&linear, &device, number));
+            }
+            let (sum, expected) = (sum.into_grads(), expected.grads());
+            assert_eq!(sum.len(), 2);
+            assert_eq!(bits(&linear, &sum), bits(&linear, &expected), "{count}");
+        }
+    }
+}
