@@ -28,6 +28,7 @@ const SIZE_FOLLOWS: [&str; 2] = [
 ];
 
 /// A failed allocation.
+#[derive(Clone)]
 pub(super) struct Failure {
     /// What its panic says.
     text: String,
@@ -165,7 +166,7 @@ fn is_noted(info: &PanicHookInfo<'_>) -> bool {
     if watches.iter().any(|it| it.failure.is_some()) {
         return true;
     }
-    let Some(text) = panic_text(info.payload()) else {
+    let Some(failure) = panic_text(info.payload()).and_then(Failure::of) else {
         return false;
     };
     for noted in watches.iter_mut() {
@@ -173,9 +174,12 @@ fn is_noted(info: &PanicHookInfo<'_>) -> bool {
             let (free, total) = gpu.memory()?;
             Some(total.saturating_sub(free + foreign))
         });
-        noted.failure = Failure::of(text).map(|failure| Failure { in_use, ..failure });
+        noted.failure = Some(Failure {
+            in_use,
+            ..failure.clone()
+        });
     }
-    watches.iter().any(|it| it.failure.is_some())
+    !watches.is_empty()
 }
 
 /// What a panic says.

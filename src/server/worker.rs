@@ -179,7 +179,7 @@ fn gone() -> Failure {
 struct Desk {
     generator: Generator,
     /// Makes another one, for a session that was broken off leaves it in the middle of things.
-    renew: Box<dyn Fn() -> Result<Generator>>,
+    renew: Box<dyn Fn() -> Generator>,
     scorer: Scorer,
 }
 
@@ -207,10 +207,10 @@ impl Desk {
         };
         let renew = {
             let (model, device) = (model.clone(), device.clone());
-            move || Ok(Generator::new(model.clone(), &device, options))
+            move || Generator::new(model.clone(), &device, options)
         };
         Self {
-            generator: Generator::new(model.clone(), &device, options),
+            generator: renew(),
             renew: Box::new(renew),
             scorer: Scorer {
                 model: model.frozen(),
@@ -231,7 +231,7 @@ impl Desk {
                 continue;
             }
             if let Err(Error::OutOfMemory { .. }) = self.write() {
-                match exhausted::guard(&self.renew) {
+                match exhausted::guard(|| Ok((self.renew)())) {
                     Ok(generator) => self.generator = generator,
                     Err(error) => return tracing::error!("the model's thread ends: {error}"),
                 }

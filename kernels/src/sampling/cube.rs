@@ -32,7 +32,7 @@ pub(crate) struct Chooser {
 
 impl Chooser {
     /// Bytes that have a logit.
-    const fn bytes(&self) -> usize {
+    pub const fn bytes(&self) -> usize {
         if self.rows < BYTES { self.rows } else { BYTES }
     }
 

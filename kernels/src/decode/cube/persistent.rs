@@ -284,18 +284,19 @@ fn run_steps<P: Size, V: Size, O: Size, T: Size, S: Size>(
         if cube < comptime!(c.head_cubes()) {
             let mut ahead = load_head(norm_f, head_weights, cube, c);
             let values = take_stream(stream, batch, first_tag + layers as u32, c);
-            let sequences = 0usize.runtime();
+            // All sequences are one group.
+            let group = 0usize.runtime();
             let sum = head_group::<P, V>(
                 &mut ahead,
                 &values,
                 head_weights,
-                sequences,
+                group,
                 batch,
                 cube,
                 eps,
                 c,
             );
-            let (inside, at) = head_place(sequences, batch, cube, c);
+            let (inside, at) = head_place(group, batch, cube, c);
             if inside {
                 logits[at] = sum;
                 give(handed, at, sum, first_tag + layers as u32, c.ptx);
@@ -325,7 +326,8 @@ fn next_byte(
     #[comptime] c: StepConfig,
 ) {
     let unit = UNIT_POS as usize;
-    let bytes = comptime!(if c.rows < BYTES { c.rows } else { BYTES });
+    let chooser = comptime!(c.chooser());
+    let bytes = comptime!(chooser.bytes());
     let first = sequence * comptime!(c.rows);
     let own = min(unit, comptime!(bytes - 1).runtime());
     settle(c.ptx);
@@ -344,7 +346,6 @@ fn next_byte(
         raw = taken[0];
     }
     let raw = select(unit < bytes, raw, no_logit());
-    let chooser = comptime!(c.chooser());
     let byte = choose(raw, seen, limits, draws, step, sequence, batch, chooser);
     for i in 0..comptime!(c.width.div_ceil(c.units)) {
         let column = i * comptime!(c.units) + UNIT_POS as usize;

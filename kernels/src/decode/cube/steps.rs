@@ -214,12 +214,11 @@ fn choose_and_embed(
     }
     let step = usize::cast_from(position[0]);
     let unit = UNIT_POS as usize;
-    let bytes = comptime!(if c.rows < BYTES { c.rows } else { BYTES });
+    let chooser = comptime!(c.chooser());
     let mut raw = no_logit();
-    if unit < bytes {
+    if unit < comptime!(chooser.bytes()) {
         raw = logits[sequence * comptime!(c.rows) + unit];
     }
-    let chooser = comptime!(c.chooser());
     let byte = choose(raw, seen, limits, draws, step, sequence, batch, chooser);
     for i in 0..comptime!(c.width.div_ceil(c.units)) {
         let column = i * comptime!(c.units) + UNIT_POS as usize;
