@@ -30,7 +30,7 @@ KINDS = [
     ("norm", ("normalize", "norm_", "affine")),
     ("casts of weights and gradients", ("cast",)),
     ("AdamW + gradient norm", ("update", "square_sums", "sum_partials")),
-    ("embedding, loss", ("gather", "scatter", "loss_", "sum_columns")),
+    ("embedding, loss", ("gather", "scatter", "loss_", "sum_rows")),
     ("sums over tiles", ("fold", "sum_tiles")),
 ]
 

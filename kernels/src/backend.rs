@@ -140,6 +140,22 @@ pub trait MambaKernels: Backend {
         target: Target<FloatTensor<Self>>,
     ) -> FloatTensor<Self>;
 
+    /// The tensors in `dtype`, those of another type rounded. For weights that products take.
+    fn rounded<const N: usize>(
+        tensors: [FloatTensor<Self>; N],
+        dtype: DType,
+    ) -> [FloatTensor<Self>; N] {
+        tensors.map(|tensor| match tensor.dtype() {
+            same if same == dtype => tensor,
+            _ => Self::float_cast(tensor, dtype.into()),
+        })
+    }
+
+    /// Decay rates of the recurrence, `-exp(a_log)`, for `a_log` `[E, N]`, f32.
+    fn decay_rates(a_log: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::float_neg(Self::float_exp(a_log))
+    }
+
     /// Columns `from..to` of the last axis: a view where the backend has views, else a copy.
     fn columns(tensor: &FloatTensor<Self>, from: usize, to: usize) -> FloatTensor<Self> {
         let shape = tensor.shape();

@@ -45,7 +45,7 @@ pub(super) struct Step {
     /// States between chunk starts that the scan's backward pass works with at a time, partial sums,
     /// and adjoints of chunk ends.
     pub scan: Vec<u64>,
-    /// Weights of the four projections (in, x, Δ, out) in the computation's format; none in f32.
+    /// Weights of the four projections (in, then x, Δ and out) in the computation's format; none in f32.
     pub casts: Option<[u64; 4]>,
     /// Gradients of the large weights of a layer, in the order of the backward pass: out, Δ, x, in.
     pub gradients: [u64; 4],
@@ -153,34 +153,36 @@ impl Step {
         gradients
     }
 
-    /// A weight in the computation's format, while `work` uses it.
-    fn with_weight<T>(
-        &self,
-        arena: &mut Arena,
-        which: usize,
-        work: impl FnOnce(&mut Arena) -> T,
-    ) -> T {
-        let weight = self.casts.map(|casts| arena.take(casts[which]));
+    /// The input projection's weight in the computation's format, while `work` uses it.
+    fn with_in_proj<T>(&self, arena: &mut Arena, work: impl FnOnce(&mut Arena) -> T) -> T {
+        let weight = self.casts.map(|[in_proj, ..]| arena.take(in_proj));
         let result = work(arena);
         arena.free_all(weight);
         result
+    }
+
+    /// The weights of the three other products in the computation's format, which are rounded together.
+    fn small_weights(&self, arena: &mut Arena) -> Vec<Block> {
+        let casts = self.casts.iter().flat_map(|[_, small @ ..]| small);
+        casts.map(|bytes| arena.take(*bytes)).collect()
     }
 
     /// One layer forward; returns what it keeps, `xz` last if at all.
     fn forward(&self, arena: &mut Arena, layer: usize) -> Vec<Block> {
         let mut kept = vec![arena.take(self.outer), arena.take(self.statistics)];
         let normed = arena.take(self.outer);
-        let xz = self.with_weight(arena, 0, |arena| arena.take(self.projected));
+        let xz = self.with_in_proj(arena, |arena| arena.take(self.projected));
         arena.free(normed);
+        let weights = self.small_weights(arena);
         let u = arena.take(self.inner);
-        kept.push(self.with_weight(arena, 1, |arena| arena.take(self.low)));
-        let delta = self.with_weight(arena, 2, |arena| arena.take(self.inner));
+        kept.push(arena.take(self.low));
+        let delta = arena.take(self.inner);
         kept.push(arena.take(self.states));
         let y = arena.take(self.inner);
         arena.free_all([delta, u]);
         // The last product adds to the stream in its own buffer.
-        self.with_weight(arena, 3, |_| ());
         arena.free(y);
+        arena.free_all(weights);
         match layer < self.recomputed {
             true => arena.free(xz),
             false => kept.push(xz),
@@ -215,15 +217,14 @@ impl Step {
         let [out, delta, low, input] = self.gradients;
         if saved.len() == 4 {
             let normed = arena.take(self.outer);
-            saved.push(self.with_weight(arena, 0, |arena| arena.take(self.projected)));
+            saved.push(self.with_in_proj(arena, |arena| arena.take(self.projected)));
             arena.free(normed);
         }
         let dout = arena.take(if self.casts.is_some() { self.outer } else { 0 });
-        // Two products take the weight of the step sizes: it stays.
-        let dt_proj = self.casts.map(|casts| arena.take(casts[2]));
+        let weights = self.small_weights(arena);
         let u = arena.take(self.inner);
         let step = arena.take(self.inner);
-        let dy = self.with_weight(arena, 3, |arena| arena.take(self.inner));
+        let dy = arena.take(self.inner);
         let dxz = arena.take(self.projected);
         let dlow = arena.take(self.low);
         // The gradients of the step sizes and of u take the places of the step sizes and of dy; y is
@@ -236,16 +237,15 @@ impl Step {
         arena.free(step);
         gradients.push(arena.take(low));
         arena.free(u);
-        self.with_weight(arena, 1, |_| ());
         arena.free_all([dlow, dy]);
-        arena.free_all(dt_proj);
+        arena.free_all(weights);
         let [hat, statistics, kept_low, states, xz]: [Block; 5] =
             saved.try_into().expect("what a layer keeps, and xz");
         arena.free_all([kept_low, states, xz]);
         let normed = arena.take(self.outer);
         gradients.push(arena.take(input));
         arena.free(normed);
-        let dnormed = self.with_weight(arena, 0, |arena| arena.take(self.outer));
+        let dnormed = self.with_in_proj(arena, |arena| arena.take(self.outer));
         arena.free(dxz);
         // The norm writes the new gradient of the stream over the old one.
         arena.free_all([dnormed, hat, statistics]);

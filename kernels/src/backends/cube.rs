@@ -14,8 +14,8 @@ use crate::linear::{Product, Target};
 use crate::norm::{NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
 use crate::selective_scan::{ScanGrads, ScanInputs, ScanOutputs, ScanRequest};
 use crate::{
-    adamw, add_norm, causal_conv1d, cross_entropy, embedding, linear, norm, selective_scan,
-    sum_squares,
+    adamw, add_norm, causal_conv1d, cross_entropy, embedding, linear, mamba_layer, norm,
+    selective_scan, sum_squares,
 };
 
 impl MambaKernels for CubeBackend {
@@ -125,6 +125,17 @@ impl MambaKernels for CubeBackend {
         target: Target<FloatTensor<Self>>,
     ) -> FloatTensor<Self> {
         linear::cube::product(a, b, how, target)
+    }
+
+    fn rounded<const N: usize>(
+        tensors: [FloatTensor<Self>; N],
+        dtype: DType,
+    ) -> [FloatTensor<Self>; N] {
+        mamba_layer::cube::rounded(tensors, dtype)
+    }
+
+    fn decay_rates(a_log: FloatTensor<Self>) -> FloatTensor<Self> {
+        mamba_layer::cube::decay_rates(a_log)
     }
 
     fn columns(tensor: &FloatTensor<Self>, from: usize, to: usize) -> FloatTensor<Self> {

@@ -315,7 +315,7 @@ const FOLD_UNITS: usize = 128;
 /// Adds up groups of rows of a `[rows, width]` buffer until few are left: `[fewer rows, width]`.
 ///
 /// The last sum over the rows belongs to the operation, which knows the layout of its gradients
-/// ([`sum_columns`] where they are columns).
+/// ([`sum_rows`] where it is one row).
 pub(crate) fn fold_rows(mut sums: CubeTensor) -> CubeTensor {
     let [mut rows, width] = dims(&sums);
     while rows > 2 * FOLD {
@@ -341,23 +341,22 @@ pub(crate) fn fold_rows(mut sums: CubeTensor) -> CubeTensor {
     sums
 }
 
-/// Columns `from .. from + width` of `[rows, …]`, added up over the rows: `[width]`.
-pub(crate) fn sum_columns(sums: &CubeTensor, from: usize, width: usize) -> CubeTensor {
-    let [rows, stride] = dims(sums);
-    let total = empty(sums, [width], DType::F32);
-    // SAFETY: every position is inside `sums`, which is contiguous and of the shape passed along;
-    // units beyond the last column write nothing.
+/// `[rows, width]`, added up over the rows: `[width]`.
+pub(crate) fn sum_rows(sums: CubeTensor) -> CubeTensor {
+    let sums = fold_rows(sums);
+    let [rows, width] = dims(&sums);
+    let total = empty(&sums, [width], DType::F32);
+    // SAFETY: both buffers are contiguous and of the shapes passed along; units beyond the last
+    // column write nothing.
     unsafe {
-        reduce::sum_columns_kernel::launch_unchecked(
+        reduce::sum_rows_kernel::launch_unchecked(
             &sums.client,
             grid(width.div_ceil(FOLD_UNITS)),
             cube_dim(FOLD_UNITS),
-            address_type(&[sums]),
-            buffer(sums),
+            address_type(&[&sums]),
+            buffer(&sums),
             buffer(&total),
             rows,
-            stride,
-            from,
             width,
         );
     }

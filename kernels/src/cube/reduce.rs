@@ -132,19 +132,12 @@ pub(crate) fn fold_kernel(
     }
 }
 
-/// `total[i] = Σ sums[row · stride + from + i]` over the rows; one unit a number.
+/// `total[i] = Σ sums[row · width + i]` over the rows; one unit a number.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(crate) fn sum_columns_kernel(
-    sums: &[f32],
-    total: &mut [f32],
-    rows: usize,
-    stride: usize,
-    from: usize,
-    width: usize,
-) {
+pub(crate) fn sum_rows_kernel(sums: &[f32], total: &mut [f32], rows: usize, width: usize) {
     let unit = CUBE_POS * CUBE_DIM as usize + UNIT_POS as usize;
     if unit < width {
-        total[unit] = sum_strided(sums, from + unit, rows, stride);
+        total[unit] = sum_strided(sums, unit, rows, width);
     }
 }
 

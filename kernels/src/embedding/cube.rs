@@ -13,8 +13,8 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use crate::cube::{
-    DeviceTraits, address_type, buffer, contiguous_f32, cube_dim, dims, elem, empty, fold_rows,
-    grid, integers, sum_columns, vector_width,
+    DeviceTraits, address_type, buffer, contiguous_f32, cube_dim, dims, elem, empty, grid,
+    integers, sum_rows, vector_width,
 };
 
 /// Units of a cube, forward.
@@ -92,8 +92,7 @@ pub(crate) fn backward(bytes: CubeTensor, dy: CubeTensor, rows: usize) -> CubeTe
             elem(bytes.dtype),
         );
     }
-    let dweight = sum_columns(&fold_rows(sums), 0, rows * width);
-    CubeBackend::float_reshape(dweight, Shape::new([rows, width]))
+    CubeBackend::float_reshape(sum_rows(sums), Shape::new([rows, width]))
 }
 
 /// One vector a unit; `columns` is the number of vectors in a row.

@@ -24,11 +24,8 @@ pub(crate) fn forward<B: MambaKernels>(
 
 /// The tensor in `dtype`.
 pub(crate) fn rounded<B: MambaKernels>(tensor: FloatTensor<B>, dtype: DType) -> FloatTensor<B> {
-    if tensor.dtype() == dtype {
-        tensor
-    } else {
-        B::float_cast(tensor, dtype.into())
-    }
+    let [tensor] = B::rounded([tensor], dtype);
+    tensor
 }
 
 #[derive(Debug)]

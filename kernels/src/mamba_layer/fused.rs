@@ -75,6 +75,20 @@ fn matrix<B: MambaKernels>(tensor: Raw<B>) -> Raw<B> {
 }
 
 impl<T: TensorMetadata + Clone> Layer<T> {
+    /// The layer with the weights of the products behind its input projection in its data type: they
+    /// are small, and rounded together.
+    fn rounded<B>(&self) -> Self
+    where
+        B: MambaKernels<FloatTensorPrimitive = T>,
+    {
+        let mut layer = self.clone();
+        let weights = &mut layer.weights;
+        let small = [&weights.x_proj, &weights.dt_proj, &weights.out_proj];
+        [weights.x_proj, weights.dt_proj, weights.out_proj] =
+            B::rounded(small.map(T::clone), self.settings.dtype);
+        layer
+    }
+
     fn sizes(&self, stream: &T) -> Sizes {
         let [batch, length, _] = dims(stream);
         let [inner, states] = dims(&self.weights.a_log);
@@ -150,7 +164,7 @@ impl<T: TensorMetadata + Clone> Layer<T> {
     {
         match &self.memory.rates {
             Some(rates) => rates.clone(),
-            None => B::float_neg(B::float_exp(self.weights.a_log.clone())),
+            None => B::decay_rates(self.weights.a_log.clone()),
         }
     }
 
@@ -262,17 +276,17 @@ fn forward_mixer<B: MambaKernels>(
     normed: Raw<B>,
 ) -> (LayerOutputs<Raw<B>>, Mixed<Raw<B>>) {
     let sizes = layer.sizes(&stream);
-    let LayerSettings { dtype, tf32, .. } = layer.settings;
-    let weights = &layer.weights;
     let xz = layer.in_proj::<B>(rows_of::<B>(normed, sizes));
+    let layer = layer.rounded::<B>();
+    let weights = &layer.weights;
     let ConvOutputs { y: u, last_window } = B::causal_conv1d(layer.conv::<B>(&xz, sizes.inner));
     let low = layer.project::<B>(u.clone(), &weights.x_proj);
     let rates = layer.rates::<B>();
     let scan = B::selective_scan(layer.scan::<B>(sizes, rates.clone(), u, &low, &xz));
     let out = B::product(
         scan.y,
-        rounded::<B>(weights.out_proj.clone(), dtype),
-        Product::plain(DType::F32, tf32),
+        weights.out_proj.clone(),
+        Product::plain(DType::F32, layer.settings.tf32),
         Target::Add(stream),
     );
     let outputs = LayerOutputs {
@@ -344,7 +358,6 @@ pub(crate) fn backward<B: MambaKernels>(
         kind: layer.settings.norm,
         dy: matrix::<B>(dnormed),
         dout: matrix::<B>(dout),
-        cast: None,
     });
     LayerGrads {
         stream: rows_of::<B>(norm.dx, sizes),
@@ -380,11 +393,8 @@ fn backward_mixer<B: MambaKernels>(
         rank,
         ..
     } = sizes;
-    let dtype = layer.settings.dtype;
-    let dout = rounded::<B>(dout.clone(), dtype);
-    // Two products take this weight.
-    let mut layer = layer.clone();
-    layer.weights.dt_proj = rounded::<B>(layer.weights.dt_proj, dtype);
+    let dout = rounded::<B>(dout.clone(), layer.settings.dtype);
+    let layer = layer.rounded::<B>();
     let weights = &layer.weights;
     let u = B::causal_conv1d(layer.conv::<B>(xz, inner)).y;
     let scan = layer.scan::<B>(sizes, rates.clone(), u.clone(), &low, xz);

@@ -17,6 +17,8 @@
 //! [`LayerSettings::dtype`]. The addition to the stream is part of the last product, in f32.
 
 pub(crate) mod autodiff;
+#[cfg(feature = "cube")]
+pub(crate) mod cube;
 pub(crate) mod fused;
 pub mod reference;
 #[cfg(test)]

@@ -2,7 +2,10 @@ use burn::tensor::{DType, Device, Tensor};
 
 use super::{LayerSettings, MambaLayer, mamba_layer, reference};
 use crate::add_norm::NormKind;
-use crate::testing::{Rng, assert_close, assert_same_bits, cpu, devices, read, tensor};
+use crate::testing::{
+    ATOL, RTOL, Raw, Rng, assert_close, assert_same_bits, cpu, devices, for_every_backend, read,
+    tensor,
+};
 
 /// Which optional inputs a case has.
 #[derive(Clone, Copy, Debug)]
@@ -313,4 +316,48 @@ fn bf16_is_close_to_f32() {
             }
         }
     }
+}
+
+#[test]
+fn weights_are_rounded_as_burn_rounds_them() {
+    fn check<B: Raw>() {
+        for device in B::devices() {
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
+                if !device.supports_dtype(dtype) {
+                    continue;
+                }
+                // One of them is of the type already, and one has an odd number of numbers.
+                let mut rng = Rng::new(11);
+                let mut matrix =
+                    |dims: [usize; 2]| tensor(&rng.normals(dims[0] * dims[1], 1.0), dims, &device);
+                let weights = [
+                    matrix([64, 36]),
+                    matrix([7, 5]),
+                    matrix([300, 8]).cast(dtype),
+                ];
+                let got = B::rounded(weights.clone().map(B::float), dtype);
+                for (got, weight) in got.into_iter().zip(weights) {
+                    let got = B::tensor::<2>(got);
+                    assert_eq!(got.dtype(), dtype);
+                    let what = format!("{device:?} {dtype:?} {:?}", weight.dims());
+                    assert_same_bits(&what, &read(got), &read(weight.cast(dtype)));
+                }
+            }
+        }
+    }
+    for_every_backend!(check);
+}
+
+#[test]
+fn decay_rates_are_minus_the_exponentials() {
+    fn check<B: Raw>() {
+        let a_log = Rng::new(12).normals(37 * 5, 2.0);
+        let expected: Vec<f32> = a_log.iter().map(|x| -x.exp()).collect();
+        for device in B::devices() {
+            let rates = B::decay_rates(B::float(tensor(&a_log, [37, 5], &device)));
+            let rates = B::tensor::<2>(rates);
+            assert_close(&format!("{device:?}"), &read(rates), &expected, RTOL, ATOL);
+        }
+    }
+    for_every_backend!(check);
 }

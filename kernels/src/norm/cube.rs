@@ -19,8 +19,8 @@ use cubecl::prelude::*;
 use super::{NormKind, NormalizeBackward, NormalizeGrads, NormalizeInputs, Normalized};
 use crate::cube::reduce::{cube_sum, total};
 use crate::cube::{
-    DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, dims, elem, empty,
-    fold_rows, grid, optional, sum_columns, vector_width,
+    DeviceTraits, address_type, buffer, columns, contiguous, contiguous_f32, cube_dim, dims, elem,
+    empty, grid, optional, sum_rows, vector_width,
 };
 
 /// Most columns of a vector.
@@ -47,8 +47,6 @@ struct NormConfig {
     keep: bool,
     /// Whether dbias is wanted (backward).
     bias: bool,
-    /// Whether dx is wanted in a second data type (backward).
-    cast: bool,
 }
 
 impl NormConfig {
@@ -64,7 +62,6 @@ impl NormConfig {
             centred: kind == NormKind::Layer,
             keep: true,
             bias: false,
-            cast: false,
         }
     }
 
@@ -197,7 +194,6 @@ pub(crate) fn backward(inputs: NormalizeBackward<CubeTensor>) -> NormalizeGrads<
     let vector = vector_of(width, [&hat, &dy, &weight, &dout].into_iter());
     let mut config = NormConfig::new(width, vector, inputs.kind, &device);
     config.bias = inputs.has_bias;
-    config.cast = inputs.cast.is_some();
     // One cube for every place on the device: fewer tiles leave fewer partials to add up.
     let tiles = (device.busy_units / config.units).clamp(1, rows.max(1));
     let tile_rows = rows.div_ceil(tiles);
@@ -209,12 +205,9 @@ pub(crate) fn backward(inputs: NormalizeBackward<CubeTensor>) -> NormalizeGrads<
     } else {
         (empty(&hat, [rows, width], DType::F32), Some(dout))
     };
-    let dx_cast = inputs.cast.map(|dtype| empty(&hat, [rows, width], dtype));
     let kinds = if config.bias { 2 } else { 1 };
     let sums = empty(&hat, [tiles, kinds * width], DType::F32);
-    let cast_dtype = inputs.cast.unwrap_or(DType::F32);
-    // SAFETY: as in `launch_forward`; `dx` belongs to this call alone, and without a second data
-    // type the stand-in of `dx_cast` is not written.
+    // SAFETY: as in `launch_forward`; `dx` belongs to this call alone.
     unsafe {
         normalize_gradient::launch_unchecked(
             &hat.client,
@@ -228,20 +221,18 @@ pub(crate) fn backward(inputs: NormalizeBackward<CubeTensor>) -> NormalizeGrads<
             buffer(&dy),
             optional(&dout),
             buffer(&dx),
-            buffer(dx_cast.as_ref().unwrap_or(&sums)),
             buffer(&sums),
             rows,
             tile_rows,
             config,
-            [elem(hat.dtype), elem(dy.dtype), elem(cast_dtype)],
+            [elem(hat.dtype), elem(dy.dtype)],
         );
     }
-    let sums = fold_rows(sums);
+    let sums = sum_rows(sums);
     NormalizeGrads {
         dx,
-        dx_cast,
-        weight: sum_columns(&sums, 0, width),
-        bias: inputs.has_bias.then(|| sum_columns(&sums, width, width)),
+        weight: columns(&sums, 0, width),
+        bias: inputs.has_bias.then(|| columns(&sums, width, 2 * width)),
     }
 }
 
@@ -368,19 +359,18 @@ fn affine_rows<H: Float, N: Size>(
 /// One tile of rows a cube; `sums` holds `[tiles, D]` (dweight) or `[tiles, 2 · D]` (then dbias).
 /// Without `dout`, `dx` holds it.
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn normalize_gradient<H: Float, Y: Float, C: Float, N: Size>(
+fn normalize_gradient<H: Float, Y: Float, N: Size>(
     hat: &[Vector<H, N>],
     rstd: &[f32],
     weight: &[Vector<f32, N>],
     dy: &[Vector<Y, N>],
     dout: &OptionalVectors<N>,
     dx: &mut [Vector<f32, N>],
-    dx_cast: &mut [Vector<C, N>],
     sums: &mut [Vector<f32, N>],
     rows: usize,
     tile_rows: usize,
     #[comptime] config: NormConfig,
-    #[define(H, Y, C)] _types: [ElemType; 3],
+    #[define(H, Y)] _types: [ElemType; 2],
 ) {
     let first = CUBE_POS * tile_rows;
     if first >= rows {
@@ -449,11 +439,7 @@ fn normalize_gradient<H: Float, Y: Float, C: Float, N: Size>(
             if column < vectors {
                 let at = row * vectors + column;
                 let inner = dhats[i] - Vector::new(shift) - hats[i] * Vector::new(along);
-                let value = fma(inner, Vector::new(scale), beside[i]);
-                dx[at] = value;
-                if config.cast {
-                    dx_cast[at] = Vector::cast_from(value);
-                }
+                dx[at] = fma(inner, Vector::new(scale), beside[i]);
             }
         }
     }

@@ -1,8 +1,6 @@
 //! Normalisation on the CPU: rows in parallel, the width in vector lanes.
 
-use burn::backend::Flex;
-use burn::backend::ops::FloatTensorOps;
-use burn::tensor::{DType, FloatDType};
+use burn::tensor::DType;
 use burn_flex::FlexTensor;
 use multiversion::multiversion;
 use rayon::prelude::*;
@@ -113,9 +111,6 @@ pub(crate) fn backward(inputs: NormalizeBackward<FlexTensor>) -> NormalizeGrads<
     }
     let dbias = dweight.split_off(width);
     NormalizeGrads {
-        dx_cast: inputs
-            .cast
-            .map(|dtype| Flex::float_cast(dx.clone(), FloatDType::from(dtype))),
         dx,
         weight: tensor(dweight, [width], DType::F32),
         bias: inputs.has_bias.then(|| tensor(dbias, [width], DType::F32)),

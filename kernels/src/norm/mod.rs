@@ -63,8 +63,6 @@ pub struct NormalizeBackward<T> {
     pub dy: T,
     /// Gradient that reaches `x` beside the normalisation (the residual stream), `[M, D]`, f32.
     pub dout: T,
-    /// Data type in which the gradient of `x` is wanted a second time.
-    pub cast: Option<DType>,
 }
 
 /// Gradients of the normalisation.
@@ -73,8 +71,6 @@ pub struct NormalizeGrads<T> {
     /// Gradient of `x` with `dout` added, `[M, D]`, f32: the buffer of `dout` where nothing else
     /// holds it.
     pub dx: T,
-    /// `dx` rounded to the data type asked for.
-    pub dx_cast: Option<T>,
     /// `[D]`, f32.
     pub weight: T,
     /// `[D]`, f32.
