@@ -45,7 +45,7 @@ pub(super) struct Step {
     /// States between chunk starts that the scan's backward pass works with at a time, partial sums,
     /// and adjoints of chunk ends.
     pub scan: Vec<u64>,
-    /// Weights of the four projections (in, then x, Δ and out) in the computation's format; none in f32.
+    /// Weights of the four projections (in, x, Δ, out) in the computation's format; none in f32.
     pub casts: Option<[u64; 4]>,
     /// Gradients of the large weights of a layer, in the order of the backward pass: out, Δ, x, in.
     pub gradients: [u64; 4],
@@ -153,17 +153,9 @@ impl Step {
         gradients
     }
 
-    /// The input projection's weight in the computation's format, while `work` uses it.
-    fn with_in_proj<T>(&self, arena: &mut Arena, work: impl FnOnce(&mut Arena) -> T) -> T {
-        let weight = self.casts.map(|[in_proj, ..]| arena.take(in_proj));
-        let result = work(arena);
-        arena.free_all(weight);
-        result
-    }
-
-    /// The weights of the three other products in the computation's format, which are rounded together.
-    fn small_weights(&self, arena: &mut Arena) -> Vec<Block> {
-        let casts = self.casts.iter().flat_map(|[_, small @ ..]| small);
+    /// The weights of a layer's products in the computation's format.
+    fn rounded_weights(&self, arena: &mut Arena) -> Vec<Block> {
+        let casts = self.casts.iter().flatten();
         casts.map(|bytes| arena.take(*bytes)).collect()
     }
 
@@ -171,9 +163,9 @@ impl Step {
     fn forward(&self, arena: &mut Arena, layer: usize) -> Vec<Block> {
         let mut kept = vec![arena.take(self.outer), arena.take(self.statistics)];
         let normed = arena.take(self.outer);
-        let xz = self.with_in_proj(arena, |arena| arena.take(self.projected));
+        let weights = self.rounded_weights(arena);
+        let xz = arena.take(self.projected);
         arena.free(normed);
-        let weights = self.small_weights(arena);
         let u = arena.take(self.inner);
         kept.push(arena.take(self.low));
         let delta = arena.take(self.inner);
@@ -215,13 +207,13 @@ impl Step {
     /// One layer backward, from what it kept.
     fn backward(&self, arena: &mut Arena, mut saved: Vec<Block>, gradients: &mut Vec<Block>) {
         let [out, delta, low, input] = self.gradients;
+        let weights = self.rounded_weights(arena);
         if saved.len() == 4 {
             let normed = arena.take(self.outer);
-            saved.push(self.with_in_proj(arena, |arena| arena.take(self.projected)));
+            saved.push(arena.take(self.projected));
             arena.free(normed);
         }
         let dout = arena.take(if self.casts.is_some() { self.outer } else { 0 });
-        let weights = self.small_weights(arena);
         let u = arena.take(self.inner);
         let step = arena.take(self.inner);
         let dy = arena.take(self.inner);
@@ -238,17 +230,17 @@ impl Step {
         gradients.push(arena.take(low));
         arena.free(u);
         arena.free_all([dlow, dy]);
-        arena.free_all(weights);
         let [hat, statistics, kept_low, states, xz]: [Block; 5] =
             saved.try_into().expect("what a layer keeps, and xz");
         arena.free_all([kept_low, states, xz]);
         let normed = arena.take(self.outer);
         gradients.push(arena.take(input));
         arena.free(normed);
-        let dnormed = self.with_in_proj(arena, |arena| arena.take(self.outer));
+        let dnormed = arena.take(self.outer);
         arena.free(dxz);
         // The norm writes the new gradient of the stream over the old one.
         arena.free_all([dnormed, hat, statistics]);
+        arena.free_all(weights);
     }
 }
 

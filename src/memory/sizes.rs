@@ -144,13 +144,14 @@ impl Sizes {
         let stream = F32 * positions * dim;
         let projected = s * positions * 2 * inner;
         let logits = F32 * positions * vocabulary;
-        // Where the computation is not in fp32, the largest weight and the gradient of the logits
-        // are there a second time, rounded.
+        // Where the computation is not in fp32, the weights of a layer's products and the gradient of
+        // the logits are there a second time, rounded.
+        let weights = [2 * dim, projections, rank, dim].map(|width| s * inner * width);
         let (outer, cast, rounded_logits) = match s {
             F32 => (OUTER_BUFFERS[0], 0, 0),
             _ => (
                 OUTER_BUFFERS.iter().sum(),
-                s * 2 * inner * dim,
+                weights.iter().sum(),
                 s * positions * vocabulary,
             ),
         };
@@ -202,14 +203,7 @@ impl Sizes {
                     scan.saturating_sub(scan_states + scan_ends),
                     scan_ends,
                 ],
-                casts: (s != F32).then(|| {
-                    [
-                        s * 2 * inner * dim,
-                        s * inner * projections,
-                        s * rank * inner,
-                        s * inner * dim,
-                    ]
-                }),
+                casts: (s != F32).then_some(weights),
                 gradients: [
                     F32 * inner * dim,
                     F32 * rank * inner,

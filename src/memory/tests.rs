@@ -83,7 +83,7 @@ fn the_paper_s_model_in_16_bits_takes_what_a_hand_calculates() {
     let inside = 2 * 8192 * (3 * 2048 + 1024 + 96 + 4096)
         + 4 * 8192 * 1024
         + 64 * 4 * (states + sums + ends)
-        + 2 * 1024 * 4096;
+        + 2 * (1024 * 4096 + 2048 * 96 + 64 * 2048 + 2048 * 1024);
     assert_eq!(sizes.inside, inside);
     assert_eq!(sizes.logits, 8192 * 256 * (4 + 4 + 2));
     let peak = sizes.peak(53);
@@ -91,7 +91,7 @@ fn the_paper_s_model_in_16_bits_takes_what_a_hand_calculates() {
     let (page, reserved) = sizes.pages(53).expect("a GPU has pages");
     assert_eq!(cut + peak.pages, reserved);
     assert_eq!(reserved % page, 0);
-    assert!(peak.pages < cut / 3, "{} of {cut} lost", peak.pages);
+    assert!(peak.pages < cut / 2, "{} of {cut} lost", peak.pages);
     assert_eq!(peak.context, CUDA_CONTEXT);
 }
 

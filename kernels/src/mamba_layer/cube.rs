@@ -13,8 +13,10 @@ use crate::cube::{
 
 /// Units of a cube.
 const UNITS: usize = 256;
-/// Most numbers of a unit.
+/// Most numbers of a vector.
 const VECTOR: usize = 4;
+/// Vectors of a unit, whose loads are in flight together.
+const PER_UNIT: usize = 4;
 
 /// See [`MambaKernels::rounded`](crate::MambaKernels::rounded).
 pub(crate) fn rounded<const N: usize>(tensors: [CubeTensor; N], dtype: DType) -> [CubeTensor; N] {
@@ -38,7 +40,7 @@ pub(crate) fn rounded<const N: usize>(tensors: [CubeTensor; N], dtype: DType) ->
     pairs.map(|(_, into)| into)
 }
 
-/// Numbers of a unit, and the data type before.
+/// Numbers of a vector, and the data type before.
 fn form((from, into): &(&CubeTensor, &CubeTensor)) -> (usize, DType) {
     let elements = from.meta.num_elements();
     let rows = [(*from, elements), (*into, elements)];
@@ -50,10 +52,13 @@ fn launch_round(work: &[(&CubeTensor, &CubeTensor)]) {
     let (vector, dtype) = form(&work[0]);
     let (first, rounded) = work[0];
     let vectors = |(from, _): &(&CubeTensor, _)| from.meta.num_elements() / vector;
-    let cubes = starts(work.iter().map(|pair| vectors(pair).div_ceil(UNITS)));
+    let cubes = starts(
+        work.iter()
+            .map(|pair| vectors(pair).div_ceil(UNITS * PER_UNIT)),
+    );
     let sources: Vec<_> = work.iter().map(|(from, _)| *from).collect();
     // SAFETY: both buffers of a pair are contiguous and of the same number of vectors, the second is this
-    // call's own, and units beyond the last vector write nothing.
+    // call's own, and units read and write no vector beyond the last.
     unsafe {
         round::launch_unchecked(
             &first.client,
@@ -81,10 +86,20 @@ fn round<F: Float, I: Float, N: Size>(
 ) {
     #[unroll]
     for i in 0..comptime!(from.len()) {
-        let own = CUBE_POS >= cubes[i] && CUBE_POS < cubes[comptime!(i + 1)];
-        let at = (CUBE_POS - cubes[i]) * UNITS + UNIT_POS as usize;
-        if own && at < vectors[i] {
-            into.index_mut(i)[at] = Vector::cast_from(from.index(i)[at]);
+        if CUBE_POS >= cubes[i] && CUBE_POS < cubes[comptime!(i + 1)] {
+            let first = (CUBE_POS - cubes[i]) * comptime!(UNITS * PER_UNIT) + UNIT_POS as usize;
+            let mut loaded = Array::<Vector<F, N>>::new(PER_UNIT);
+            #[unroll]
+            for j in 0..PER_UNIT {
+                loaded[j] = from.index(i)[min(first + j * UNITS, vectors[i] - 1)];
+            }
+            #[unroll]
+            for j in 0..PER_UNIT {
+                let at = first + j * UNITS;
+                if at < vectors[i] {
+                    into.index_mut(i)[at] = Vector::cast_from(loaded[j]);
+                }
+            }
         }
     }
 }

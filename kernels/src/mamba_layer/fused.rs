@@ -75,17 +75,16 @@ fn matrix<B: MambaKernels>(tensor: Raw<B>) -> Raw<B> {
 }
 
 impl<T: TensorMetadata + Clone> Layer<T> {
-    /// The layer with the weights of the products behind its input projection in its data type: they
-    /// are small, and rounded together.
+    /// The layer with the weights of its products in its data type.
     fn rounded<B>(&self) -> Self
     where
         B: MambaKernels<FloatTensorPrimitive = T>,
     {
         let mut layer = self.clone();
-        let weights = &mut layer.weights;
-        let small = [&weights.x_proj, &weights.dt_proj, &weights.out_proj];
-        [weights.x_proj, weights.dt_proj, weights.out_proj] =
-            B::rounded(small.map(T::clone), self.settings.dtype);
+        let it = &mut layer.weights;
+        let products = [&it.in_proj, &it.x_proj, &it.dt_proj, &it.out_proj].map(T::clone);
+        [it.in_proj, it.x_proj, it.dt_proj, it.out_proj] =
+            B::rounded(products, self.settings.dtype);
         layer
     }
 
@@ -108,8 +107,7 @@ impl<T: TensorMetadata + Clone> Layer<T> {
         B: MambaKernels<FloatTensorPrimitive = T>,
     {
         let LayerSettings { dtype, tf32, .. } = self.settings;
-        let weight = rounded::<B>(weight.clone(), dtype);
-        B::product(x, weight, Product::plain(dtype, tf32), Target::New)
+        B::product(x, weight.clone(), Product::plain(dtype, tf32), Target::New)
     }
 
     /// `dy · weightᵀ` in the layer's data type.
@@ -118,8 +116,8 @@ impl<T: TensorMetadata + Clone> Layer<T> {
         B: MambaKernels<FloatTensorPrimitive = T>,
     {
         let LayerSettings { dtype, tf32, .. } = self.settings;
-        let weight = rounded::<B>(weight.clone(), dtype);
-        B::product(dy, weight, Product::right_transposed(dtype, tf32), target)
+        let how = Product::right_transposed(dtype, tf32);
+        B::product(dy, weight.clone(), how, target)
     }
 
     /// `xᵀ · dy`: a weight's gradient, f32.
@@ -276,9 +274,9 @@ fn forward_mixer<B: MambaKernels>(
     normed: Raw<B>,
 ) -> (LayerOutputs<Raw<B>>, Mixed<Raw<B>>) {
     let sizes = layer.sizes(&stream);
-    let xz = layer.in_proj::<B>(rows_of::<B>(normed, sizes));
     let layer = layer.rounded::<B>();
     let weights = &layer.weights;
+    let xz = layer.in_proj::<B>(rows_of::<B>(normed, sizes));
     let ConvOutputs { y: u, last_window } = B::causal_conv1d(layer.conv::<B>(&xz, sizes.inner));
     let low = layer.project::<B>(u.clone(), &weights.x_proj);
     let rates = layer.rates::<B>();
@@ -319,6 +317,7 @@ pub(crate) fn backward<B: MambaKernels>(
     dout: Raw<B>,
 ) -> LayerGrads<Raw<B>> {
     let sizes = layer.sizes(&dout);
+    let layer = &layer.rounded::<B>();
     let weights = &layer.weights;
     let LayerSaved {
         normalized,
@@ -394,7 +393,6 @@ fn backward_mixer<B: MambaKernels>(
         ..
     } = sizes;
     let dout = rounded::<B>(dout.clone(), layer.settings.dtype);
-    let layer = layer.rounded::<B>();
     let weights = &layer.weights;
     let u = B::causal_conv1d(layer.conv::<B>(xz, inner)).y;
     let scan = layer.scan::<B>(sizes, rates.clone(), u.clone(), &low, xz);
