@@ -101,7 +101,7 @@ impl StepConfig {
         let low = sizes.rank + 2 * sizes.states;
         // Half of the shared memory for the inputs of a product.
         let fitting = device.shared_bytes / 2 / (4 * sizes.width.next_multiple_of(vector * plane));
-        let group = power_of_two_below(fitting.min(GROUP).min(plane).min(planes))
+        let most_together = power_of_two_below(fitting.min(GROUP).min(plane).min(planes))
             .min(batch.next_power_of_two());
         // One cube for each processor, in as few rounds as there have to be.
         let share = |count: usize, most: usize| {
@@ -111,9 +111,8 @@ impl StepConfig {
         let lanes = LANES.min(plane);
         let most = units / lanes;
         let block = share(sizes.inner * batch, most);
-        let out_rows = share(sizes.width, units / group);
         let channels = share(sizes.inner, CHANNELS);
-        let config = Self {
+        let of_group = |group: usize| Self {
             ptx: device.ptx,
             plane,
             units,
@@ -131,7 +130,7 @@ impl StepConfig {
             parts: sizes.inner.div_ceil(channels),
             // A cube has channels of one sequence only.
             block: sizes.inner.div_ceil(sizes.inner.div_ceil(block)),
-            out_rows,
+            out_rows: share(sizes.width, units / group),
             out_slices: power_of_two_below(planes.min(sizes.inner / out_vector / plane).max(1)),
             head_rows: share(sizes.rows, planes),
             vector,
@@ -145,17 +144,21 @@ impl StepConfig {
         let words = [vector, out_vector, rank_vector, low]
             .iter()
             .all(|it| it.is_multiple_of(per_word));
-        let fits = fitting > 0
+        let possible = fitting > 0
             && words
             && units >= 256
             && low <= units
-            && config.taps <= 8
-            && sizes.states <= 256
-            && config
-                .shared_bytes()
-                .into_iter()
-                .all(|it| it <= device.shared_bytes);
-        fits.then_some(config)
+            && sizes.taps <= 8
+            && sizes.states <= 256;
+        // Where planes are small, sums of many sequences take more than their inputs do.
+        let fits = |config: &Self| {
+            let mut bytes = config.shared_bytes().into_iter();
+            bytes.all(|it| it <= device.shared_bytes)
+        };
+        let groups = std::iter::successors(possible.then_some(most_together), |group| {
+            (*group > 1).then_some(group / 2)
+        });
+        groups.map(of_group).find(fits)
     }
 
     /// Bytes of shared memory of each phase: the choice, the three of a layer, the head.
@@ -283,11 +286,16 @@ impl StepConfig {
     }
 
     /// Cubes that one kernel for all phases needs; none where a cube would have more than one piece
-    /// of work in a phase. The second phase's channels are there those of the first.
+    /// of work in a phase, or where a number might be written again before all have it
+    /// ([`exchange`](super::exchange)). The second phase's channels are there those of the first.
     pub fn cubes_at_once(&self, batch: usize) -> Option<usize> {
-        let pieces = [self.in_cubes(), self.out_cubes(), self.head_cubes(), batch];
+        let cubes = self.in_cubes();
+        // Whoever writes to the stream has waited for the cubes of the first phase, or for the logits
+        // that the choice is made from.
+        let waited = self.out_cubes().max(self.head_cubes()).max(batch) <= cubes
+            && self.chooser().bytes() == self.rows;
         let fits = batch <= self.group && self.channels * self.lanes() * batch <= self.units;
-        fits.then(|| pieces.into_iter().fold(1, usize::max))
+        (waited && fits).then_some(cubes)
     }
 
     /// Vectors of states of a lane.
@@ -344,5 +352,87 @@ impl StepConfig {
         let all = count.div_ceil(self.plane);
         let rounds = all.div_ceil(EACH_AHEAD);
         [all.div_ceil(rounds), rounds]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RTX_3090: DeviceTraits = DeviceTraits {
+        ptx: true,
+        plane: 32,
+        max_units: 1024,
+        busy_units: 82 * 1024,
+        shared_bytes: 48 << 10,
+        processor_shared_bytes: 100 << 10,
+    };
+
+    fn sizes(width: usize, weight_bytes: usize) -> Sizes {
+        Sizes {
+            width,
+            inner: 2 * width,
+            states: 16,
+            rank: width.div_ceil(16).next_multiple_of(2),
+            taps: 4,
+            rows: 256,
+            centred: true,
+            norm_f: true,
+            weight_bytes,
+        }
+    }
+
+    /// A device that decodes one sequence decodes any number of them.
+    #[test]
+    fn more_sequences_always_fit() {
+        let small = DeviceTraits {
+            ptx: false,
+            plane: 8,
+            shared_bytes: 32 << 10,
+            ..RTX_3090
+        };
+        for device in [RTX_3090, small] {
+            for width in [64, 512, 768, 1024, 1536, 1792, 2304] {
+                for batch in [1, 2, 4, 8, 64, 256] {
+                    let config = StepConfig::new(sizes(width, 4), batch, &device);
+                    assert!(config.is_some(), "{width} {batch} {device:?}");
+                }
+            }
+        }
+    }
+
+    /// One sequence of the paper's models goes through one kernel for many bytes, where a processor's
+    /// share of the model is one piece of work.
+    #[test]
+    fn one_kernel_has_the_paper_s_models() {
+        for (width, processors) in [(1024, 82), (1024, 108), (1024, 132), (1792, 132)] {
+            let device = DeviceTraits {
+                busy_units: processors * 1024,
+                ..RTX_3090
+            };
+            let config = StepConfig::new(sizes(width, 2), 1, &device).expect("fits");
+            let cubes = config.cubes_at_once(1);
+            assert!(
+                cubes.is_some_and(|it| it <= processors),
+                "{width} {processors}: {cubes:?}"
+            );
+        }
+    }
+
+    /// Cubes that only give to the stream could still wait for numbers that have been written again.
+    #[test]
+    fn one_kernel_waits_for_all_its_cubes() {
+        let many_bytes = Sizes {
+            rows: 512,
+            ..sizes(1024, 4)
+        };
+        let narrow = Sizes {
+            inner: 64,
+            ..sizes(1024, 4)
+        };
+        for sizes in [many_bytes, narrow] {
+            let config = StepConfig::new(sizes, 1, &RTX_3090).expect("fits");
+            assert_eq!(config.cubes_at_once(1), None, "{sizes:?}");
+        }
     }
 }
