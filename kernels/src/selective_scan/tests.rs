@@ -653,3 +653,30 @@ fn offsets_beyond_two_to_the_31() {
     assert_close("y", &read(end(&y, inner)), &read(y_alone), 1e-2, 1e-2);
     assert_close("last", &read(last), &read(last_alone), 1e-4, 1e-4);
 }
+
+#[test]
+fn gradients_have_the_data_types_of_their_inputs() {
+    for device in devices() {
+        for dtype in [DType::F16, DType::BF16] {
+            if !device.supports_dtype(dtype) {
+                continue;
+            }
+            let tracked = device.clone().autodiff();
+            let ones = |dims: [usize; 3]| Tensor::<3>::ones(dims, &tracked);
+            let u = ones([1, 3, 8]).cast(dtype).require_grad();
+            let [delta, z] = [(); 2].map(|()| ones([1, 3, 8]).require_grad());
+            let [b, c] = [(); 2].map(|()| ones([1, 3, 4]).require_grad());
+            let a = Tensor::<2>::full([8, 4], -1.0, &tracked);
+            let scan = Scan::new(u.clone(), delta.clone(), a, b.clone(), c.clone());
+            let (y, _) = selective_scan(Scan {
+                z: Some(z.clone()),
+                ..scan
+            });
+            let grads = y.cast(DType::F32).sum().backward();
+            for (name, input) in [("u", u), ("delta", delta), ("z", z), ("b", b), ("c", c)] {
+                let grad = input.grad(&grads).expect("tracked");
+                assert_eq!(grad.dtype(), input.dtype(), "{name} {device:?} {dtype:?}");
+            }
+        }
+    }
+}

@@ -44,7 +44,9 @@ pub(crate) fn backward(
     request: ScanRequest<FlexTensor>,
 ) -> ScanGrads<FlexTensor> {
     let dtype = inputs.u.dtype();
+    let delta_dtype = inputs.delta.dtype();
     let bc_dtype = [inputs.b.dtype(), inputs.c.dtype()];
+    let z_dtype = inputs.z.as_ref().map_or(dtype, |z| z.dtype());
     let inputs = all_contiguous(inputs);
     let dy = contiguous(dy);
     let sizes = Sizes::of(&inputs);
@@ -88,7 +90,7 @@ pub(crate) fn backward(
     let (db, dc) = sum_groups(&partial, sizes);
     ScanGrads {
         u: tensor(du, [batch, length, inner], dtype),
-        delta: tensor(ddelta, [batch, length, inner], dtype),
+        delta: tensor(ddelta, [batch, length, inner], delta_dtype),
         a: tensor(
             transposed(&sum_batch(&da, batch), state, inner),
             [inner, state],
@@ -99,7 +101,7 @@ pub(crate) fn backward(
         d: inputs
             .d
             .map(|_| tensor(sum_batch(&dd, batch), [inner], DType::F32)),
-        z: dz.map(|z| tensor(z, [batch, length, inner], dtype)),
+        z: dz.map(|z| tensor(z, [batch, length, inner], z_dtype)),
         delta_bias: inputs
             .delta_bias
             .map(|_| tensor(sum_batch(&dbias, batch), [inner], DType::F32)),
