@@ -185,8 +185,6 @@ impl Step {
     /// Final norm, head and loss, forward and backward; returns the stream's gradient.
     fn head(&self, arena: &mut Arena, stream: Block, gradients: &mut Vec<Block>) -> Block {
         let normed = arena.take(self.stream);
-        let sum = arena.take(self.stream);
-        arena.free(stream);
         let rounded = arena.take(self.outer);
         arena.free(normed);
         let logits = arena.take(self.logits[0]);
@@ -200,7 +198,7 @@ impl Step {
         let dnormed = arena.take(self.stream);
         arena.free(dx);
         let gradient = arena.take(self.stream);
-        arena.free_all([dnormed, sum]);
+        arena.free_all([dnormed, stream]);
         gradient
     }
 

@@ -37,12 +37,14 @@ struct NormConfig {
     width: usize,
     /// Whether the mean is subtracted.
     centred: bool,
+    /// Whether x is not the sum already (forward).
+    sum: bool,
     /// Whether dbias is wanted (backward).
     bias: bool,
 }
 
 impl NormConfig {
-    fn new(width: usize, kind: NormKind, bias: bool, device: &DeviceTraits) -> Self {
+    fn new(width: usize, kind: NormKind, device: &DeviceTraits) -> Self {
         let units = width
             .div_ceil(COLUMNS)
             .next_power_of_two()
@@ -52,7 +54,8 @@ impl NormConfig {
             plane: device.plane,
             width,
             centred: kind == NormKind::Layer,
-            bias,
+            sum: true,
+            bias: false,
         }
     }
 
@@ -70,14 +73,19 @@ pub(crate) fn forward(inputs: NormInputs<CubeTensor>) -> NormOutputs<CubeTensor>
     let bias = inputs.bias.map(contiguous_f32);
     let [rows, width] = dims(&x);
     let device = DeviceTraits::of(&x);
-    let config = NormConfig::new(width, inputs.kind, false, &device);
+    let mut config = NormConfig::new(width, inputs.kind, &device);
     let sum_dtype = residual.as_ref().map_or(DType::F32, |r| r.dtype);
+    config.sum = residual.is_some() || x.dtype != sum_dtype;
     let y = empty(&x, [rows, width], x.dtype);
-    let sum = empty(&x, [rows, width], sum_dtype);
     let mean = empty(&x, [rows], DType::F32);
+    let sum = match config.sum {
+        true => empty(&x, [rows, width], sum_dtype),
+        false => x.clone(),
+    };
     let rstd = empty(&x, [rows], DType::F32);
     // SAFETY: every position is derived from the shapes passed along, whose buffers are contiguous
-    // and of just these sizes; cubes beyond the last row do nothing.
+    // and of just these sizes; cubes beyond the last row do nothing. The stand-in of a sum that is not
+    // wanted is not written.
     unsafe {
         norm_forward::launch_unchecked(
             &x.client,
@@ -89,7 +97,7 @@ pub(crate) fn forward(inputs: NormInputs<CubeTensor>) -> NormOutputs<CubeTensor>
             buffer(&weight),
             optional(&bias),
             buffer(&y),
-            buffer(&sum),
+            buffer(if config.sum { &sum } else { &mean }),
             buffer(&mean),
             buffer(&rstd),
             rows,
@@ -108,7 +116,8 @@ pub(crate) fn backward(saved: NormSaved<CubeTensor>, dy: CubeTensor) -> NormGrad
     let weight = contiguous_f32(saved.weight);
     let [rows, width] = dims(&sum);
     let device = DeviceTraits::of(&sum);
-    let config = NormConfig::new(width, saved.kind, saved.has_bias, &device);
+    let mut config = NormConfig::new(width, saved.kind, &device);
+    config.bias = saved.has_bias;
     // Two cubes' worth of units for every place on the device even out the last wave.
     let tiles = (2 * device.busy_units / config.units).clamp(1, rows.max(1));
     let tile_rows = rows.div_ceil(tiles);
@@ -201,7 +210,9 @@ fn norm_forward<X: Float, S: Float>(
                 ComptimeOption::None => {}
             }
             values[i] = value;
-            sum[at] = S::cast_from(value);
+            if config.sum {
+                sum[at] = S::cast_from(value);
+            }
             own += value;
         }
     }

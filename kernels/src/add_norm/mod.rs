@@ -108,9 +108,14 @@ pub struct AddNorm {
 }
 
 impl AddNorm {
-    /// Panics, naming the axis, unless all shapes agree.
+    /// Panics, naming the tensor, unless there are positions and all shapes agree.
     fn check(&self) {
         let [batch, length, width] = self.x.dims();
+        assert!(
+            batch > 0 && length > 0,
+            "add_norm: x must have at least one position, got {:?}",
+            self.x.dims()
+        );
         let same = |name: &str, got: &[usize], expected: &[usize]| {
             assert_eq!(got, expected, "add_norm: shape of {name}");
         };
@@ -137,7 +142,7 @@ impl AddNorm {
 ///
 /// # Panics
 ///
-/// If shapes disagree.
+/// If shapes disagree, or there are no positions.
 pub fn add_norm(args: AddNorm) -> (Tensor<3>, Tensor<3>) {
     args.check();
     let dims = args.x.dims();

@@ -186,3 +186,17 @@ fn gradients_equal_finite_differences() {
         });
     }
 }
+
+#[test]
+#[should_panic(expected = "add_norm: x must have at least one position, got [1, 0, 8]")]
+fn there_must_be_positions() {
+    let device = cpu();
+    add_norm(AddNorm {
+        x: Tensor::zeros([1, 0, 8], &device),
+        residual: None,
+        weight: Tensor::ones([8], &device),
+        bias: None,
+        eps: 1e-5,
+        kind: NormKind::Rms,
+    });
+}

@@ -24,12 +24,17 @@ use crate::backend::MambaOps;
 ///
 /// # Panics
 ///
-/// If shapes disagree.
+/// If shapes disagree, or there are no rows or columns.
 pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+    let [rows, columns] = logits.dims();
     assert_eq!(
-        logits.dims()[0],
+        rows,
         targets.dims()[0],
         "cross_entropy: rows of logits [M, V] and targets [M]"
+    );
+    assert!(
+        rows > 0 && columns > 0,
+        "cross_entropy: logits must have at least one number, got [{rows}, {columns}]"
     );
     Tensor::from_dispatch(<Dispatch as MambaOps>::cross_entropy_op(
         logits.into_dispatch(),

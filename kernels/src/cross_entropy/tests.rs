@@ -129,3 +129,10 @@ fn reduced_precision_equals_f32() {
     }
     for_every_backend!(check);
 }
+
+#[test]
+#[should_panic(expected = "cross_entropy: logits must have at least one number, got [0, 8]")]
+fn there_must_be_rows() {
+    let device = cpu();
+    cross_entropy(Tensor::zeros([0, 8], &device), Tensor::zeros([0], &device));
+}
