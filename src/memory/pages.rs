@@ -197,9 +197,9 @@ impl Step {
         arena.free_all([rounded_dlogits, rounded]);
         let dnormed = arena.take(self.stream);
         arena.free(dx);
-        let gradient = arena.take(self.stream);
-        arena.free_all([dnormed, stream]);
-        gradient
+        arena.free(dnormed);
+        // The norm writes the gradient of the stream over it.
+        stream
     }
 
     /// One layer backward, from what it kept.

@@ -123,19 +123,22 @@ pub(crate) fn backward(saved: NormSaved<CubeTensor>, dy: CubeTensor) -> NormGrad
     let tile_rows = rows.div_ceil(tiles);
     let tiles = rows.div_ceil(tile_rows);
 
-    let dsum = empty(&sum, [rows, width], sum.dtype);
+    let (dsum, sum) = match sum.can_mut() {
+        true => (sum, None),
+        false => (empty(&sum, [rows, width], sum.dtype), Some(sum)),
+    };
     let kinds = if config.bias { 2 } else { 1 };
-    let sums = empty(&sum, [tiles, kinds * width], DType::F32);
-    let dweight = empty(&sum, [width], DType::F32);
-    let dbias = saved.has_bias.then(|| empty(&sum, [width], DType::F32));
-    // SAFETY: as in `forward`.
+    let sums = empty(&dsum, [tiles, kinds * width], DType::F32);
+    let dweight = empty(&dsum, [width], DType::F32);
+    let dbias = saved.has_bias.then(|| empty(&dsum, [width], DType::F32));
+    // SAFETY: as in `forward`; `dsum` belongs to this call alone.
     unsafe {
         norm_backward::launch_unchecked(
-            &sum.client,
+            &dsum.client,
             grid(tiles),
             cube_dim(config.units),
-            address_type(&[&sum]),
-            buffer(&sum),
+            address_type(&[&dsum]),
+            optional(&sum),
             buffer(&dy),
             buffer(&contiguous_f32(saved.mean)),
             buffer(&contiguous_f32(saved.rstd)),
@@ -145,7 +148,7 @@ pub(crate) fn backward(saved: NormSaved<CubeTensor>, dy: CubeTensor) -> NormGrad
             rows,
             tile_rows,
             config,
-            [elem(sum.dtype), elem(dy.dtype)],
+            [elem(dsum.dtype), elem(dy.dtype)],
         );
     }
     let sums = fold_rows(sums);
@@ -252,9 +255,10 @@ fn norm_forward<X: Float, S: Float>(
 }
 
 /// One tile of rows a cube; `sums` holds `[tiles, D]` (dweight) or `[tiles, 2 · D]` (then dbias).
+/// Without `sum`, `dsum` holds it.
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn norm_backward<S: Float, Y: Float>(
-    sum: &[S],
+    sum: &ComptimeOption<Box<[S]>>,
     dy: &[Y],
     mean: &[f32],
     rstd: &[f32],
@@ -298,7 +302,12 @@ fn norm_backward<S: Float, Y: Float>(
             dhats[i] = 0.0f32;
             if column < width {
                 let at = row * width + column;
-                let hat = (f32::cast_from(sum[at]) - centre) * scale;
+                let value = #[comptime]
+                match sum {
+                    ComptimeOption::Some(sum) => sum[at],
+                    ComptimeOption::None => dsum[at],
+                };
+                let hat = (f32::cast_from(value) - centre) * scale;
                 let grad = f32::cast_from(dy[at]);
                 let dhat = grad * weights[i];
                 hats[i] = hat;

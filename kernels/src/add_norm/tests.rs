@@ -1,7 +1,10 @@
 use burn::tensor::{DType, Device, Tensor};
 
-use super::{AddNorm, NormKind, add_norm, reference};
-use crate::testing::{ATOL, RTOL, Rng, assert_close, assert_same_bits, cpu, devices, read, tensor};
+use super::{AddNorm, NormInputs, NormKind, NormSaved, add_norm, reference};
+use crate::testing::{
+    ATOL, RTOL, Raw, Rng, assert_close, assert_same_bits, cpu, devices, for_every_backend, read,
+    tensor,
+};
 
 struct Case {
     dims: [usize; 3],
@@ -199,4 +202,45 @@ fn there_must_be_positions() {
         eps: 1e-5,
         kind: NormKind::Rms,
     });
+}
+
+/// The gradient of the sum takes its place only where nothing else holds it, with the same bits.
+#[test]
+fn a_sum_that_is_held_is_not_overwritten() {
+    fn check<B: Raw>() {
+        for device in B::devices() {
+            let case = Case::new([1, 70, 34], NormKind::Layer, false, true);
+            let rows = |values: &[f32]| B::float(tensor(values, [70, 34], &device));
+            let row = |values: &[f32]| B::float(tensor(values, [34], &device));
+            let gradient = |hold: bool| {
+                let x = rows(&case.x);
+                let held = hold.then(|| x.clone());
+                let out = B::add_norm(NormInputs {
+                    x,
+                    residual: None,
+                    weight: row(&case.weight),
+                    bias: Some(row(&case.bias_values)),
+                    eps: 1e-5,
+                    kind: case.kind,
+                });
+                let saved = NormSaved {
+                    sum: out.sum,
+                    mean: out.mean,
+                    rstd: out.rstd,
+                    weight: row(&case.weight),
+                    has_bias: true,
+                    kind: case.kind,
+                };
+                let grads = B::add_norm_backward(saved, rows(&case.loss[0]));
+                let read = |raw| read(B::tensor::<2>(raw));
+                (read(grads.sum), held.map(read))
+            };
+            let (in_place, _) = gradient(false);
+            let (apart, held) = gradient(true);
+            let what = format!("{device:?}");
+            assert_same_bits(&what, &in_place, &apart);
+            assert_same_bits(&what, &held.expect("held"), &case.x);
+        }
+    }
+    for_every_backend!(check);
 }
