@@ -91,6 +91,8 @@ impl Reader {
             let line = line_of(section.span().start);
             let section = section.into_inner().into_owned();
             match content.into_inner() {
+                // What stands behind a `[` that is not closed is taken for the section's name.
+                DeValue::Table(table) if table.is_empty() && broken.contains(&(line - 1)) => {}
                 DeValue::Table(table) => {
                     // An empty section is still a section, whose name is checked.
                     self.sections.entry(section.clone()).or_default();

@@ -261,6 +261,19 @@ path = \"x\"
 }
 
 #[test]
+fn a_bracket_that_is_not_closed_is_one_problem() {
+    for text in [
+        "[model\npreset=\"tiny\"\n",
+        "[train]\nsteps = 1\n[data\npath = \"x\"\n",
+    ] {
+        let errors = parse(text, &[]).expect_err("broken");
+        assert_eq!(errors.errors.len(), 1, "{errors}");
+    }
+    let errors = parse("[model\n[modle]\ndim = 3\n", &[]).expect_err("broken");
+    assert!(errors.to_string().contains("`[model]`"), "{errors}");
+}
+
+#[test]
 fn sections_that_are_no_tables_are_explained() {
     for text in ["train = 5", "[[train]]\nsteps = 1"] {
         let errors = parse(text, &[]).expect_err("not a table").to_string();
