@@ -11,11 +11,13 @@
 //! What follows is joined with one space; a query that begins with `Question: ` is first answered
 //! for with a line `Answer:`, as the harness does for ARC and PIQA.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use burn::tensor::Device;
 use mambabyte_datasets::Progress;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
+use serde_json::{Map, Value};
 
 use super::lanes::Lanes;
 use super::sequences::{SequenceScore, score_sequences};
@@ -26,8 +28,7 @@ use crate::model::MambaLm;
 const BATCH: usize = 256;
 
 /// One line of a task.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(untagged)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Item {
     /// One of several answers.
     Choice {
@@ -78,7 +79,58 @@ impl Pair {
     }
 }
 
+/// The keys of each kind of item; a line is of the first kind that it has all keys of.
+const LAYOUTS: [&[&str]; 3] = [
+    &["query", "choices", "gold"],
+    &["context_options", "continuation", "gold"],
+    &["context", "continuation"],
+];
+
 impl Item {
+    /// The item in a line of JSON; an error says what is wrong with the line.
+    fn parse(line: &str) -> Result<Self, String> {
+        let value = serde_json::from_str(line);
+        let value: Value = value.map_err(|error| format!("is not JSON: {error}"))?;
+        let Value::Object(fields) = value else {
+            return Err(format!("is {}, expected an object", shortened(&value)));
+        };
+        let has = |key: &&&str| fields.contains_key(**key);
+        // The kind that is meant: of equals the first.
+        let keys = LAYOUTS
+            .iter()
+            .rev()
+            .max_by_key(|keys| {
+                let there = keys.iter().filter(has).count();
+                (there == keys.len(), there)
+            })
+            .copied()
+            .unwrap_or_default();
+        let (there, missing): (Vec<&str>, Vec<&str>) = keys.iter().partition(|key| has(key));
+        if there.is_empty() {
+            return Err("has none of the keys of an item".to_owned());
+        }
+        if !missing.is_empty() {
+            let (there, missing) = (there.join("` and `"), missing.join("` and `"));
+            return Err(format!("has `{there}`, and no `{missing}`"));
+        }
+        Ok(match keys[0] {
+            "query" => Self::Choice {
+                query: text(&fields, "query")?,
+                choices: texts(&fields, "choices")?,
+                gold: index(&fields, "gold")?,
+            },
+            "context_options" => Self::Schema {
+                context_options: texts(&fields, "context_options")?,
+                continuation: text(&fields, "continuation")?,
+                gold: index(&fields, "gold")?,
+            },
+            _ => Self::LastWord {
+                context: text(&fields, "context")?,
+                continuation: text(&fields, "continuation")?,
+            },
+        })
+    }
+
     /// The texts whose likelihoods decide.
     fn pairs(&self) -> Vec<Pair> {
         match self {
@@ -126,6 +178,43 @@ impl Item {
     }
 }
 
+fn text(fields: &Map<String, Value>, key: &str) -> Result<String, String> {
+    let text = fields[key].as_str().map(str::to_owned);
+    text.ok_or_else(|| unlike(fields, key, "a text"))
+}
+
+fn texts(fields: &Map<String, Value>, key: &str) -> Result<Vec<String>, String> {
+    let list = fields[key].as_array();
+    list.and_then(|list| {
+        list.iter()
+            .map(|it| it.as_str().map(str::to_owned))
+            .collect()
+    })
+    .ok_or_else(|| unlike(fields, key, "a list of texts"))
+}
+
+fn index(fields: &Map<String, Value>, key: &str) -> Result<usize, String> {
+    let number = fields[key].as_u64().and_then(|it| it.try_into().ok());
+    number.ok_or_else(|| unlike(fields, key, "an index from 0"))
+}
+
+fn unlike(fields: &Map<String, Value>, key: &str, expected: &str) -> String {
+    format!(
+        "`{key}` is {}, expected {expected}",
+        shortened(&fields[key])
+    )
+}
+
+/// The beginning of a value's JSON.
+fn shortened(value: &Value) -> String {
+    const MOST: usize = 40;
+    let text = value.to_string();
+    match text.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
 /// A named list of items of one kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Task {
@@ -140,10 +229,16 @@ impl Task {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] where it cannot be read, [`Error::Usage`] naming the first line that is no
-    /// item, or not of the kind of the first.
+    /// [`Error::Usage`] where it does not exist, [`Error::Io`] where it cannot be read,
+    /// [`Error::Usage`] naming the first line that is no item, or not of the kind of the first.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let text = std::fs::read_to_string(path).map_err(|source| match source.kind() {
+            ErrorKind::NotFound => Error::Usage {
+                message: format!("there is nothing at `{}`", path.display()),
+                hint: "name a file that is there".to_owned(),
+            },
+            _ => Error::io("read", path)(source),
+        })?;
         let mut items: Vec<Item> = Vec::new();
         for (index, line) in text.lines().enumerate() {
             if line.trim().is_empty() {
@@ -155,8 +250,7 @@ impl Task {
                        `continuation` and `gold`, or `context` and `continuation`"
                     .to_owned(),
             };
-            let item: Item =
-                serde_json::from_str(line).map_err(|error| problem(error.to_string()))?;
+            let item = Item::parse(line).map_err(problem)?;
             item.check().map_err(problem)?;
             if let Some(first) = items.first()
                 && std::mem::discriminant(first) != std::mem::discriminant(&item)
@@ -369,7 +463,25 @@ mod tests {
                 ),
                 "another layout",
             ),
-            ("[1".to_owned(), "line 1"),
+            ("[1".to_owned(), "line 1: is not JSON: EOF while parsing"),
+            ("[1]".to_owned(), "line 1: is [1], expected an object"),
+            ("{\"question\": 1}".to_owned(), "none of the keys"),
+            (
+                r#"{"query": "x"}"#.to_owned(),
+                "has `query`, and no `choices` and `gold`",
+            ),
+            (
+                r#"{"continuation": "c", "gold": 0}"#.to_owned(),
+                "has `continuation` and `gold`, and no `context_options`",
+            ),
+            (
+                r#"{"query": "q", "choices": ["a", 1], "gold": 0}"#.to_owned(),
+                "`choices` is [\"a\",1], expected a list of texts",
+            ),
+            (
+                r#"{"query": "q", "choices": ["a"], "gold": -1}"#.to_owned(),
+                "`gold` is -1, expected an index from 0",
+            ),
         ] {
             let error = task(&lines).expect_err(&lines);
             assert!(error.to_string().contains(words), "{error}");
