@@ -1,9 +1,14 @@
 //! The `mambabyte` program: reads the command line, runs the command, turns errors into exit codes.
 
+mod allocator;
+
 use std::process::ExitCode;
 
 use clap::Parser;
 use mambabyte::commands::{self, Cli};
+
+#[global_allocator]
+static ALLOCATOR: allocator::OrEnd = allocator::OrEnd;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
