@@ -1,12 +1,13 @@
 //! The errors of the program, their exit codes, and how they are shown.
 
 use std::fmt::Write as _;
-use std::io::{self, IsTerminal, Write as _};
+use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 
 use mambabyte_datasets::DataError;
 
 use crate::config::ConfigErrors;
+use crate::terminal::{say, visible};
 
 /// Result with [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -197,13 +198,16 @@ pub(crate) fn colored(terminal: bool) -> bool {
 }
 
 fn print_problem(label: &str, color: &str, text: &str) {
-    let mut stderr = io::stderr().lock();
-    // With standard error gone there is nobody left to tell.
-    let _ = if colored(stderr.is_terminal()) {
-        writeln!(stderr, "\x1b[1;{color}m{label}:\x1b[0m {text}")
-    } else {
-        writeln!(stderr, "{label}: {text}")
+    let terminal = io::stderr().is_terminal();
+    // Messages quote what files and names hold.
+    let text = match terminal {
+        true => visible(text),
+        false => text.into(),
     };
+    say(&match colored(terminal) {
+        true => format!("\x1b[1;{color}m{label}:\x1b[0m {text}"),
+        false => format!("{label}: {text}"),
+    });
 }
 
 #[cfg(test)]

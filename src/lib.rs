@@ -19,6 +19,8 @@
 //!
 //! The operations are in [`mambabyte_kernels`], the data in [`mambabyte_datasets`].
 
+#![warn(clippy::print_stderr)]
+
 mod clock;
 pub mod commands;
 pub mod config;
@@ -36,6 +38,7 @@ pub mod memory;
 pub mod model;
 mod nvidia;
 pub mod server;
+mod terminal;
 pub mod train;
 
 pub use config::{Config, MambaConfig};

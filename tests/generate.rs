@@ -196,6 +196,26 @@ fn a_checkpoint_by_name_of_its_folder_works() {
     );
 }
 
+#[test]
+fn a_prompt_may_come_from_standard_input() {
+    let workspace = trained();
+    let prompt = workspace.path("prompt");
+    std::fs::write(&prompt, b"any \xff bytes").expect("writable");
+    let from = |file: &str| {
+        let line = format!(
+            "generate --checkpoint run --device cpu --max-new-bytes 9 --prompt-file {file}"
+        );
+        let mut command = workspace.command(&line);
+        command.stdin(std::fs::File::open(&prompt).expect("a file"));
+        let output = command.output().expect("the program starts");
+        assert!(output.status.success(), "{file}: {output:?}");
+        output.stdout
+    };
+    assert_eq!(from("-"), from("prompt"));
+    let line = "generate --checkpoint run --prompt-file none";
+    workspace.fails(line, 2, &["nothing at `none`"]);
+}
+
 /// `mambabyte generate | head -c 10` is no failure.
 #[test]
 fn a_reader_that_goes_away_is_no_error() {

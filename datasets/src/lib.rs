@@ -15,6 +15,8 @@
 //! Nothing here knows about tensors or models. Bytes are the tokens: values 0 to 255, no
 //! begin or end marks, nothing inserted between documents.
 
+#![warn(clippy::print_stderr)]
+
 pub mod download;
 pub mod error;
 pub mod fetch;

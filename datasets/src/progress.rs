@@ -1,5 +1,7 @@
 //! Reports of how far a long operation has come.
 
+use std::io::Write as _;
+
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Receives progress, in bytes, of downloads, preparation and verification.
@@ -72,7 +74,10 @@ impl Progress for Bar {
     }
 
     fn note(&self, message: &str) {
-        self.bar.suspend(|| eprintln!("{message}"));
+        // With standard error gone there is nobody left to tell.
+        self.bar.suspend(|| {
+            let _ = writeln!(std::io::stderr(), "{message}");
+        });
     }
 
     fn finish(&self) {

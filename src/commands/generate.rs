@@ -1,15 +1,17 @@
 //! The command `generate`.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::borrow::Cow;
+use std::io::{IsTerminal as _, Read as _, Write as _};
 use std::time::Duration;
 
 use clap::Args;
 use serde::Serialize;
 
 use super::model_args::ModelArgs;
-use super::{positive, print, print_json};
+use super::{positive, print, print_json, read_named};
 use crate::error::{Error, Result};
 use crate::generate::{Completion, Finish, Request, SamplingConfig, Session, Timing, Utf8Stream};
+use crate::terminal::{say, visible};
 
 /// How often new text should reach the reader.
 const BETWEEN_PIECES: Duration = Duration::from_millis(40);
@@ -70,7 +72,7 @@ pub struct GenerateArgs {
     /// Text to go on from
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub prompt: String,
-    /// File whose bytes to go on from
+    /// File whose bytes to go on from; - is standard input
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     pub prompt_file: Option<std::path::PathBuf>,
     /// Bytes to write at most
@@ -92,7 +94,7 @@ pub struct GenerateArgs {
     /// Write the prompt, too
     #[arg(long)]
     pub echo: bool,
-    /// Write bytes as they are even to a terminal; elsewhere they always are
+    /// Write bytes as they are even to a terminal, control characters, too; elsewhere they always are
     #[arg(long)]
     pub raw: bool,
     /// Say on standard error how long prompt and bytes took
@@ -106,7 +108,13 @@ pub struct GenerateArgs {
 impl GenerateArgs {
     fn request(&self) -> Result<Request> {
         let prompt = match &self.prompt_file {
-            Some(path) => std::fs::read(path).map_err(Error::io("read", path))?,
+            Some(path) if path.as_os_str() == "-" => {
+                let mut prompt = Vec::new();
+                let read = std::io::stdin().lock().read_to_end(&mut prompt);
+                read.map_err(Error::io("read", "standard input"))?;
+                prompt
+            }
+            Some(path) => read_named(path)?,
             None => self.prompt.as_bytes().to_vec(),
         };
         Ok(Request {
@@ -158,7 +166,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         output.finish()?;
     }
     if args.timing && !args.json {
-        eprintln!("{}", describe(timing, how));
+        say(&describe(timing, how));
     }
     Ok(())
 }
@@ -219,15 +227,19 @@ impl<'a> Output<'a> {
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let shown = self.shown(bytes);
+        let mut stdout = std::io::stdout().lock();
+        stdout
+            .write_all(&shown)
+            .and_then(|()| stdout.flush())
+            .map_err(Error::Stdout)
+    }
+
+    /// What is written for these bytes.
+    fn shown<'b>(&mut self, bytes: &'b [u8]) -> Cow<'b, [u8]> {
         match &mut self.text {
-            Some(text) => print(&text.push(bytes)),
-            None => {
-                let mut stdout = std::io::stdout().lock();
-                stdout
-                    .write_all(bytes)
-                    .and_then(|()| stdout.flush())
-                    .map_err(Error::Stdout)
-            }
+            Some(text) => visible(&text.push(bytes)).into_owned().into_bytes().into(),
+            None => bytes.into(),
         }
     }
 
@@ -313,5 +325,22 @@ fn seconds(timing: Timing) -> Seconds {
         prefill_seconds: timing.prefill.as_secs_f64(),
         new_bytes: timing.new_bytes,
         decode_seconds: timing.decode.as_secs_f64(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_gets_text_and_all_else_the_bytes() {
+        let shown = |text: Option<Utf8Stream>| {
+            let mut output = Output { echo: &[], text };
+            [&b"\x1b]0;title\x07\xc3"[..], b"\xa9\n"]
+                .map(|bytes| output.shown(bytes).into_owned())
+                .concat()
+        };
+        assert_eq!(shown(Some(Utf8Stream::new())), "␛]0;title␇é\n".as_bytes());
+        assert_eq!(shown(None), b"\x1b]0;title\x07\xc3\xa9\n");
     }
 }

@@ -11,6 +11,7 @@ use crate::config::{Config, MambaConfig};
 use crate::error::{Error, Result, print_warning};
 use crate::hub::{Hub, Name};
 use crate::interop::Import;
+use crate::terminal::say;
 use crate::train::Checkpoint;
 use crate::train::checkpoint::MANIFEST;
 
@@ -59,7 +60,7 @@ fn convert(from: &Path, given: Option<&Path>, source: Option<&str>, out: &Path) 
     let config = settings(&import.config)?;
     Checkpoint::save_weights(out, &config, source, |file| import.write(file, &Bar::new()))?;
     let model = &import.config;
-    eprintln!(
+    say(&format!(
         "imported {} parameters ({} wide, {} layers, {} norm, {} head, {} tokens) from {} in {:.1} s",
         grouped(model.num_params()),
         model.dim,
@@ -69,9 +70,9 @@ fn convert(from: &Path, given: Option<&Path>, source: Option<&str>, out: &Path) 
         model.vocab_size,
         scaled(import.bytes() as f64, "B"),
         started.elapsed().as_secs_f64(),
-    );
+    ));
     if let Some(source) = source {
-        eprintln!("from {source}");
+        say(&format!("from {source}"));
     }
     warn_unless_bytes(model);
     Ok(())

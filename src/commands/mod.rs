@@ -297,6 +297,8 @@ pub fn start_logging(verbose: u8) {
         .with_writer(io::stderr)
         .with_ansi(crate::error::colored(io::stderr().is_terminal()))
         .with_target(false)
+        // A line that cannot be written is lost; to say so on standard error would panic.
+        .log_internal_errors(false)
         .try_init();
 }
 
@@ -381,6 +383,17 @@ pub(crate) fn device(text: &str) -> Result<DeviceConfig, String> {
     }
 }
 
+/// The bytes of a file that the command line names.
+pub(crate) fn read_named(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => Error::Usage {
+            message: format!("there is nothing at `{}`", path.display()),
+            hint: "name a file that is there".to_owned(),
+        },
+        _ => Error::io("read", path)(source),
+    })
+}
+
 /// A split's name.
 pub(crate) fn split(text: &str) -> Result<Split, String> {
     text.parse()
@@ -407,6 +420,16 @@ fn fraction(text: &str) -> Result<f64, String> {
         text,
         |it| (0.0..=1.0).contains(&it),
         "expected a number from 0 to 1",
+    )
+}
+
+/// A share that may be held out twice.
+fn held_out(text: &str) -> Result<f64, String> {
+    number_where(
+        text,
+        |it| (0.0..0.5).contains(&it),
+        "expected a number from 0 to below 0.5: so much is held out for validation, and again for \
+         testing",
     )
 }
 

@@ -7,6 +7,7 @@ use super::{TrainArgs, checkpoint_folder};
 use crate::config::Config;
 use crate::device;
 use crate::error::Result;
+use crate::terminal::say;
 use crate::train;
 
 /// Runs the command.
@@ -14,7 +15,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let config = args.config.load()?;
     device::set_threads(config.train.threads);
     let path = run_path(&config, args);
-    eprintln!("run: {}", path.display());
+    say(&format!("run: {}", path.display()));
     let init = args.init.as_deref().map(checkpoint_folder).transpose()?;
     train::start(&config, &path, init.as_deref(), args.stop_after)
 }

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::terminal::{say, visible};
+
 /// Between lines where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
@@ -44,7 +46,7 @@ impl Display {
             bar.set_message(COMPILING);
             bar.enable_steady_tick(TICK);
             if !terminal {
-                eprintln!("{COMPILING}");
+                say(COMPILING);
             }
         }
         Self {
@@ -66,7 +68,7 @@ impl Display {
         self.bar.set_message(text.clone());
         let due = self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY);
         if !self.terminal && (due || step == self.steps) {
-            eprintln!("step {step}/{}  {text}", self.steps);
+            say(&format!("step {step}/{}  {text}", self.steps));
             self.last_line = Some(Instant::now());
         }
     }
@@ -74,8 +76,8 @@ impl Display {
     /// A line that stays.
     pub(super) fn note(&self, text: &str) {
         match self.terminal {
-            true => self.bar.println(text),
-            false => eprintln!("{text}"),
+            true => self.bar.println(visible(text)),
+            false => say(text),
         }
     }
 

@@ -25,6 +25,7 @@ use crate::device::budget::Budget;
 use crate::error::{Error, Result};
 use crate::eval::{self, Context, EvalOptions, Lanes};
 use crate::generate::{Generator, GeneratorOptions, Request};
+use crate::terminal::say;
 
 /// Batches that the loader prepares ahead.
 const QUEUE: usize = 4;
@@ -95,7 +96,14 @@ impl<'a> Run<'a> {
             }
         }
         display.finish();
-        self.finish(last)
+        self.finish(last)?;
+        if last < total {
+            say(&format!(
+                "stopped at step {last} of {total}, and saved; go on with `mambabyte resume {}`",
+                self.dir.path().display()
+            ));
+        }
+        Ok(())
     }
 
     /// One step and what follows it. Returns whether the run went back, so that other batches come
@@ -151,7 +159,7 @@ impl<'a> Run<'a> {
     fn without_data(&mut self, error: Error, first: u64) -> Error {
         if self.progress.step > first {
             match self.finish(self.progress.step) {
-                Ok(()) => eprintln!("saved step {}", self.progress.step),
+                Ok(()) => say(&format!("saved step {}", self.progress.step)),
                 Err(unsaved) => tracing::warn!("step {}: {unsaved}", self.progress.step),
             }
         }
