@@ -62,7 +62,7 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "BYTES", default_value_t = 1 << 30, value_parser = clap::value_parser!(u64).range(1..))]
     pub max_shard_bytes: u64,
     /// Fraction held out for validation, and again for testing (text and cargo) [default: 0.02]
-    #[arg(long, value_name = "FRACTION")]
+    #[arg(long, value_name = "FRACTION", value_parser = super::held_out)]
     pub held_out: Option<f64>,
     /// File name extensions to take, separated by commas; all if left out (text only)
     #[arg(long, value_name = "EXT", value_delimiter = ',')]
@@ -170,6 +170,17 @@ fn open_source(args: &PrepareArgs) -> Result<Box<dyn Source>> {
         });
     }
     let path = args.path.clone().unwrap_or_default();
+    if args.source == SourceKind::Text && lies_in(&args.out, &path) {
+        return Err(Error::Usage {
+            message: format!(
+                "`--out {}` lies in `--path {}`: the shards of one split would be read as text of the \
+                 next",
+                args.out.display(),
+                path.display()
+            ),
+            hint: "write to a folder outside of the text".to_owned(),
+        });
+    }
     let held_out = args.held_out.map(HeldOut::each);
     Ok(match args.source {
         SourceKind::Pg19 => Box::new(Pg19::new(path)),
@@ -205,6 +216,16 @@ fn open_source(args: &PrepareArgs) -> Result<Box<dyn Source>> {
             Box::new(sources)
         }
     })
+}
+
+/// Whether `inner`, of which the last folders may not exist yet, is `outer` or lies in it.
+fn lies_in(inner: &Path, outer: &Path) -> bool {
+    let Ok(outer) = outer.canonicalize() else {
+        return false;
+    };
+    let inner = std::path::absolute(inner).unwrap_or_else(|_| inner.to_owned());
+    let there = inner.ancestors().find_map(|it| it.canonicalize().ok());
+    there.is_some_and(|it| it.starts_with(&outer))
 }
 
 fn describe_prepared(summary: &Summary, seconds: f64) -> String {
