@@ -7,9 +7,8 @@ use clap::Args;
 
 use crate::dashboard;
 use crate::error::Result;
-
-/// Where runs are unless the config says otherwise.
-const RUNS: &str = "checkpoints";
+use crate::train::run_dir::RUNS;
+pub(super) use crate::train::run_dir::run_path;
 
 /// Arguments of `dash`.
 #[derive(Clone, Debug, Args)]
@@ -38,13 +37,4 @@ pub fn run(args: &DashArgs) -> Result<()> {
              from another machine: ssh -L {port}:localhost:{port} THIS_MACHINE\n"
         );
     })
-}
-
-/// A path as it is, or the name of a run in `checkpoints/`.
-pub(super) fn run_path(run: &Path) -> PathBuf {
-    let named = Path::new(RUNS).join(run);
-    match !run.exists() && named.exists() {
-        true => named,
-        false => run.to_owned(),
-    }
 }

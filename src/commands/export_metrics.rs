@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 use super::dash::run_path;
 use super::import::refuse_existing;
 use crate::error::{Error, Result};
+use crate::train::run_dir::no_run;
 use crate::train::tensorboard::EventWriter;
 
 /// Form to write.
@@ -41,7 +42,11 @@ type Record = (u64, Map<String, Value>);
 
 /// Runs the command.
 pub fn run(args: &ExportMetricsArgs) -> Result<()> {
-    let path = run_path(&args.run).join("metrics.jsonl");
+    let run = run_path(&args.run);
+    if !run.exists() {
+        return Err(no_run(&run));
+    }
+    let path = run.join("metrics.jsonl");
     if let Some(out) = &args.out {
         refuse_existing(out)?;
     }

@@ -8,7 +8,9 @@ use serde_json::Value;
 use super::dash::run_path;
 use super::{grouped, print, print_json, scaled};
 use crate::dashboard;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::terminal::say;
+use crate::train::run_dir::no_run;
 
 /// Arguments of `runs`.
 #[derive(Clone, Debug, Args)]
@@ -25,17 +27,14 @@ pub struct RunsArgs {
 pub fn run(args: &RunsArgs) -> Result<()> {
     let paths: Vec<PathBuf> = args.runs.iter().map(|it| run_path(it)).collect();
     if let Some(missing) = paths.iter().find(|it| !it.exists()) {
-        return Err(Error::Usage {
-            message: format!("there is nothing at `{}`", missing.display()),
-            hint: "name a run, or a folder that holds runs, such as `checkpoints/`".to_owned(),
-        });
+        return Err(no_run(missing));
     }
     let runs = dashboard::summaries(&paths);
     if args.json {
         return print_json(&runs);
     }
     if runs.is_empty() {
-        eprintln!("no runs; `make train` starts one");
+        say("no runs; `make train` starts one");
         return Ok(());
     }
     print(&table(&runs))

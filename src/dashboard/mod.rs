@@ -38,6 +38,7 @@ use std::path::PathBuf;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::train::run_dir::no_run;
 
 /// Serves the runs at and below `paths` on `port` of loopback until the process is told to end. Port
 /// 0 is one that is free. `ready` is told the address.
@@ -48,11 +49,7 @@ use crate::error::{Error, Result};
 pub fn serve(paths: &[PathBuf], port: u16, ready: impl FnOnce(SocketAddr)) -> Result<()> {
     for path in paths {
         if !path.exists() {
-            return Err(Error::Usage {
-                message: format!("there is nothing at `{}`", path.display()),
-                hint: "name the folder of a run, or one that holds runs, such as `checkpoints/`"
-                    .to_owned(),
-            });
+            return Err(no_run(path));
         }
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -15,6 +15,7 @@ use super::run_dir::{RunDir, resolve_checkpoint};
 use crate::config::{Config, Mode};
 use crate::device::budget::Budget;
 use crate::error::{Error, Result};
+use crate::terminal::say;
 
 /// Keys of `[model]` that change how fast a model is, not which one it is.
 const SPEED: [&str; 4] = ["preset", "pscan", "fused_add_norm", "use_fast_path"];
@@ -56,10 +57,10 @@ pub fn resume(path: &Path, stop_after: Option<u64>) -> Result<()> {
         let mut learner = Learner::new(&config, &device);
         let progress = restore(&dir, &mut learner, &sampler, &config)?;
         if progress.step >= config.train.steps {
-            eprintln!(
+            say(&format!(
                 "the run is finished: all {} steps of `train.steps` are done",
                 config.train.steps
-            );
+            ));
             return Ok(());
         }
         let mut metrics = open_metrics(&dir, &config, progress.step)?;
@@ -135,6 +136,11 @@ fn restore(
 ) -> Result<Progress> {
     let now = data_identity(sampler.shards());
     let Some(checkpoint) = newest_whole(dir)? else {
+        if let Some(step) = dir.last_saved() {
+            tracing::warn!(
+                "the run has saved step {step}, and has no checkpoint any more: it begins again at step 1"
+            );
+        }
         return Ok(Progress::start(&now));
     };
     let progress = checkpoint.progress().clone();

@@ -8,11 +8,13 @@
 //!     step-<n>/        a checkpoint; complete if it has a manifest.json
 //! ```
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 
 use super::checkpoint::{MANIFEST, Manifest, write_whole};
 use super::lock::Lock;
+use super::metrics::MetricRecord;
 use crate::config::{CheckpointConfig, Config};
 use crate::error::{Error, Result};
 
@@ -45,7 +47,17 @@ impl RunDir {
     }
 
     /// Opens the folder of a run to go on with it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Checkpoint`] where there is none, also for a folder that is a checkpoint.
     pub fn open(path: &Path) -> Result<Self> {
+        if path.join(MANIFEST).is_file() {
+            return Err(no_run_but_a_checkpoint(path));
+        }
+        if !path.exists() {
+            return Err(no_run(path));
+        }
         if !path.join("config.toml").is_file() {
             return Err(Error::Checkpoint {
                 path: path.to_owned(),
@@ -84,9 +96,58 @@ impl RunDir {
         Ok(Config::load(self.path.join("config.toml"), &[])?)
     }
 
+    /// Step of the newest save that the run's metrics know of.
+    pub(super) fn last_saved(&self) -> Option<u64> {
+        let file = BufReader::new(File::open(self.metrics()).ok()?);
+        let lines = file.split(b'\n').map_while(std::io::Result::ok);
+        let records = lines.filter_map(|line| serde_json::from_slice(&line).ok());
+        let saves = records.filter_map(|record| match record {
+            MetricRecord::Save {
+                step, error: None, ..
+            } => Some(step),
+            _ => None,
+        });
+        saves.last()
+    }
+
     /// The run's complete checkpoints, oldest first.
     pub fn checkpoints(&self) -> Result<Vec<(u64, PathBuf)>> {
         checkpoints(&self.path)
+    }
+}
+
+/// The error of a run that is not there.
+pub(crate) fn no_run(path: &Path) -> Error {
+    Error::Checkpoint {
+        path: path.to_owned(),
+        reason: "does not exist".to_owned(),
+        hint: "name a run, or a folder that holds runs, such as `checkpoints/`; `mambabyte runs` lists \
+               them"
+            .to_owned(),
+    }
+}
+
+/// The error of who takes a checkpoint for a run.
+fn no_run_but_a_checkpoint(path: &Path) -> Error {
+    let whole = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let parents = [path.parent(), whole.parent()].into_iter().flatten();
+    let run = parents
+        .filter(|it| *it != Path::new(""))
+        .find(|it| it.join("config.toml").is_file());
+    let anew = format!(
+        "a new run from its weights: `mambabyte train --init {}`",
+        path.display()
+    );
+    Error::Checkpoint {
+        path: path.to_owned(),
+        reason: "is a checkpoint, not a run".to_owned(),
+        hint: match run {
+            Some(run) => format!(
+                "go on with its run, from the newest checkpoint: `mambabyte resume {}`; or begin {anew}",
+                run.display()
+            ),
+            None => format!("begin {anew}"),
+        },
     }
 }
 
@@ -178,10 +239,28 @@ fn checkpoints(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
-/// The checkpoint folder that a path means: the path itself, or the newest step of a run.
+/// Where runs are unless the config says otherwise.
+pub(crate) const RUNS: &str = "checkpoints";
+
+/// A path as it is, or the name of a run in `checkpoints/`.
+pub(crate) fn run_path(run: &Path) -> PathBuf {
+    let named = Path::new(RUNS).join(run);
+    match !run.exists() && named.exists() {
+        true => named,
+        false => run.to_owned(),
+    }
+}
+
+/// The checkpoint folder that a path means: the path itself, or the newest step of a run, which may be
+/// given by its name in `checkpoints/`.
+///
+/// # Errors
+///
+/// [`Error::Checkpoint`] where there is none.
 pub fn resolve_checkpoint(path: &Path) -> Result<PathBuf> {
+    let path = &run_path(path);
     if path.join(MANIFEST).is_file() {
-        return Ok(path.to_owned());
+        return Ok(path.clone());
     }
     let newest = match path.is_dir() {
         true => checkpoints(path)?.pop(),
@@ -190,7 +269,7 @@ pub fn resolve_checkpoint(path: &Path) -> Result<PathBuf> {
     newest
         .map(|(_, path)| path)
         .ok_or_else(|| Error::Checkpoint {
-            path: path.to_owned(),
+            path: path.clone(),
             reason: match path.exists() {
                 true => format!("has neither a `{MANIFEST}` nor a folder `step-…` that has one"),
                 false => "does not exist".to_owned(),
