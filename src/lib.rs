@@ -36,6 +36,7 @@ mod library;
 mod loopback;
 pub mod memory;
 pub mod model;
+mod new_file;
 mod nvidia;
 pub mod server;
 mod terminal;

@@ -422,7 +422,24 @@ fn what_cannot_be_measured_is_refused() {
     ] {
         workspace.fails(&format!("{more} {line}"), 2, &[words]);
     }
-    workspace.fails(&format!("eval --text none.txt {line}"), 1, &["none.txt"]);
+    std::fs::write(workspace.path("empty.txt"), "").expect("writable");
+    let data = 3;
+    for (text, words) in [
+        ("--text none.txt", "none.txt"),
+        ("--text empty.txt", "looked for bytes to score in empty.txt"),
+        ("--data none", "writes them, into DIR/train"),
+    ] {
+        let line = format!("eval {text} {line}");
+        workspace.fails(&line, data, &[words]);
+    }
+    std::fs::write(workspace.path("bad.jsonl"), "{\"query\": \"x\"}").expect("writable");
+    for (tasks, words) in [
+        ("none.jsonl", "nothing at `none.jsonl`"),
+        ("bad.jsonl", "no `choices` and `gold`"),
+    ] {
+        let line = format!("eval-tasks --tasks {tasks} {line}");
+        workspace.fails(&line, 2, &[words]);
+    }
 }
 
 /// Every byte of real books once, whichever way they are cut. `MAMBABYTE_PG19` is a copy of PG-19.

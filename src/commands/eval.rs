@@ -9,7 +9,7 @@ use std::time::Instant;
 use burn::tensor::Device;
 use clap::{Args, ValueEnum};
 use mambabyte_datasets::progress::{Bar, Silent};
-use mambabyte_datasets::{Document, Progress, Shards, Split};
+use mambabyte_datasets::{DataError, Document, Progress, Shards, Split};
 use serde::Serialize;
 
 use super::{checkpoint_folder, grouped, print, print_json, warn_unless_bytes};
@@ -26,6 +26,7 @@ use crate::eval::{
 use crate::heap;
 use crate::model::MambaLm;
 use crate::train::Checkpoint;
+use crate::train::checkpoint::write_whole;
 
 /// Positions computed at once: enough to fill a GPU; on the CPU fewer would stay in its caches, and
 /// more would not be faster.
@@ -144,8 +145,19 @@ impl TextArgs {
         for path in &self.text {
             documents.push(Document {
                 name: path.display().to_string(),
-                bytes: fs::read(path).map_err(Error::io("read", path))?,
+                bytes: fs::read(path).map_err(|source| DataError::Io {
+                    action: "read",
+                    path: path.clone(),
+                    source,
+                })?,
             });
+        }
+        if documents.iter().all(|it| it.bytes.is_empty()) {
+            return Err(Error::Data(DataError::NoData {
+                what: "bytes to score".to_owned(),
+                place: self.text.first().cloned().unwrap_or_default(),
+                hint: "give files that are not empty".to_owned(),
+            }));
         }
         Ok(Box::new(Texts::new(documents)))
     }
@@ -421,7 +433,10 @@ impl Saved {
                 serde_json::json!({ "name": it.name, "start": begin, "bytes": it.score.bytes })
             })
             .collect();
-        let path = self.folder.join("documents.json");
-        fs::write(&path, super::json_text(&documents)?).map_err(Error::io("write", &path))
+        write_whole(
+            &self.folder,
+            "documents.json",
+            super::json_text(&documents)?.as_bytes(),
+        )
     }
 }

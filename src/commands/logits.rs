@@ -1,26 +1,27 @@
 //! The command `logits`: what a model predicts at every byte of a file, for other programs.
 
-use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-use super::{LogitsArgs, checkpoint_folder};
+use super::{LogitsArgs, checkpoint_folder, read_named};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::eval::npy::{self, Number};
 use crate::model::MambaLm;
+use crate::new_file::NewFile;
 use crate::train::Checkpoint;
 
 /// Runs the command.
 pub fn run(args: &LogitsArgs) -> Result<()> {
     let checkpoint = Checkpoint::open_for_model(&checkpoint_folder(&args.checkpoint)?)?;
-    let bytes = fs::read(&args.bytes).map_err(Error::io("read", &args.bytes))?;
+    let bytes = read_named(&args.bytes)?;
     let device = device::open(&args.device)?;
     let model = checkpoint.model(&device)?.frozen();
     let vocabulary = checkpoint.config().model.vocab_size;
     let failed = || Error::io("write", &args.out);
-    let mut file = BufWriter::new(File::create(&args.out).map_err(failed())?);
+    let mut out = NewFile::create(&args.out)?;
+    let mut file = BufWriter::new(out.file());
     let shape = [bytes.len() as u64, vocabulary as u64];
     file.write_all(&npy::header(Number::F32, &shape))
         .map_err(failed())?;
@@ -28,10 +29,9 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
         file.write_all(bytemuck::cast_slice(logits))
             .map_err(failed())
     })?;
-    file.into_inner()
-        .map_err(|e| e.into_error())
-        .and_then(|file| file.sync_all())
-        .map_err(failed())
+    file.flush().map_err(failed())?;
+    drop(file);
+    out.finish()
 }
 
 /// Runs the model over `bytes` in pieces of `length`, carrying its state, and gives away the logits

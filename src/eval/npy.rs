@@ -1,10 +1,10 @@
 //! NumPy's file format, version 1.0: a header and the numbers behind it, in C's order.
 
-use std::fs::File;
 use std::io::{Seek as _, SeekFrom, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::new_file::NewFile;
 
 /// Type of the numbers, as NumPy writes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,41 +49,38 @@ pub fn header(number: Number, shape: &[u64]) -> Vec<u8> {
     header
 }
 
-/// An array of one axis on disk, whose parts may come in any order.
+/// An array of one axis on disk, whose parts may come in any order. The file has its name when it is
+/// finished.
 pub struct Array {
-    path: PathBuf,
-    file: File,
+    new: NewFile,
     begin: u64,
 }
 
 impl Array {
     /// A file for `length` numbers; those never written are zero.
     pub fn create(path: &Path, number: Number, length: u64) -> Result<Self> {
-        let mut file = File::create(path).map_err(Error::io("create", path))?;
+        let mut new = NewFile::create(path)?;
         let header = header(number, &[length]);
         let begin = header.len() as u64;
+        let file = new.file();
         file.write_all(&header)
             .and_then(|()| file.set_len(begin + 4 * length))
             .map_err(Error::io("write", path))?;
-        Ok(Self {
-            path: path.to_owned(),
-            file,
-            begin,
-        })
+        Ok(Self { new, begin })
     }
 
     /// Writes numbers of 4 bytes from index `at` on.
     pub fn write<T: bytemuck::NoUninit>(&mut self, at: u64, numbers: &[T]) -> Result<()> {
         debug_assert_eq!(size_of::<T>(), 4);
-        self.file
-            .seek(SeekFrom::Start(self.begin + 4 * at))
-            .and_then(|_| self.file.write_all(bytemuck::cast_slice(numbers)))
-            .map_err(Error::io("write", &self.path))
+        let file = self.new.file();
+        file.seek(SeekFrom::Start(self.begin + 4 * at))
+            .and_then(|_| file.write_all(bytemuck::cast_slice(numbers)))
+            .map_err(|error| Error::io("write", self.new.path())(error))
     }
 
     /// Makes the file safe on disk.
     pub fn finish(self) -> Result<()> {
-        self.file.sync_all().map_err(Error::io("write", &self.path))
+        self.new.finish()
     }
 }
 

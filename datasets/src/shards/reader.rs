@@ -264,7 +264,9 @@ fn open_files(dir: &Path, options: OpenOptions) -> Result<Vec<ShardFile>> {
         return Err(DataError::NoData {
             what: "byte shards, files shard-*.mbs,".to_owned(),
             place: dir.to_path_buf(),
-            hint: "run `mambabyte data prepare`, or point to the folder of one split".to_owned(),
+            hint: "`mambabyte data prepare --out DIR` writes them, into DIR/train, DIR/validation and \
+                   DIR/test"
+                .to_owned(),
         });
     }
     let mut shards = Vec::with_capacity(paths.len());
