@@ -13,6 +13,7 @@ const CONFIG: i32 = 2;
 const DATA: i32 = 3;
 const CHECKPOINT: i32 = 4;
 const DEVICE: i32 = 5;
+const OUT_OF_MEMORY: i32 = 6;
 const DIVERGED: i32 = 7;
 
 /// The file of a split of the corpus.
@@ -226,6 +227,28 @@ mod data {
     }
 
     #[test]
+    fn a_share_held_out_that_leaves_nothing() {
+        let workspace = Workspace::new();
+        let line = "data prepare --source text --path text --out other --held-out 0.9";
+        workspace.fails(line, CONFIG, &["--held-out", "below 0.5"]);
+    }
+
+    #[test]
+    fn shards_are_not_written_where_text_is_read() {
+        let workspace = Workspace::new();
+        let words = ["--out", "--path", "outside"];
+        for (path, out) in [
+            (".", "other"),
+            ("text", "text/../text/a/b"),
+            ("text", "text"),
+        ] {
+            let line = format!("data prepare --source text --path {path} --out {out}");
+            workspace.fails(&line, CONFIG, &words);
+        }
+        workspace.ok("data prepare --source text --path text --out text-2");
+    }
+
+    #[test]
     fn a_folder_that_holds_data() {
         let workspace = Workspace::new();
         let before = contents(&workspace.path("data"));
@@ -248,6 +271,14 @@ mod checkpoint {
         ] {
             workspace.fails(line, CHECKPOINT, &["checkpoints/none", "hint:"]);
         }
+    }
+
+    #[test]
+    fn a_run_may_be_named() {
+        let workspace = Workspace::new();
+        workspace.train("run", &[], "--stop-after 1");
+        workspace.ok("generate --checkpoint run --device cpu --max-new-bytes 1");
+        workspace.train("second", &[], "--init run --stop-after 1");
     }
 
     #[test]
@@ -334,6 +365,90 @@ mod checkpoint {
 
 mod run {
     use super::*;
+
+    #[test]
+    fn one_that_is_not_there() {
+        let workspace = Workspace::new();
+        for line in [
+            "resume none",
+            "runs none",
+            "dash none --port 0",
+            "export-metrics none --format csv",
+        ] {
+            workspace.fails(line, CHECKPOINT, &["`none`: does not exist", "hint:"]);
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_is_not_one() {
+        let workspace = Workspace::new();
+        workspace.train("run", &[], "--stop-after 2");
+        let before = contents(&workspace.run("run"));
+        let words = [
+            "is a checkpoint, not a run",
+            "resume checkpoints/run`",
+            "train --init checkpoints/run/step-2",
+        ];
+        workspace.fails("resume checkpoints/run/step-2", CHECKPOINT, &words);
+        fs::rename(workspace.step("run", 2), workspace.path("imported")).expect("renamed");
+        let words = ["is a checkpoint, not a run", "train --init imported"];
+        workspace.fails("resume imported", CHECKPOINT, &words);
+        fs::rename(workspace.path("imported"), workspace.step("run", 2)).expect("renamed");
+        assert_eq!(contents(&workspace.run("run")), before);
+    }
+
+    #[test]
+    fn one_whose_checkpoints_are_gone_says_so() {
+        let workspace = Workspace::new();
+        workspace.train("run", &[], "--stop-after 2");
+        fs::remove_dir_all(workspace.step("run", 2)).expect("removed");
+        let output = workspace.command("resume run").output().expect("it starts");
+        let said = common::well(&output);
+        assert!(
+            said.contains("has saved step 2, and has no checkpoint"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn one_that_was_to_stop_says_how_to_go_on() {
+        let workspace = Workspace::new();
+        let said = |line: &str| {
+            let output = workspace.command(line).output().expect("it starts");
+            common::well(&output)
+        };
+        let words = "stopped at step 2 of 20, and saved; go on with `mambabyte resume";
+        let text = said(&train_line("run", &[], "--stop-after 2"));
+        assert!(text.contains(words), "{text}");
+        let text = said("resume run --stop-after 18");
+        assert!(!text.contains("stopped"), "{text}");
+    }
+
+    /// Nobody reads what is said, or it cannot be written: the run goes on.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn one_whose_log_cannot_be_written() {
+        let workspace = Workspace::new();
+        let line = train_line("full", &[], "--stop-after 10");
+        let full = || fs::File::options().write(true).open("/dev/full");
+        let mut command = workspace.command(&line);
+        command.stderr(full().expect("a device"));
+        assert!(command.status().expect("it starts").success());
+        // What tracing says goes the same way.
+        fs::remove_dir_all(workspace.step("full", 10)).expect("removed");
+        let mut command = workspace.command("resume full");
+        command.stderr(full().expect("a device"));
+        assert!(command.status().expect("it starts").success());
+        assert_eq!(workspace.newest("full"), 20);
+
+        let mut child = workspace
+            .command(&train_line("unread", &[], ""))
+            .spawn()
+            .expect("it starts");
+        drop(child.stderr.take());
+        assert!(child.wait().expect("it ends").success());
+        assert_eq!(workspace.newest("unread"), 20);
+    }
 
     #[test]
     fn one_that_exists_already() {
@@ -430,6 +545,32 @@ mod device {
 mod disk {
     use super::*;
 
+    /// What was there stays, and nothing half written takes its name.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn results_are_there_whole_or_not_at_all() {
+        let workspace = Workspace::new();
+        workspace.train("run", &[], "--stop-after 1");
+        fs::write(workspace.path("out.npy"), "before").expect("writable");
+        let before = contents(&workspace.path("."));
+        for line in [
+            "logits --checkpoint run --device cpu --bytes text/00.txt --out out.npy",
+            "logits --checkpoint run --device cpu --bytes text/00.txt --out new.npy",
+            "eval --checkpoint run --device cpu --data data --split train --save .",
+        ] {
+            // No file may have more than one block, of 512 or of 1024 bytes.
+            let mut limited = std::process::Command::new("sh");
+            let script = format!("trap '' XFSZ; ulimit -f 1; exec \"$0\" {line}");
+            limited.args(["-c", &script, common::PROGRAM]);
+            let output = workspace.prepared(limited).output().expect("sh is there");
+            common::assert_failed(&output, line, UNEXPECTED, &["could not write", "hint:"]);
+            assert_eq!(contents(&workspace.path(".")), before, "{line}");
+        }
+        workspace.ok("logits --checkpoint run --device cpu --bytes text/00.txt --out out.npy");
+        let written = fs::read(workspace.path("out.npy")).expect("a file");
+        assert!(written.starts_with(b"\x93NUMPY"));
+    }
+
     #[test]
     fn a_file_where_a_folder_should_be() {
         let workspace = Workspace::new();
@@ -440,5 +581,23 @@ mod disk {
             UNEXPECTED,
             &["could not create", "file/run", "hint:"],
         );
+    }
+}
+
+#[cfg(target_os = "linux")]
+mod memory {
+    use super::*;
+
+    #[test]
+    fn more_than_the_system_has() {
+        let workspace = Workspace::new();
+        workspace.train("run", &[], "--stop-after 1");
+        let line = "eval --checkpoint run --device cpu --data data --piece 1000000000000";
+        let mut limited = std::process::Command::new("sh");
+        let script = format!("ulimit -v 8000000; exec \"$0\" {line}");
+        limited.args(["-c", &script, common::PROGRAM]);
+        let output = workspace.prepared(limited).output().expect("sh is there");
+        let words = ["out of memory", "bytes more", "hint:"];
+        common::assert_failed(&output, line, OUT_OF_MEMORY, &words);
     }
 }
