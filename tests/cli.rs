@@ -367,19 +367,6 @@ mod run {
     use super::*;
 
     #[test]
-    fn one_that_is_not_there() {
-        let workspace = Workspace::new();
-        for line in [
-            "resume none",
-            "runs none",
-            "dash none --port 0",
-            "export-metrics none --format csv",
-        ] {
-            workspace.fails(line, CHECKPOINT, &["`none`: does not exist", "hint:"]);
-        }
-    }
-
-    #[test]
     fn a_checkpoint_is_not_one() {
         let workspace = Workspace::new();
         workspace.train("run", &[], "--stop-after 2");

@@ -368,9 +368,13 @@ fn a_port_that_is_taken_and_a_missing_run_are_errors() {
     let dash = Dash::start(folder.path());
     let line = format!("dash {} --port {}", folder.path().display(), dash.port);
     workspace.fails(&line, 2, &["cannot listen on port", "--port"]);
-    workspace.fails("dash nowhere", 2, &["nothing at `nowhere`"]);
-    workspace.fails("runs nowhere", 2, &["nothing at `nowhere`"]);
-    workspace.fails("export-metrics nowhere --format csv", 1, &["metrics.jsonl"]);
+    for line in [
+        "dash nowhere",
+        "runs nowhere",
+        "export-metrics nowhere --format csv",
+    ] {
+        workspace.fails(line, 4, &["`nowhere`: does not exist"]);
+    }
 }
 
 const SETTINGS: [&str; 4] = [
