@@ -11,7 +11,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 use super::App;
-use super::api::ApiError;
+use super::error::ApiError;
 use crate::loopback::{is_own, only_host, origin_host};
 
 /// Checks a request, bounds its time, and marks its answer.
