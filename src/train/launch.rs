@@ -27,12 +27,15 @@ pub fn start(
     init: Option<&Path>,
     stop_after: Option<u64>,
 ) -> Result<()> {
+///
+/// Initial weights follow from the seed, those of `init` do not: they become the run's checkpoint of
+/// step 0, so that a run which is stopped before its first one begins again from them.
     let init = open_init(config, init)?;
     let (device, budget, settled) = Budget::open(config)?;
     // Data first: a run that cannot read any leaves no folder behind.
     let (sampler, validation) = open_data(&settled)?;
     let config = fit(config, settled, &budget, &device)?;
-    let dir = RunDir::create(path, &config)?;
+    let dir = RunDir::create(path, init.is_some())?;
     let progress = Progress::start(&data_identity(sampler.shards()));
     budget.guard(&config, || {
         let mut learner = Learner::new(&config, &device);
@@ -44,7 +47,9 @@ pub fn start(
         Run::new(&config, dir, learner, &budget, metrics, data, progress).go(stop_after)
     })
 }
+            Checkpoint::save(dir.path(), &learner, &progress)?;
 
+        dir.begin(&config)?;
 /// Goes on with the run in `path` from its newest checkpoint that is whole.
 pub fn resume(path: &Path, stop_after: Option<u64>) -> Result<()> {
     let dir = RunDir::open(path)?;
@@ -126,7 +131,7 @@ fn load_weights(checkpoint: &Checkpoint, learner: &mut Learner) -> Result<()> {
 }
 
 /// Puts the newest checkpoint that is whole into `learner`; a run stopped before its first one
-/// starts again.
+/// starts again from the seed's weights, as it did: one with other weights has one of step 0.
 fn restore(
     dir: &RunDir,
     learner: &mut Learner,

@@ -91,7 +91,8 @@ impl World {
         let (device, budget, config) = Budget::open(&self.config).expect("a device");
         let data = open_data(&config).expect("data");
         let sampler = Arc::clone(&data.0);
-        let dir = RunDir::create(&path, &config).expect("a new run");
+        let dir = RunDir::create(&path, false).expect("a new run");
+        dir.begin(&config).expect("writable");
         let metrics = MetricsWriter::append(&dir.metrics()).expect("writable");
         let learner = Learner::new(&config, &device);
         let progress = Progress::default();
