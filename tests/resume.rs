@@ -102,7 +102,8 @@ fn many_short_parts_equal_the_whole() {
     for steps in [1, 2, 7, 4] {
         workspace.ok(&format!("resume checkpoints/parts --stop-after {steps}"));
     }
-    workspace.ok("resume parts");
+    // More than there are.
+    workspace.ok(&format!("resume parts --stop-after {}", u64::MAX));
     workspace.assert_same_runs("whole", "parts", 20);
 }
 
@@ -240,7 +241,6 @@ fn a_run_killed_before_its_first_checkpoint_begins_again() {
     workspace.assert_same_runs("whole", "killed", 30);
 }
 
-/// Ctrl-C and SIGTERM save before they stop.
 /// The same where the run began with another's weights: it begins with them again, whatever has
 /// become of the other run.
 #[test]
@@ -264,6 +264,7 @@ fn a_run_with_init_killed_before_its_first_checkpoint_begins_again() {
     workspace.fails(&line, USAGE, &["step 30", "no `config.toml`", "hint:"]);
 }
 
+/// Ctrl-C and SIGTERM save before they stop.
 #[test]
 fn an_interrupted_run_saves_and_can_be_resumed() {
     let workspace = Workspace::new();
