@@ -180,7 +180,9 @@ fn open_source(args: &PrepareArgs) -> Result<Box<dyn Source>> {
                 held_out: held_out.unwrap_or(defaults.held_out),
                 cut: held_out.unwrap_or(defaults.cut),
             };
-            Box::new(TextFolder::new(path, options)?)
+            let folder = TextFolder::new(path, options)?;
+            warn_of_stand_ins(folder.stand_ins()?, "files");
+            Box::new(folder)
         }
         SourceKind::Cargo => {
             let defaults = CargoOptions::default();
@@ -203,11 +205,23 @@ fn open_source(args: &PrepareArgs) -> Result<Box<dyn Source>> {
                 report.over_cap
             );
             Box::new(sources)
+            warn_of_stand_ins(report.stand_ins, "crates");
         }
     })
 }
 
 fn describe_prepared(summary: &Summary, seconds: f64) -> String {
+/// Says so where what is held out may not stay held out.
+fn warn_of_stand_ins(count: usize, what: &str) {
+    if count > 0 {
+        tracing::warn!(
+            "there are few {what}: {count} of those held out are so only because a split would be \
+             empty otherwise. If {what} are added and the data is prepared again they may move into \
+             training"
+        );
+    }
+}
+
     let mut text = String::new();
     for split in &summary.splits {
         let _ = writeln!(
