@@ -16,8 +16,14 @@ use crate::config::{Config, Mode};
 use crate::device::budget::Budget;
 use crate::error::{Error, Result};
 
-/// Keys of `[model]` that change how fast a model is, not which one it is.
-const SPEED: [&str; 4] = ["preset", "pscan", "fused_add_norm", "use_fast_path"];
+/// Keys of `[model]` that change how fast a model is, or nothing here, and not which one it is.
+const SPEED: [&str; 5] = [
+    "preset",
+    "pscan",
+    "fused_add_norm",
+    "use_fast_path",
+    "residual_in_fp32",
+];
 
 /// Starts a new run in `path`, from the weights of the checkpoint `init` if there is one; stops after
 /// `stop_after` steps as if it had been interrupted there.
@@ -360,6 +366,7 @@ mod tests {
             "optimizer.min_lr=0",
             "checkpoint.every_steps=7",
             "model.use_fast_path=false",
+            "model.residual_in_fp32=false",
         ]);
         assert_eq!(differences(&before, &now), Vec::<String>::new());
         let lanes = |batch| {
