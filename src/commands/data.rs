@@ -61,7 +61,8 @@ pub struct PrepareArgs {
     /// Bytes at which a shard is closed
     #[arg(long, value_name = "BYTES", default_value_t = 1 << 30, value_parser = clap::value_parser!(u64).range(1..))]
     pub max_shard_bytes: u64,
-    /// Fraction held out for validation, and again for testing (text and cargo) [default: 0.02]
+    /// Fraction held out for validation, and again for testing (text and cargo) [default: 0.02; of one or two
+    /// files of text 0.05]
     #[arg(long, value_name = "FRACTION")]
     pub held_out: Option<f64>,
     /// File name extensions to take, separated by commas; all if left out (text only)
@@ -204,13 +205,12 @@ fn open_source(args: &PrepareArgs) -> Result<Box<dyn Source>> {
                 report.too_long,
                 report.over_cap
             );
-            Box::new(sources)
             warn_of_stand_ins(report.stand_ins, "crates");
+            Box::new(sources)
         }
     })
 }
 
-fn describe_prepared(summary: &Summary, seconds: f64) -> String {
 /// Says so where what is held out may not stay held out.
 fn warn_of_stand_ins(count: usize, what: &str) {
     if count > 0 {
@@ -222,6 +222,7 @@ fn warn_of_stand_ins(count: usize, what: &str) {
     }
 }
 
+fn describe_prepared(summary: &Summary, seconds: f64) -> String {
     let mut text = String::new();
     for split in &summary.splits {
         let _ = writeln!(
