@@ -27,15 +27,15 @@ const SPEED: [&str; 5] = [
 
 /// Starts a new run in `path`, from the weights of the checkpoint `init` if there is one; stops after
 /// `stop_after` steps as if it had been interrupted there.
+///
+/// Initial weights follow from the seed, those of `init` do not: they become the run's checkpoint of
+/// step 0, so that a run which is stopped before its first one begins again from them.
 pub fn start(
     config: &Config,
     path: &Path,
     init: Option<&Path>,
     stop_after: Option<u64>,
 ) -> Result<()> {
-///
-/// Initial weights follow from the seed, those of `init` do not: they become the run's checkpoint of
-/// step 0, so that a run which is stopped before its first one begins again from them.
     let init = open_init(config, init)?;
     let (device, budget, settled) = Budget::open(config)?;
     // Data first: a run that cannot read any leaves no folder behind.
@@ -47,15 +47,15 @@ pub fn start(
         let mut learner = Learner::new(&config, &device);
         if let Some(checkpoint) = &init {
             load_weights(checkpoint, &mut learner)?;
+            Checkpoint::save(dir.path(), &learner, &progress)?;
         }
+        dir.begin(&config)?;
         let metrics = open_metrics(&dir, &config, 0)?;
         let data = (sampler, validation);
         Run::new(&config, dir, learner, &budget, metrics, data, progress).go(stop_after)
     })
 }
-            Checkpoint::save(dir.path(), &learner, &progress)?;
 
-        dir.begin(&config)?;
 /// Goes on with the run in `path` from its newest checkpoint that is whole.
 pub fn resume(path: &Path, stop_after: Option<u64>) -> Result<()> {
     let dir = RunDir::open(path)?;

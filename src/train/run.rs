@@ -19,7 +19,7 @@ use super::progress::Display;
 use super::run_dir::{self, RunDir};
 use super::saver::{Saved, Saver};
 use super::schedule::learning_rate;
-use super::telemetry::{Machine, StepTimes};
+use super::telemetry::{Machine, StepTimes, gib};
 use crate::config::Config;
 use crate::device::budget::Budget;
 use crate::error::{Error, Result};
@@ -482,10 +482,6 @@ fn describe(report: &StepReport, limit: Option<f32>) -> String {
         Some(limit) => format!("{numbers}; a loss above {limit} is a spike"),
         None => numbers,
     }
-}
-
-fn gib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 30)
 }
 
 #[cfg(test)]

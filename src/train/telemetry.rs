@@ -15,8 +15,8 @@ use crate::nvidia;
 /// Between two readings of the GPU.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// Arithmetic of a training step over that of the forward pass.
-const TRAINING_OVER_FORWARD: u64 = 3;
+/// Arithmetic of a training step over that of the forward pass: the backward pass costs twice as much.
+pub(crate) const TRAINING_OVER_FORWARD: u64 = 3;
 
 /// Where the time of a step went, in seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -259,6 +259,13 @@ fn peak_tflops(name: &str) -> Option<(f64, f64)> {
     (!name.contains("Laptop") && !name.contains("Max-Q")).then_some((known.1, known.2))
 }
 
+/// The machine's name, where the system tells.
+pub(super) fn machine_name() -> Option<String> {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
+    let name = name.or_else(|| std::env::var("HOSTNAME").ok())?;
+    Some(name.trim().to_owned())
+}
+
 /// Resident memory of this process, where the system tells.
 fn host_memory_gib() -> Option<f64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
@@ -267,7 +274,8 @@ fn host_memory_gib() -> Option<f64> {
     Some(gib(kib << 10))
 }
 
-fn gib(bytes: u64) -> f64 {
+/// `bytes` in GiB.
+pub(super) fn gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }
 

@@ -118,7 +118,7 @@ pub(super) fn write_file(
     let meant = FileEntry {
         name: name.to_owned(),
         bytes: hashing.bytes,
-        xxh3: format!("{:032x}", hashing.hash.digest128()),
+        xxh3: hash_text(&hashing.hash),
     };
     let found = describe(folder, name).map_err(Error::io("read back", &path))?;
     if found != meant {
