@@ -28,7 +28,7 @@ KINDS = [
                              "void cublasLt", "fill")),
     ("convolution + SiLU", ("conv_",)),
     ("norm", ("normalize", "norm_", "affine")),
-    ("casts of weights and gradients", ("cast",)),
+    ("rounding of weights and gradients", ("cast", "round_")),
     ("AdamW + gradient norm", ("update", "square_sums", "sum_partials")),
     ("embedding, loss", ("gather", "scatter", "loss_", "sum_rows")),
     ("sums over tiles", ("fold", "sum_tiles")),

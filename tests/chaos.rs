@@ -8,6 +8,8 @@
 
 mod common;
 
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
@@ -138,6 +140,64 @@ fn killed_at_any_call_that_changes_a_file() {
         kills.min(calls),
         2 * kills
     );
+}
+
+/// Killed at any call with which a run from another's weights begins: it is that run or none.
+#[test]
+fn killed_at_the_start_of_a_run_with_init() {
+    if !common::can_inject_faults("killed at the start of a run with init") {
+        return;
+    }
+    let workspace = Workspace::new();
+    workspace.train("base", &SETTINGS, "");
+    let begin = |run: &str| train_line(run, &SETTINGS, "--init checkpoints/base");
+    workspace.ok(&begin("whole"));
+    for at in 1..=24 {
+        let run = format!("run-{at}");
+        let (path, at) = (format!("checkpoints/{run}"), at.to_string());
+        let faults = [
+            ("FAULT_PATH", path.as_str()),
+            ("FAULT_AT", &at),
+            ("FAULT_DO", "kill"),
+        ];
+        assert!(was_killed(&workspace.faulty(&begin(&run), &faults)), "{at}");
+        workspace.ok(&match workspace.run(&run).join("config.toml").exists() {
+            true => format!("resume {run}"),
+            false => begin(&run),
+        });
+        workspace.assert_same_runs("whole", &run, 12);
+    }
+}
+
+/// Killed in the middle of deleting an old checkpoint: the rest of it goes with the next start.
+#[test]
+fn killed_while_a_checkpoint_is_deleted() {
+    if !common::can_inject_faults("killed while a checkpoint is deleted") {
+        return;
+    }
+    let workspace = Workspace::new();
+    workspace.train("whole", &SETTINGS, "");
+    for at in ["1", "2", "3"] {
+        let run = format!("run-{at}");
+        let path = format!("checkpoints/{run}");
+        let faults = [
+            ("FAULT_PATH", path.as_str()),
+            ("FAULT_CALLS", "unlink"),
+            ("FAULT_AT", at),
+            ("FAULT_DO", "kill"),
+        ];
+        let output = workspace.faulty(&train_line(&run, &SETTINGS, ""), &faults);
+        assert!(was_killed(&output), "at deletion {at}");
+        workspace.ok(&format!("resume {run}"));
+        workspace.assert_same_runs("whole", &run, 12);
+        let names = |run: &str| -> BTreeSet<OsString> {
+            let entries = fs::read_dir(workspace.run(run)).expect("the folder of the run");
+            entries
+                .filter_map(|it| Some(it.ok()?.file_name()))
+                .collect()
+        };
+        assert_eq!(names(&run), names("whole"));
+    }
 }
 
 /// A run that is killed again and again, also while it is being resumed.

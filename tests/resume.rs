@@ -5,6 +5,8 @@ mod common;
 
 use common::Workspace;
 
+/// Exit code where what was asked for cannot be done.
+const USAGE: i32 = 2;
 /// Exit code where a checkpoint cannot be used.
 const CHECKPOINT: i32 = 4;
 
@@ -100,7 +102,8 @@ fn many_short_parts_equal_the_whole() {
     for steps in [1, 2, 7, 4] {
         workspace.ok(&format!("resume checkpoints/parts --stop-after {steps}"));
     }
-    workspace.ok("resume parts");
+    // More than there are.
+    workspace.ok(&format!("resume parts --stop-after {}", u64::MAX));
     workspace.assert_same_runs("whole", "parts", 20);
 }
 
@@ -236,6 +239,29 @@ fn a_run_killed_before_its_first_checkpoint_begins_again() {
     workspace.ok("resume killed --stop-after 30");
     workspace.train("whole", &[ENDLESS], "--stop-after 30");
     workspace.assert_same_runs("whole", "killed", 30);
+}
+
+/// The same where the run began with another's weights: it begins with them again, whatever has
+/// become of the other run.
+#[test]
+fn a_run_with_init_killed_before_its_first_checkpoint_begins_again() {
+    let workspace = Workspace::new();
+    workspace.train("base", &[], "");
+    let base = "--init checkpoints/base";
+    let settings = [ENDLESS, "train.seed=5"];
+    workspace.train("whole", &settings, &format!("{base} --stop-after 30"));
+    let running = workspace.start(&common::train_line("killed", &settings, base));
+    common::wait_until("the run is under way", || {
+        !workspace.of_kind("killed", "train").is_empty()
+    });
+    running.kill();
+    std::fs::remove_dir_all(workspace.run("base")).expect("removed");
+    workspace.ok("resume killed --stop-after 30");
+    workspace.assert_same_runs("whole", "killed", 30);
+    // A checkpoint without a run is nobody's to go on with.
+    std::fs::remove_file(workspace.run("killed").join("config.toml")).expect("removed");
+    let line = common::train_line("killed", &settings, "--stop-after 1");
+    workspace.fails(&line, USAGE, &["step 30", "no `config.toml`", "hint:"]);
 }
 
 /// Ctrl-C and SIGTERM save before they stop.

@@ -351,6 +351,12 @@ fn a_stream_is_the_whole_in_pieces() {
             .collect();
         let scored = numbers(&whole["choices"][index]["logprobs"]["token_logprobs"]);
         assert_eq!(streamed.len(), scored.len());
+        let offsets = own
+            .iter()
+            .flat_map(|it| numbers(&it["logprobs"]["text_offset"]));
+        let offsets: Vec<Option<f64>> = offsets.collect();
+        let whole = &whole["choices"][index]["logprobs"]["text_offset"];
+        assert_eq!(offsets, numbers(whole), "they count through the text");
         for (a, b) in streamed.iter().zip(scored) {
             assert!((a - b.expect("a number")).abs() < 1e-3, "{a} {b:?}");
         }
@@ -392,6 +398,12 @@ fn what_cannot_be_met_is_refused_with_a_reason() {
         (json!({ "prompt": [256] }), 400, "token id 256"),
         (json!({ "prompt": [] }), 400, "empty list"),
         (json!({ "prompt": long }), 400, "1001"),
+        (json!({ "prompt": &long[..600], "n": 2 }), 400, "is 1200"),
+        (
+            json!({ "prompt": "a", "n": 21, "max_tokens": 50, "logprobs": 1 }),
+            400,
+            "is 1050",
+        ),
         (
             json!({ "prompt": "a", "max_tokens": 51 }),
             400,
@@ -437,6 +449,14 @@ fn what_cannot_be_met_is_refused_with_a_reason() {
         assert_eq!(answer.status, status, "{body}: {}", answer.body);
         assert!(answer.message().contains(words), "{body}: {}", answer.body);
     }
+    for (path, body) in [
+        ("/tokenize", json!({ "prompt": long })),
+        ("/detokenize", json!({ "tokens": long.as_bytes() })),
+    ] {
+        let answer = server.post(path, &body);
+        assert_eq!(answer.status, 400, "{path}");
+        assert!(answer.message().contains("1001"), "{}", answer.body);
+    }
     let broken = server.ask("POST /v1/completions", &JSON, "{\"prompt\": ");
     assert_eq!((broken.status, broken.message().is_empty()), (400, false));
     let huge = "x".repeat(100_000);
@@ -456,7 +476,7 @@ fn what_cannot_be_met_is_refused_with_a_reason() {
 fn pages_from_elsewhere_are_not_served() {
     let server = Server::start("");
     let ask = |headers: &[(&str, &str)]| server.ask("GET /v1/models", headers, "");
-    for host in ["localhost", "127.0.0.1:8000", "[::1]:9"] {
+    for host in ["localhost", "127.0.0.1:8000", "127.0.0.2:8000", "[::1]:9"] {
         let answer = ask(&[("Host", host)]);
         assert_eq!(answer.status, 200, "{host}");
         for header in ["x-content-type-options: nosniff", "cache-control: no-store"] {

@@ -5,11 +5,6 @@
 
 use std::str;
 
-/// The bytes (tokens) of a text: its UTF-8 encoding, with nothing added.
-pub fn text_bytes(text: &str) -> Vec<u8> {
-    text.as_bytes().to_vec()
-}
-
 /// The text of bytes; cut or invalid sequences become U+FFFD.
 pub fn lossy_text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
@@ -95,7 +90,6 @@ mod tests {
         let mut stream = Utf8Stream::new();
         assert_eq!(stream.push(&[0xff, b'x', 0xc3]), "\u{fffd}x");
         assert_eq!(stream.push(b"y"), "\u{fffd}y");
-        assert_eq!(text_bytes("é"), [0xc3, 0xa9]);
     }
 
     proptest! {

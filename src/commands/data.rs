@@ -61,7 +61,8 @@ pub struct PrepareArgs {
     /// Bytes at which a shard is closed
     #[arg(long, value_name = "BYTES", default_value_t = 1 << 30, value_parser = clap::value_parser!(u64).range(1..))]
     pub max_shard_bytes: u64,
-    /// Fraction held out for validation, and again for testing (text and cargo) [default: 0.02]
+    /// Fraction held out for validation, and again for testing (text and cargo) [default: 0.02; of one or two
+    /// files of text 0.05]
     #[arg(long, value_name = "FRACTION", value_parser = super::held_out)]
     pub held_out: Option<f64>,
     /// File name extensions to take, separated by commas; all if left out (text only)
@@ -191,7 +192,9 @@ fn open_source(args: &PrepareArgs) -> Result<Box<dyn Source>> {
                 held_out: held_out.unwrap_or(defaults.held_out),
                 cut: held_out.unwrap_or(defaults.cut),
             };
-            Box::new(TextFolder::new(path, options)?)
+            let folder = TextFolder::new(path, options)?;
+            warn_of_stand_ins(folder.stand_ins()?, "files");
+            Box::new(folder)
         }
         SourceKind::Cargo => {
             let defaults = CargoOptions::default();
@@ -213,6 +216,7 @@ fn open_source(args: &PrepareArgs) -> Result<Box<dyn Source>> {
                 report.too_long,
                 report.over_cap
             );
+            warn_of_stand_ins(report.stand_ins, "crates");
             Box::new(sources)
         }
     })
@@ -226,6 +230,17 @@ fn lies_in(inner: &Path, outer: &Path) -> bool {
     let inner = std::path::absolute(inner).unwrap_or_else(|_| inner.to_owned());
     let there = inner.ancestors().find_map(|it| it.canonicalize().ok());
     there.is_some_and(|it| it.starts_with(&outer))
+}
+
+/// Says so where what is held out may not stay held out.
+fn warn_of_stand_ins(count: usize, what: &str) {
+    if count > 0 {
+        tracing::warn!(
+            "there are few {what}: {count} of those held out are so only because a split would be \
+             empty otherwise. If {what} are added and the data is prepared again they may move into \
+             training"
+        );
+    }
 }
 
 fn describe_prepared(summary: &Summary, seconds: f64) -> String {

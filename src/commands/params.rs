@@ -8,9 +8,7 @@ use super::{ConfigArgs, ParamsArgs, checkpoint_folder, grouped, print, print_jso
 use crate::config::{Config, MambaConfig, ParameterSpec};
 use crate::error::Result;
 use crate::train::Checkpoint;
-
-/// Training computes the forward pass once and the backward pass, which costs twice as much.
-const TRAINING_OVER_FORWARD: u64 = 3;
+use crate::train::telemetry::TRAINING_OVER_FORWARD;
 
 /// Bytes a parameter takes in training, in fp32: weight, gradient, and AdamW's two moments.
 const TRAINING_BYTES: u64 = 16;

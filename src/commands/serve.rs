@@ -28,7 +28,7 @@ pub struct ServeArgs {
     /// File with the key that requests have to give as `Authorization: Bearer`
     #[arg(long, value_name = "FILE")]
     pub key_file: Option<PathBuf>,
-    /// Bytes of all prompts of a request
+    /// Bytes of all prompts of a request, times `n`
     #[arg(long, value_name = "BYTES", default_value_t = Limits::default().prompt_bytes, value_parser = super::positive)]
     pub max_prompt_bytes: usize,
     /// Bytes that may be generated for a prompt

@@ -1,9 +1,9 @@
 //! The command `train`.
 
 use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::{TrainArgs, checkpoint_folder};
+use crate::clock::since_1970;
 use crate::config::Config;
 use crate::device;
 use crate::error::Result;
@@ -24,9 +24,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
 fn run_path(config: &Config, args: &TrainArgs) -> PathBuf {
     let name = args.run.clone().unwrap_or_else(|| {
         let config = args.config.config.file_stem().unwrap_or_default();
-        let seconds = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |elapsed| elapsed.as_secs());
+        let seconds = since_1970().as_secs();
         format!("{}-{seconds}", config.to_string_lossy())
     });
     config.checkpoint.dir.join(name)

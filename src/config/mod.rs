@@ -118,14 +118,6 @@ impl Config {
         toml::to_string(self).expect("a config that was read can be written")
     }
 
-    /// Step at which the learning rate reaches its minimum: `optimizer.decay_steps`, 0 resolved.
-    pub fn decay_steps(&self) -> u64 {
-        match self.optimizer.decay_steps {
-            0 => self.train.steps,
-            steps => steps,
-        }
-    }
-
     /// Checks that need more than one section.
     fn check_together(&self, reader: &mut Reader) {
         let warmup = self.optimizer.warmup_steps;

@@ -57,7 +57,8 @@ pub struct TrainConfig {
     /// For very long sequences: layers of a group of which only the input is kept, and which is run
     /// a second time in the backward pass. From 1; 0 (the default) is no groups.
     pub checkpoint_every: usize,
-    /// Number format of the computation; `"fp32"` only.
+    /// Number format of the computation: `"fp32"` (the default), `"tf32"` or `"bf16"`; the last two on
+    /// NVIDIA GPUs. Weights are fp32 always.
     pub precision: Precision,
     /// Device memory that training may use, for instance `"24GiB"`, with the driver's context and
     /// libraries; `"none"` for all there is.

@@ -47,7 +47,6 @@ fn the_smallest_config_has_the_papers_defaults() {
         (config.optimizer.beta1, config.optimizer.beta2),
         (0.9, 0.95)
     );
-    assert_eq!(config.decay_steps(), 1000);
     assert_eq!(config.data.path, PathBuf::from("data/pg19"));
     assert_eq!(config.warnings(), Vec::<String>::new());
 }
@@ -306,11 +305,20 @@ fn warnings_name_settings_without_effect() {
         ),
         (&["device.kind=cpu", "device.index=1"], "device.index"),
         (&["model.pscan=false"], "model.pscan"),
+        (&["model.residual_in_fp32=false"], "model.residual_in_fp32"),
+        (
+            &["checkpoint.every_steps=0", "guard.rollbacks=2"],
+            "guard.rollbacks",
+        ),
     ] {
         let warnings = parse(SMALLEST, assignments).expect("valid").warnings();
         assert_eq!(warnings.len(), 1, "{assignments:?}: {warnings:?}");
         assert!(warnings[0].contains(key), "{warnings:?}");
     }
+    // A stop saves as well, and then old checkpoints are deleted.
+    let settings = ["checkpoint.every_steps=0", "checkpoint.keep_last=1"];
+    let config = parse(SMALLEST, &settings).expect("valid");
+    assert_eq!(config.warnings(), Vec::<String>::new());
 }
 
 #[test]

@@ -73,10 +73,13 @@ impl Config {
             ),
         );
         warn(
-            checkpoint.every_steps == 0
-                && (checkpoint.keep_every != 0 || checkpoint.keep_last != KEEP_LAST),
-            "`checkpoint.keep_last` and `checkpoint.keep_every` have no effect: \
-             `checkpoint.every_steps` is 0"
+            checkpoint.every_steps == 0 && checkpoint.keep_every != 0,
+            "`checkpoint.keep_every` has no effect: `checkpoint.every_steps` is 0".to_owned(),
+        );
+        warn(
+            checkpoint.every_steps == 0 && ![0, ROLLBACKS].contains(&self.guard.rollbacks),
+            "`guard.rollbacks` has no effect: `checkpoint.every_steps` is 0, and a run goes back to \
+             planned checkpoints only"
                 .to_owned(),
         );
         warn(
@@ -87,9 +90,15 @@ impl Config {
             !self.model.pscan,
             "`model.pscan` is false: the sequential scan gives the same numbers, slowly".to_owned(),
         );
+        warn(
+            !self.model.residual_in_fp32,
+            "`model.residual_in_fp32` is false and has no effect here: the residual stream is in \
+             fp32 all the same"
+                .to_owned(),
+        );
         warnings
     }
 }
 
-/// Default of `checkpoint.keep_last`.
-const KEEP_LAST: usize = 3;
+/// Default of `guard.rollbacks`.
+const ROLLBACKS: u32 = 3;

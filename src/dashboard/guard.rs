@@ -4,14 +4,12 @@
 //! (DNS rebinding); its requests then carry that name as `Host`. So requests are answered only for
 //! names of this machine, which also holds through an SSH tunnel, and nothing but GET and HEAD.
 
-use std::net::Ipv4Addr;
-
 use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 
-use crate::loopback::{host_name, only_host, origin_host};
+use crate::loopback::{is_own, only_host, origin_host};
 
 /// Nothing from elsewhere, no scripts or styles in the page itself, no frames around it.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
@@ -79,50 +77,9 @@ fn refusal(
     None
 }
 
-/// Whether a `Host`, with or without a port, is a name of this machine for itself.
-fn is_own(host: &str) -> bool {
-    host_name(host).is_some_and(|name| {
-        name.eq_ignore_ascii_case("localhost")
-            || name == "::1"
-            || name.parse::<Ipv4Addr>().is_ok_and(|it| it.is_loopback())
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_of_this_machine() {
-        for good in [
-            "localhost",
-            "localhost:6006",
-            "LOCALHOST:1",
-            "127.0.0.1:6006",
-            "127.0.0.1",
-            "[::1]:6006",
-            "[::1]",
-        ] {
-            assert!(is_own(good), "{good}");
-        }
-        for bad in [
-            "",
-            "example.org",
-            "example.org:6006",
-            "localhost.example.org",
-            "localhost:6006@example.org",
-            "localhost:x",
-            "127.0.0.1.example.org",
-            "127.0.0.1:6006:1",
-            "0.0.0.0:6006",
-            "192.168.1.2:6006",
-            "[::2]:6006",
-            "[::1]x",
-            "[::1",
-        ] {
-            assert!(!is_own(bad), "{bad}");
-        }
-    }
 
     #[test]
     fn foreign_hosts_origins_and_methods_are_refused() {

@@ -83,7 +83,7 @@ impl Budget {
     }
 
     /// The device with its limit, enforced as far as that is possible.
-    fn limited(config: &Config) -> Result<(Device, Self)> {
+    pub(crate) fn limited(config: &Config) -> Result<(Device, Self)> {
         let index = config.device.index;
         let before = cfg!(feature = "cuda")
             .then(|| nvidia::memory_before_use(index))

@@ -36,4 +36,5 @@ pub use lanes::Lanes;
 pub use positions::{PositionScore, Positions};
 pub use report::{DocumentReport, Report};
 pub use score::Score;
+pub(crate) use sequences::score_sequences_while;
 pub use sequences::{ByteLogProb, ByteScore, SequenceScore, score_sequences};

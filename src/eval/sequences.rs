@@ -44,6 +44,18 @@ pub fn score_sequences(
     sequences: &[&[u8]],
     top: usize,
 ) -> Result<Vec<SequenceScore>> {
+    score_sequences_while(model, device, lanes, sequences, top, || Ok(()))
+}
+
+/// As [`score_sequences`], and asks after every step whether to go on: an error of `go_on` ends it.
+pub(crate) fn score_sequences_while(
+    model: &MambaLm,
+    device: &Device,
+    lanes: Lanes,
+    sequences: &[&[u8]],
+    top: usize,
+    mut go_on: impl FnMut() -> Result<()>,
+) -> Result<Vec<SequenceScore>> {
     let mut scores: Vec<SequenceScore> = sequences
         .iter()
         .map(|sequence| SequenceScore {
@@ -97,7 +109,7 @@ pub fn score_sequences(
                 None => sequence.next = score.top,
             }
         }
-        Ok(())
+        go_on()
     })?;
     Ok(scores)
 }

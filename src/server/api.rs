@@ -6,14 +6,13 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{Path, State};
-use axum::http::{HeaderValue, StatusCode, header};
-use axum::response::{IntoResponse, Response};
+use axum::http::StatusCode;
 use mambabyte_datasets::text::lossy_text;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::error::ApiError;
 use super::prompt::Prompts;
-use super::worker::Failure;
 use super::{App, Limits, TEXTS};
 use crate::generate::{Request, SamplingConfig};
 
@@ -22,65 +21,6 @@ const TOP: usize = 5;
 
 /// Stop strings of a request, and bytes of each.
 const STOPS: (usize, usize) = (16, 256);
-
-/// An error as OpenAI's API tells it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct ApiError {
-    status: StatusCode,
-    message: String,
-}
-
-impl ApiError {
-    pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self {
-            status,
-            message: message.into(),
-        }
-    }
-
-    /// A request that cannot be met as it is.
-    pub fn bad(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::BAD_REQUEST, message)
-    }
-
-    /// The body of the answer.
-    pub fn body(&self) -> Value {
-        let kind = match self.status.is_client_error() {
-            true => "invalid_request_error",
-            false => "server_error",
-        };
-        json!({ "error": {
-            "message": self.message, "type": kind, "param": null, "code": self.status.as_u16(),
-        }})
-    }
-}
-
-impl From<Failure> for ApiError {
-    fn from(failure: Failure) -> Self {
-        match failure {
-            Failure::Busy => Self::new(
-                StatusCode::TOO_MANY_REQUESTS,
-                "as many requests as this server takes are waiting: try again later",
-            ),
-            Failure::Deadline => Self::new(
-                StatusCode::GATEWAY_TIMEOUT,
-                "the request's time ran out before its answer was complete",
-            ),
-            Failure::Broken(why) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, why),
-        }
-    }
-}
-
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
-        let mut response = (self.status, Json(self.body())).into_response();
-        if self.status == StatusCode::TOO_MANY_REQUESTS {
-            let headers = response.headers_mut();
-            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
-        }
-        response
-    }
-}
 
 /// A body as JSON of a form.
 pub(super) fn parse<'a, T: Deserialize<'a>>(
@@ -177,19 +117,22 @@ impl CompletionRequest {
             ));
         }
         let Prompts(prompts) = self.prompt;
+        let texts = prompts.len().saturating_mul(n);
+        within("the number of prompts times `n`", texts, 1, TEXTS)?;
+        let bytes: usize = prompts.iter().map(Vec::len).sum();
+        let bytes = bytes.saturating_mul(n);
+        let most = limits.prompt_bytes;
         within(
-            "the number of prompts times `n`",
-            prompts.len().saturating_mul(n),
-            1,
-            TEXTS,
-        )?;
-        let bytes = prompts.iter().map(Vec::len).sum();
-        within(
-            "the length of the prompts in bytes",
+            "the length of the prompts in bytes, times `n`,",
             bytes,
             0,
-            limits.prompt_bytes,
+            most,
         )?;
+        if logprobs.is_some() && !stream {
+            // Each has an entry in the answer, as a prompt's bytes have.
+            let what = "`max_tokens` times the number of texts, with `logprobs`,";
+            within(what, max_new_bytes.saturating_mul(texts), 0, most)?;
+        }
         let stop = stops(self.stop)?;
         let sampling = SamplingConfig {
             temperature: self.temperature.unwrap_or(1.0),
@@ -330,17 +273,26 @@ struct TokenizeRequest {
     _add_special_tokens: Option<bool>,
 }
 
+/// The answer. It becomes JSON as it is: a [`Value`] takes 32 times the memory of its byte.
+#[derive(Serialize)]
+pub(super) struct Tokenized {
+    tokens: Vec<u8>,
+    count: usize,
+    max_model_len: usize,
+}
+
 /// The bytes of a text.
 pub(super) async fn tokenize(
     State(app): State<App>,
     body: std::result::Result<Bytes, BytesRejection>,
-) -> Result<Json<Value>, ApiError> {
-    let request: TokenizeRequest = parse(&body)?;
-    let tokens = request.prompt.as_bytes();
-    Ok(Json(json!({
-        "tokens": tokens, "count": tokens.len(),
-        "max_model_len": app.options.limits.prompt_bytes,
-    })))
+) -> Result<Json<Tokenized>, ApiError> {
+    let TokenizeRequest { prompt, .. } = parse(&body)?;
+    let most = app.options.limits.prompt_bytes;
+    Ok(Json(Tokenized {
+        count: within("the length of the prompt in bytes", prompt.len(), 0, most)?,
+        tokens: prompt.into_bytes(),
+        max_model_len: most,
+    }))
 }
 
 /// `POST /detokenize`.
@@ -354,10 +306,13 @@ struct DetokenizeRequest {
 
 /// The text of bytes; what is no UTF-8 shows as U+FFFD.
 pub(super) async fn detokenize(
+    State(app): State<App>,
     body: std::result::Result<Bytes, BytesRejection>,
 ) -> Result<Json<Value>, ApiError> {
-    let request: DetokenizeRequest = parse(&body)?;
-    Ok(Json(json!({ "prompt": lossy_text(&request.tokens) })))
+    let DetokenizeRequest { tokens, .. } = parse(&body)?;
+    let most = app.options.limits.prompt_bytes;
+    within("the number of tokens", tokens.len(), 0, most)?;
+    Ok(Json(json!({ "prompt": lossy_text(&tokens) })))
 }
 
 /// Any other path.
@@ -371,15 +326,6 @@ pub(super) async fn no_such_method() -> ApiError {
         StatusCode::METHOD_NOT_ALLOWED,
         "this path takes another method",
     )
-}
-
-/// `logprobs` of a text in an answer: one entry a byte.
-#[derive(Clone, Debug, Default, Serialize)]
-pub(super) struct LogProbs {
-    pub tokens: Vec<String>,
-    pub token_logprobs: Vec<Option<f64>>,
-    pub top_logprobs: Vec<Option<serde_json::Map<String, Value>>>,
-    pub text_offset: Vec<usize>,
 }
 
 #[cfg(test)]
@@ -407,8 +353,10 @@ mod tests {
         let order = request.order("m", &limits())?;
         let texts = order.requests.len();
         assert!((1..=TEXTS).contains(&texts));
+        let prompts: usize = order.requests.iter().map(|it| it.prompt.len()).sum();
+        assert!(prompts <= 100);
         for request in &order.requests {
-            assert!(request.prompt.len() <= 100 && request.max_new_bytes <= 50);
+            assert!(request.max_new_bytes <= 50);
             assert!(request.sampling.check().is_ok());
             assert!(
                 request
@@ -434,6 +382,26 @@ mod tests {
             (order.echo, order.logprobs, order.stream),
             (true, Some(2), false)
         );
+    }
+
+    /// What a request costs is bounded with `n` counted in.
+    #[test]
+    fn many_texts_of_a_long_prompt_are_refused() {
+        let order = |prompt: usize, n: usize, new: usize, logprobs: Value, stream: bool| {
+            let body = json!({
+                "model": "m", "prompt": "x".repeat(prompt), "n": n, "max_tokens": new,
+                "logprobs": logprobs, "stream": stream,
+            });
+            order(body.to_string().as_bytes()).map_err(|error| error.body().to_string())
+        };
+        assert!(order(50, 2, 0, json!(5), false).is_ok());
+        let refused = order(51, 2, 0, json!(5), false).expect_err("102 bytes to score");
+        assert!(refused.contains("times `n`, is 102"), "{refused}");
+        assert!(order(1, 2, 50, json!(1), false).is_ok());
+        let refused = order(1, 3, 50, json!(1), false).expect_err("150 bytes to score");
+        assert!(refused.contains("is 150, expected 0 to 100"), "{refused}");
+        assert!(order(1, 3, 50, json!(1), true).is_ok(), "sent as they come");
+        assert!(order(1, 3, 50, json!(null), false).is_ok(), "no scores");
     }
 
     proptest! {

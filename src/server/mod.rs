@@ -3,23 +3,34 @@
 //! | file | owns |
 //! | --- | --- |
 //! | `api` | requests and answers as JSON, and which requests are refused |
+//! | `error` | why a request was not met |
 //! | `prompt` | the four forms of a prompt |
-//! | `completions` | from a request to its answer, whole or streamed |
+//! | `completions` | from a request to its answer |
+//! | `stream` | the answer in pieces, as server-sent events |
+//! | `answer` | its form |
 //! | `guard` | who may ask: host, origin, key, form of the body, time |
-//! | `worker` | the thread that has the model; requests to score are computed together |
-//! | `tokens` | bytes as tokens in JSON |
+//! | `worker` | the way to the thread that has the model |
+//! | `desk` | what that thread does; requests to score are computed together |
+//! | `tokens` | bytes as tokens in JSON, with places and log-probabilities |
 //!
 //! Tokens are bytes: the id of a token is its value. The form is the one that
 //! lm-evaluation-harness's `local-completions` and OpenAI's client libraries speak.
 
+mod answer;
 mod api;
 mod completions;
+mod desk;
+mod error;
 mod guard;
 mod prompt;
+mod stream;
+#[cfg(test)]
+mod tests;
 mod tokens;
 mod worker;
 
 use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -30,6 +41,7 @@ use axum::middleware;
 use axum::routing::{get, post};
 use burn::tensor::Device;
 use tokio::net::TcpListener;
+use tokio::sync::oneshot;
 use tokio::sync::watch::{self, Receiver};
 
 use crate::clock::since_1970;
@@ -70,7 +82,7 @@ pub struct Loaded {
 /// Bounds of requests.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Bytes of all prompts of a request.
+    /// Bytes of all prompts of a request, times `n`; bytes with log-probabilities that are written.
     pub prompt_bytes: usize,
     /// Bytes that may be generated for one prompt.
     pub new_bytes: usize,
@@ -120,7 +132,7 @@ type App = Arc<Shared>;
 /// # Errors
 ///
 /// What `load` says; [`Error::Usage`] for an address that cannot be taken, or one that others can
-/// reach without a key.
+/// reach without a key; what ended the model's thread, if it cannot go on.
 pub fn serve(
     options: ServerOptions,
     load: impl FnOnce() -> Result<Loaded> + Send + 'static,
@@ -142,17 +154,30 @@ pub fn serve(
                 message: format!("cannot listen on {address}: {error}"),
                 hint: "choose another --port, or end what uses this one".to_owned(),
             })?;
-        let worker = tokio::select! {
+        let (worker, ended) = tokio::select! {
             worker = Worker::spawn(load, options.limits.queue) => worker?,
             () = told_to_end(signals.clone()) => return Ok(()),
         };
         let address = listener.local_addr().map_err(anyhow::Error::from)?;
         ready(address)?;
-        let served = axum::serve(listener, router(options, worker))
-            .with_graceful_shutdown(told_to_end(signals.clone()));
+        let (end, outcome) = oneshot::channel();
+        let ending = async {
+            let outcome = tokio::select! {
+                () = told_to_end(signals) => Ok(()),
+                error = ended.reason() => Err(error),
+            };
+            let _ = end.send(outcome);
+        };
+        let served = axum::serve(listener, router(options, worker)).with_graceful_shutdown(ending);
+        let mut served = pin!(served.into_future());
         tokio::select! {
-            served = served.into_future() => Ok(served.map_err(anyhow::Error::from)?),
-            () = async { told_to_end(signals).await; tokio::time::sleep(GRACE).await } => Ok(()),
+            // First: a server that has nothing to answer ends as soon as it is told to.
+            biased;
+            outcome = outcome => {
+                let _ = tokio::time::timeout(GRACE, served).await;
+                outcome.unwrap_or(Ok(()))
+            }
+            served = &mut served => Ok(served.map_err(anyhow::Error::from)?),
         }
     })
 }

@@ -1,38 +1,20 @@
-//! The thread that has the model.
-//!
-//! It takes jobs from a queue: texts to score, which it computes together, whoever sent them, and
-//! texts to write, which it writes side by side. While it writes it looks up every few bytes: for
-//! clients that have gone, for deadlines, and for texts to score, which are quick and go first.
+//! The way to the thread that has the model: jobs, places for them, and what comes back.
 
 use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
-use burn::tensor::Device;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc::{self, UnboundedSender, unbounded_channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::Loaded;
-use crate::device::exhausted;
+use super::desk::{Desk, SLICE};
 use crate::error::{Error, Result};
-use crate::eval::{Lanes, SequenceScore, score_sequences};
-use crate::generate::{Generator, GeneratorOptions, Piece, Request, Session};
-use crate::model::MambaLm;
+use crate::eval::SequenceScore;
+use crate::generate::{Piece, Request};
 
-/// Bytes written between two looks at the queue.
-const SLICE: usize = 16;
-
-/// Texts written side by side at most.
-const BESIDE: usize = super::TEXTS;
-
-/// Bytes scored in one go, unless one request has more.
-const TOGETHER: usize = 1 << 18;
-
-/// What is computed at once.
-const LANES: Lanes = Lanes {
-    count: 16,
-    positions: 16 * 1024,
-};
+/// Pieces of a job that wait for its client at most: 1 MiB of text.
+const UNSENT: usize = (1 << 20) / SLICE;
 
 /// What came of a job, or why nothing did.
 pub(super) type Outcome<T> = std::result::Result<T, Failure>;
@@ -44,6 +26,8 @@ pub(super) enum Failure {
     Busy,
     /// Its time ran out.
     Deadline,
+    /// Its client does not read what was written.
+    Unread,
     /// The thread is gone, or the device failed.
     Broken(String),
 }
@@ -51,27 +35,45 @@ pub(super) enum Failure {
 /// A request's place among those at work or waiting, shared by its jobs.
 #[derive(Clone)]
 pub(super) struct Ticket {
-    _permit: Arc<OwnedSemaphorePermit>,
+    pub _permit: Arc<OwnedSemaphorePermit>,
 }
 
 /// Texts to score.
-struct ScoreJob {
-    texts: Vec<Vec<u8>>,
-    top: usize,
-    reply: oneshot::Sender<Outcome<Vec<SequenceScore>>>,
-    deadline: Instant,
-    _ticket: Ticket,
+pub(super) struct ScoreJob {
+    pub texts: Vec<Vec<u8>>,
+    pub top: usize,
+    pub reply: oneshot::Sender<Outcome<Vec<SequenceScore>>>,
+    pub deadline: Instant,
+    pub _ticket: Ticket,
 }
 
 /// Texts to write.
-struct WriteJob {
-    requests: Vec<Request>,
-    pieces: UnboundedSender<Outcome<Piece>>,
-    deadline: Instant,
-    _ticket: Ticket,
+pub(super) struct WriteJob {
+    pub requests: Vec<Request>,
+    pub pieces: mpsc::Sender<Outcome<Piece>>,
+    pub deadline: Instant,
+    pub _ticket: Ticket,
 }
 
-enum Job {
+impl WriteJob {
+    /// Tells the client, if it is there. There is room for it: see [`WriteJob::problem`].
+    pub fn tell(&self, outcome: Outcome<Piece>) {
+        let _ = self.pieces.try_send(outcome);
+    }
+
+    /// Why the job should not go on at `now`, where its client still has to be told.
+    pub fn problem(&self, now: Instant) -> Option<Failure> {
+        if self.deadline <= now {
+            return Some(Failure::Deadline);
+        }
+        // A slice more, and the failure after it, have to fit.
+        let full = self.pieces.capacity() < self.requests.len() + 1;
+        full.then_some(Failure::Unread)
+    }
+}
+
+/// What the thread is asked.
+pub(super) enum Job {
     Score(ScoreJob),
     Write(WriteJob),
 }
@@ -84,14 +86,30 @@ pub(super) struct Worker {
     room: Arc<Semaphore>,
 }
 
+/// The end of the thread, which comes before the server's only where it cannot go on.
+pub(super) struct Ended(oneshot::Receiver<Error>);
+
+impl Ended {
+    /// Waits for it; says why it came.
+    pub async fn reason(self) -> Error {
+        self.0.await.unwrap_or_else(|_| {
+            Error::Other(anyhow::anyhow!(
+                "the model's thread has ended, see the message above: start the server again; if it \
+                 happens again with the same request, report it as a bug"
+            ))
+        })
+    }
+}
+
 impl Worker {
-    /// Starts the thread, which loads the model first.
+    /// Starts the thread, which loads the model first; says how to learn of the thread's end.
     pub async fn spawn(
         load: impl FnOnce() -> Result<Loaded> + Send + 'static,
         queue: usize,
-    ) -> Result<Self> {
+    ) -> Result<(Self, Ended)> {
         let (jobs, inbox) = unbounded_channel();
         let (loaded, outcome) = oneshot::channel();
+        let (end, ended) = oneshot::channel();
         thread::Builder::new()
             .name("model".to_owned())
             .spawn(move || match load() {
@@ -99,7 +117,9 @@ impl Worker {
                     let desk = Desk::new(model, inbox);
                     // Nobody waits any more where the server has been ended meanwhile.
                     let _ = loaded.send(Ok(()));
-                    desk.run();
+                    if let Err(error) = desk.run() {
+                        let _ = end.send(error);
+                    }
                 }
                 Err(error) => {
                     let _ = loaded.send(Err(error));
@@ -109,10 +129,11 @@ impl Worker {
         outcome
             .await
             .map_err(|_| Error::Other(anyhow::anyhow!("the model's thread ended")))??;
-        Ok(Self {
+        let worker = Self {
             jobs,
             room: Arc::new(Semaphore::new(queue)),
-        })
+        };
+        Ok((worker, Ended(ended)))
     }
 
     /// Requests that would be taken now.
@@ -154,8 +175,8 @@ impl Worker {
         ticket: &Ticket,
         requests: Vec<Request>,
         deadline: Instant,
-    ) -> Outcome<UnboundedReceiver<Outcome<Piece>>> {
-        let (pieces, receiver) = unbounded_channel();
+    ) -> Outcome<mpsc::Receiver<Outcome<Piece>>> {
+        let (pieces, receiver) = mpsc::channel(UNSENT.max(4 * requests.len()));
         self.send(Job::Write(WriteJob {
             requests,
             pieces,
@@ -170,233 +191,6 @@ impl Worker {
     }
 }
 
-fn gone() -> Failure {
+pub(super) fn gone() -> Failure {
     Failure::Broken("the model's thread has ended".to_owned())
-}
-
-/// The thread's own side: its model, and what lies before it. Lack of memory fails the texts that were
-/// too many or too long, not the server.
-struct Desk {
-    generator: Generator,
-    /// Makes another one, for a session that was broken off leaves it in the middle of things.
-    renew: Box<dyn Fn() -> Generator>,
-    scorer: Scorer,
-}
-
-/// All of the desk but what a session of writing holds on to.
-struct Scorer {
-    model: MambaLm,
-    device: Device,
-    inbox: UnboundedReceiver<Job>,
-    /// The server is gone: no more jobs will come.
-    closed: bool,
-    scores: Vec<ScoreJob>,
-    writes: Vec<WriteJob>,
-}
-
-impl Desk {
-    fn new(loaded: Loaded, inbox: UnboundedReceiver<Job>) -> Self {
-        let Loaded {
-            model,
-            device,
-            precision,
-        } = loaded;
-        let options = GeneratorOptions {
-            precision,
-            plain: false,
-        };
-        let renew = {
-            let (model, device) = (model.clone(), device.clone());
-            move || Generator::new(model.clone(), &device, options)
-        };
-        Self {
-            generator: renew(),
-            renew: Box::new(renew),
-            scorer: Scorer {
-                model: model.frozen(),
-                device,
-                inbox,
-                closed: false,
-                scores: Vec::new(),
-                writes: Vec::new(),
-            },
-        }
-    }
-
-    /// Works until the server is gone, or there is no memory left to write with.
-    fn run(mut self) {
-        while self.scorer.wait() {
-            self.scorer.score();
-            if self.scorer.writes.is_empty() {
-                continue;
-            }
-            if let Err(Error::OutOfMemory { .. }) = self.write() {
-                match exhausted::guard(|| Ok((self.renew)())) {
-                    Ok(generator) => self.generator = generator,
-                    Err(error) => return tracing::error!("the model's thread ends: {error}"),
-                }
-            }
-        }
-    }
-
-    /// Writes the texts of as many waiting jobs as fit beside each other, to their ends.
-    fn write(&mut self) -> Result<()> {
-        let mut texts = 0;
-        let fit = |job: &WriteJob| {
-            texts += job.requests.len();
-            texts <= BESIDE
-        };
-        let count = self
-            .scorer
-            .writes
-            .iter()
-            .map(fit)
-            .take_while(|it| *it)
-            .count();
-        let jobs: Vec<WriteJob> = self.scorer.writes.drain(..count.max(1)).collect();
-        // Whose text each one of the session is.
-        let owners: Vec<(usize, usize)> = jobs
-            .iter()
-            .enumerate()
-            .flat_map(|(job, it)| (0..it.requests.len()).map(move |index| (job, index)))
-            .collect();
-        let requests: Vec<Request> = jobs.iter().flat_map(|it| it.requests.clone()).collect();
-        let outcome = exhausted::guard(|| {
-            let session = self.generator.start(&requests)?;
-            write_all(session, &jobs, &owners, &mut self.scorer)
-        });
-        if let Err(error) = &outcome {
-            tracing::error!("generation failed: {error}");
-            for job in &jobs {
-                let _ = job.pieces.send(Err(Failure::Broken(error.to_string())));
-            }
-        }
-        outcome
-    }
-}
-
-/// Writes a session to its end, and serves others between.
-fn write_all(
-    mut session: Session<'_>,
-    jobs: &[WriteJob],
-    owners: &[(usize, usize)],
-    scorer: &mut Scorer,
-) -> Result<()> {
-    while !session.is_finished() {
-        for piece in session.advance_ahead(SLICE)? {
-            let (job, index) = owners[piece.index];
-            let _ = jobs[job].pieces.send(Ok(Piece { index, ..piece }));
-        }
-        let now = Instant::now();
-        for (text, (job, _)) in owners.iter().enumerate() {
-            let job = &jobs[*job];
-            if job.pieces.is_closed() || job.deadline <= now {
-                session.cancel(text);
-            }
-        }
-        for job in jobs.iter().filter(|job| job.deadline <= now) {
-            let _ = job.pieces.send(Err(Failure::Deadline));
-        }
-        scorer.sort_inbox();
-        scorer.score();
-    }
-    Ok(())
-}
-
-impl Scorer {
-    /// Waits for a job; false when none will ever come.
-    fn wait(&mut self) -> bool {
-        if self.scores.is_empty() && self.writes.is_empty() {
-            match self.inbox.blocking_recv() {
-                Some(job) => self.sort(job),
-                None => return false,
-            }
-        }
-        self.sort_inbox();
-        !self.closed || !self.scores.is_empty() || !self.writes.is_empty()
-    }
-
-    /// Takes everything that has come.
-    fn sort_inbox(&mut self) {
-        use tokio::sync::mpsc::error::TryRecvError;
-        loop {
-            match self.inbox.try_recv() {
-                Ok(job) => self.sort(job),
-                Err(TryRecvError::Empty) => break,
-                Err(TryRecvError::Disconnected) => {
-                    self.closed = true;
-                    break;
-                }
-            }
-        }
-    }
-
-    fn sort(&mut self, job: Job) {
-        match job {
-            Job::Score(job) => self.scores.push(job),
-            Job::Write(job) => self.writes.push(job),
-        }
-    }
-
-    /// Scores what waits, as much as is computed well together.
-    fn score(&mut self) {
-        let now = Instant::now();
-        let mut waiting = Vec::new();
-        for job in std::mem::take(&mut self.scores) {
-            if job.deadline <= now {
-                let _ = job.reply.send(Err(Failure::Deadline));
-            } else if !job.reply.is_closed() {
-                waiting.push(job);
-            }
-        }
-        let mut bytes = 0;
-        let fit = |job: &ScoreJob| {
-            bytes += job.texts.iter().map(Vec::len).sum::<usize>();
-            bytes <= TOGETHER
-        };
-        let count = waiting.iter().map(fit).take_while(|it| *it).count();
-        self.scores = waiting.split_off(count.max(1).min(waiting.len()));
-        if waiting.is_empty() {
-            return;
-        }
-        // Long ones first: those beside each other then end together.
-        let mut texts: Vec<(usize, usize)> = waiting
-            .iter()
-            .enumerate()
-            .flat_map(|(job, it)| (0..it.texts.len()).map(move |index| (job, index)))
-            .collect();
-        let text = |(job, index): (usize, usize)| waiting[job].texts[index].as_slice();
-        texts.sort_by_key(|place| std::cmp::Reverse(text(*place).len()));
-        let sequences: Vec<&[u8]> = texts.iter().map(|place| text(*place)).collect();
-        let top = waiting.iter().map(|job| job.top).max().unwrap_or(0);
-        let scores =
-            exhausted::guard(|| score_sequences(&self.model, &self.device, LANES, &sequences, top));
-        match scores {
-            Ok(scores) => {
-                let mut sorted: Vec<_> = texts.into_iter().zip(scores).collect();
-                sorted.sort_by_key(|(place, _)| *place);
-                let mut scores = sorted.into_iter().map(|(_, score)| score);
-                for job in waiting {
-                    let own = scores.by_ref().take(job.texts.len());
-                    let own = own.map(|score| first(score, job.top)).collect();
-                    let _ = job.reply.send(Ok(own));
-                }
-            }
-            Err(error) => {
-                tracing::error!("scoring failed: {error}");
-                for job in waiting {
-                    let _ = job.reply.send(Err(Failure::Broken(error.to_string())));
-                }
-            }
-        }
-    }
-}
-
-/// A score with as many of the likeliest bytes as were asked for.
-fn first(mut score: SequenceScore, top: usize) -> SequenceScore {
-    for byte in &mut score.bytes {
-        byte.top.truncate(top);
-    }
-    score.next.truncate(top);
-    score
 }

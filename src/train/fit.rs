@@ -4,11 +4,11 @@
 //! allocator makes of a step, and a limit is a limit. So before a run begins, two steps are made with
 //! weights that are thrown away; where they run out of memory, more layers are recomputed.
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use mambabyte_datasets::Batch;
 
 use super::learner::Learner;
-use crate::config::{Config, Recompute};
+use crate::config::{Config, Mode, Recompute};
 use crate::device::budget::Budget;
 use crate::error::{Error, Result};
 
@@ -30,7 +30,7 @@ pub fn fit(asked: &Config, settled: Config, budget: &Budget, device: &Device) ->
     }
     let mut config = settled;
     loop {
-        let error = match budget.guard(&config, || attempt(&config, device)) {
+        let error = match budget.guard(&config, || attempt(&config, budget, device)) {
             Err(error @ Error::OutOfMemory { .. }) => error,
             other => return other.map(|()| config),
         };
@@ -59,17 +59,35 @@ fn next(config: &Config) -> Option<Recompute> {
     }
 }
 
-fn attempt(config: &Config, device: &Device) -> Result<()> {
+/// Micro-batches of an attempt: a third one needs no more memory than the second, but for the states
+/// that its lanes carry.
+const MICRO_BATCHES: usize = 2;
+
+/// Makes the steps; an error where they do not fit.
+fn attempt(config: &Config, budget: &Budget, device: &Device) -> Result<()> {
     let mut config = config.clone();
-    // A third micro-batch needs no more memory than the second.
-    config.train.accumulation = config.train.accumulation.min(2);
+    let _held = other_states(&config, device);
+    config.train.accumulation = config.train.accumulation.min(MICRO_BATCHES);
     let batch = meaningless_batch(&config);
     let mut learner = Learner::new(&config, device);
     for _ in 0..STEPS {
         // What the numbers are does not matter here.
         learner.step(&batch, 0.0, None);
     }
-    Ok(())
+    budget.check(budget.used(device), &config)
+}
+
+/// As much memory as the states of the micro-batches that an attempt leaves out, layer by layer.
+fn other_states(config: &Config, device: &Device) -> Vec<Tensor<1>> {
+    let left_out = match config.train.mode {
+        Mode::Independent => 0,
+        Mode::Contiguous => config.train.accumulation.saturating_sub(MICRO_BATCHES),
+    };
+    let depth = config.model.depth;
+    let bytes = config.train.batch as u64 * config.model.state_bytes() / depth as u64;
+    (0..left_out * depth)
+        .map(|_| Tensor::zeros([bytes as usize / 4], device))
+        .collect()
 }
 
 /// A batch of the config's size, of bytes without order: their values do not change the work.
@@ -90,6 +108,8 @@ pub fn meaningless_batch(config: &Config) -> Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    #[cfg(feature = "wgpu")]
+    use crate::config::MemoryLimit;
 
     fn config(recompute: &str) -> Config {
         let text = "model.dim = 16\nmodel.depth = 30\ntrain.steps = 1\ntrain.batch = 2\n\
@@ -117,7 +137,43 @@ mod tests {
         let batch = meaningless_batch(&config);
         assert_eq!((batch.batch, batch.inputs.len()), (6, 48));
         assert_eq!(batch.inputs[1..], batch.targets[..47]);
-        let device = crate::device::open(&config.device).expect("the CPU");
-        attempt(&config, &device).expect("fits");
+        let (device, budget) = Budget::limited(&config).expect("the CPU");
+        attempt(&config, &budget, &device).expect("fits");
+    }
+
+    #[test]
+    fn an_attempt_holds_the_states_of_all_micro_batches() {
+        let device = Device::flex();
+        let held = |mode, accumulation| -> u64 {
+            let mut config = config("none");
+            config.train.mode = mode;
+            config.train.accumulation = accumulation;
+            let held = other_states(&config, &device).into_iter();
+            held.map(|it| it.into_data().as_bytes().len() as u64).sum()
+        };
+        let of_one = 2 * config("none").model.state_bytes();
+        for (accumulation, others) in [(1, 0), (2, 0), (3, 1), (7, 5)] {
+            assert_eq!(held(Mode::Contiguous, accumulation), others * of_one);
+            assert_eq!(held(Mode::Independent, accumulation), 0);
+        }
+    }
+
+    /// Nothing but the attempt itself can notice there.
+    #[cfg(feature = "wgpu")]
+    #[test]
+    fn a_limit_that_no_driver_enforces_ends_an_attempt() {
+        let mut config = config("none");
+        config.device.kind = crate::config::DeviceKind::Wgpu;
+        for (limit, fits) in [(1, false), (u64::MAX, true)] {
+            config.train.memory_limit = MemoryLimit::Bytes(limit);
+            let (device, budget) = match Budget::limited(&config) {
+                Ok(opened) => opened,
+                Err(error) => return eprintln!("SKIPPED: {error}"),
+            };
+            let tried = attempt(&config, &budget, &device);
+            assert_eq!(tried.is_ok(), fits, "{limit}");
+            let exit_code = tried.map_or_else(|error| error.exit_code(), |()| 0);
+            assert_eq!(exit_code, if fits { 0 } else { 6 });
+        }
     }
 }

@@ -17,11 +17,20 @@ use crate::device::budget::Budget;
 use crate::error::{Error, Result};
 use crate::terminal::say;
 
-/// Keys of `[model]` that change how fast a model is, not which one it is.
-const SPEED: [&str; 4] = ["preset", "pscan", "fused_add_norm", "use_fast_path"];
+/// Keys of `[model]` that change how fast a model is, or nothing here, and not which one it is.
+const SPEED: [&str; 5] = [
+    "preset",
+    "pscan",
+    "fused_add_norm",
+    "use_fast_path",
+    "residual_in_fp32",
+];
 
 /// Starts a new run in `path`, from the weights of the checkpoint `init` if there is one; stops after
 /// `stop_after` steps as if it had been interrupted there.
+///
+/// Initial weights follow from the seed, those of `init` do not: they become the run's checkpoint of
+/// step 0, so that a run which is stopped before its first one begins again from them.
 pub fn start(
     config: &Config,
     path: &Path,
@@ -33,13 +42,15 @@ pub fn start(
     // Data first: a run that cannot read any leaves no folder behind.
     let (sampler, validation) = open_data(&settled)?;
     let config = fit(config, settled, &budget, &device)?;
-    let dir = RunDir::create(path, &config)?;
+    let dir = RunDir::create(path, init.is_some())?;
     let progress = Progress::start(&data_identity(sampler.shards()));
     budget.guard(&config, || {
         let mut learner = Learner::new(&config, &device);
         if let Some(checkpoint) = &init {
             load_weights(checkpoint, &mut learner)?;
+            Checkpoint::save(dir.path(), &learner, &progress)?;
         }
+        dir.begin(&config)?;
         let metrics = open_metrics(&dir, &config, 0)?;
         let data = (sampler, validation);
         Run::new(&config, dir, learner, &budget, metrics, data, progress).go(stop_after)
@@ -127,7 +138,7 @@ fn load_weights(checkpoint: &Checkpoint, learner: &mut Learner) -> Result<()> {
 }
 
 /// Puts the newest checkpoint that is whole into `learner`; a run stopped before its first one
-/// starts again.
+/// starts again from the seed's weights, as it did: one with other weights has one of step 0.
 fn restore(
     dir: &RunDir,
     learner: &mut Learner,
@@ -361,6 +372,7 @@ mod tests {
             "optimizer.min_lr=0",
             "checkpoint.every_steps=7",
             "model.use_fast_path=false",
+            "model.residual_in_fp32=false",
         ]);
         assert_eq!(differences(&before, &now), Vec::<String>::new());
         let lanes = |batch| {

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::telemetry::machine_name;
 use crate::clock::since_1970;
 use crate::error::{Error, Result};
 
@@ -69,7 +70,7 @@ impl Lock {
     fn sign(&mut self) -> std::io::Result<()> {
         let holder = Holder {
             process: std::process::id(),
-            host: host(),
+            host: machine_name().unwrap_or_else(|| "this machine".to_owned()),
             since: since_1970().as_secs(),
         };
         let text = serde_json::to_string(&holder)? + "\n";
@@ -107,13 +108,6 @@ fn held(run: &Path, holder: Option<Holder>) -> Error {
         message: format!("another trainer is at work in `{}`{who}", run.display()),
         hint: "wait for it, stop it, or start a run of another name".to_owned(),
     }
-}
-
-/// The machine's name.
-fn host() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
-    let name = name.or_else(|| std::env::var("HOSTNAME").ok());
-    name.map_or_else(|| "this machine".to_owned(), |it| it.trim().to_owned())
 }
 
 #[cfg(test)]

@@ -141,6 +141,11 @@ impl AdamW {
         }
     }
 
+    /// Forgets all moments, as before the first update.
+    pub(super) fn restart(&mut self) {
+        *self = Self::new(&self.config);
+    }
+
     /// One update of every parameter that has a gradient, which is first scaled by `grad_scale`, a
     /// tensor of one element.
     pub(super) fn step<M: Module>(

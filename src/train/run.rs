@@ -19,7 +19,7 @@ use super::progress::Display;
 use super::run_dir::{self, RunDir};
 use super::saver::{Saved, Saver};
 use super::schedule::learning_rate;
-use super::telemetry::{Machine, StepTimes};
+use super::telemetry::{Machine, StepTimes, gib};
 use crate::config::Config;
 use crate::device::budget::Budget;
 use crate::error::{Error, Result};
@@ -81,7 +81,7 @@ impl<'a> Run<'a> {
         interrupt::watch();
         let total = self.config.train.steps;
         let first = self.progress.step;
-        let last = stop_after.map_or(total, |n| total.min(first + n));
+        let last = stop_after.map_or(total, |n| total.min(first.saturating_add(n)));
         let mut loader = self.loader()?;
         let compiles = self.budget.on_gpu();
         let mut display = Display::new(total, first, compiles);
@@ -288,6 +288,11 @@ impl<'a> Run<'a> {
                    losses are high because the text is unusual, raise `guard.spike`"
                     .to_owned(),
         };
+        if self.config.guard.rollbacks == 0 {
+            return Err(diverged(
+                "the run does not go back: `guard.rollbacks` is 0".to_owned(),
+            ));
+        }
         let Some(checkpoint) = self.last_good()? else {
             return Err(diverged(
                 "there is no good checkpoint to go back to".to_owned(),
@@ -465,9 +470,12 @@ impl<'a> Run<'a> {
             .begin(snapshot, started.elapsed(), self.metrics.file())
     }
 
-    /// Records a save. One that failed does not end the run.
+    /// Records a save. One that failed does not end the run, which at its end tries again.
     fn note_saved(&mut self, saved: &Saved) -> Result<()> {
         saved.warn();
+        if saved.result.is_err() && self.begun == Some(saved.step) {
+            self.begun = None;
+        }
         self.metrics.write(&saved.record())
     }
 }
@@ -482,10 +490,6 @@ fn describe(report: &StepReport, limit: Option<f32>) -> String {
         Some(limit) => format!("{numbers}; a loss above {limit} is a spike"),
         None => numbers,
     }
-}
-
-fn gib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 30)
 }
 
 #[cfg(test)]

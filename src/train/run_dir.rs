@@ -12,7 +12,7 @@ use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 
-use super::checkpoint::{MANIFEST, Manifest, write_whole};
+use super::checkpoint::{MANIFEST, Manifest, beside, remove_if_there, write_whole};
 use super::lock::Lock;
 use super::metrics::MetricRecord;
 use crate::config::{CheckpointConfig, Config};
@@ -25,12 +25,13 @@ pub struct RunDir {
 }
 
 impl RunDir {
-    /// Makes the folder of a new run and stores its configuration.
+    /// Makes the folder of a new run, which [`begin`](Self::begin) makes a run. If the run is to
+    /// begin with a checkpoint of step 0, `with_start`, one that a killed start left may be there.
     ///
     /// # Errors
     ///
-    /// If a run of that name exists already.
-    pub fn create(path: &Path, config: &Config) -> Result<Self> {
+    /// If a run of that name exists already, or checkpoints that the new one would take for its own.
+    pub fn create(path: &Path, with_start: bool) -> Result<Self> {
         if path.join("config.toml").exists() {
             return Err(Error::Usage {
                 message: format!("a run is already in `{}`", path.display()),
@@ -42,8 +43,21 @@ impl RunDir {
         }
         fs::create_dir_all(path).map_err(Error::io("create", path))?;
         let dir = Self::locked(path)?;
-        write_whole(path, "config.toml", config.to_toml().as_bytes())?;
-        Ok(dir)
+        match dir.checkpoints()?.pop() {
+            Some((step, _)) if step > 0 || !with_start => Err(Error::Usage {
+                message: format!(
+                    "`{}` has a checkpoint of step {step} and no `config.toml`",
+                    path.display()
+                ),
+                hint: "choose another `--run`, or move the folder away".to_owned(),
+            }),
+            _ => Ok(dir),
+        }
+    }
+
+    /// Stores the configuration: from now on there is a run that can be resumed.
+    pub fn begin(&self, config: &Config) -> Result<()> {
+        write_whole(&self.path, "config.toml", config.to_toml().as_bytes())
     }
 
     /// Opens the folder of a run to go on with it.
@@ -151,7 +165,7 @@ fn no_run_but_a_checkpoint(path: &Path) -> Error {
     }
 }
 
-/// Deletes what a save that was killed has left in the run's folder. Where one was killed between two
+/// Deletes what a save or a deletion that was killed has left in the run's folder. Where one was killed between two
 /// renames, the checkpoint gets its name back.
 fn tidy(run: &Path) -> Result<()> {
     for entry in fs::read_dir(run).map_err(Error::io("read", run))? {
@@ -194,7 +208,7 @@ pub(super) fn prune(run: &Path, keep: &CheckpointConfig) -> Result<()> {
     let good = good.map(|(step, ..)| *step);
     for (step, path, _) in &all[..recent] {
         let nth = keep.every_steps.saturating_mul(keep.keep_every as u64);
-        let milestone = nth > 0 && step % nth == 0;
+        let milestone = nth > 0 && *step > 0 && step % nth == 0;
         if !milestone && best != Some(*step) && good != Some(*step) {
             remove(path)?;
         }
@@ -212,11 +226,13 @@ fn best(all: &[(u64, PathBuf, Manifest)]) -> Option<u64> {
     scores.min_by(|a, b| a.0.total_cmp(&b.0)).map(|it| it.1)
 }
 
-/// Deletes a checkpoint, its manifest first: what a crash leaves is not a checkpoint.
+/// Deletes a checkpoint. It gets another name first: what a kill leaves is not a checkpoint, and the
+/// next start deletes it.
 pub(super) fn remove(path: &Path) -> Result<()> {
-    let manifest = path.join(MANIFEST);
-    fs::remove_file(&manifest).map_err(Error::io("remove", &manifest))?;
-    fs::remove_dir_all(path).map_err(Error::io("remove", path))
+    let leaving = beside(path, ".tmp");
+    remove_if_there(&leaving)?;
+    fs::rename(path, &leaving).map_err(Error::io("rename", path))?;
+    fs::remove_dir_all(&leaving).map_err(Error::io("remove", &leaving))
 }
 
 /// The complete checkpoints of a run's folder, oldest first.

@@ -30,7 +30,7 @@ pub(super) struct Saver {
 /// A save that has ended.
 pub(super) struct Saved {
     /// Optimizer steps done.
-    step: u64,
+    pub(super) step: u64,
     /// Bytes of its tensors.
     bytes: u64,
     /// Time that training stood still.

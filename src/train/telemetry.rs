@@ -15,8 +15,8 @@ use crate::nvidia;
 /// Between two readings of the GPU.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// Arithmetic of a training step over that of the forward pass.
-const TRAINING_OVER_FORWARD: u64 = 3;
+/// Arithmetic of a training step over that of the forward pass: the backward pass costs twice as much.
+pub(crate) const TRAINING_OVER_FORWARD: u64 = 3;
 
 /// Where the time of a step went, in seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -226,6 +226,8 @@ fn read_gpu(device: &nvml_wrapper::Device<'_>) -> MachineReading {
 /// TFLOP/s of matrix products in bf16 and tf32, dense, with f32 sums, from NVIDIA's data sheets and
 /// architecture whitepapers.
 fn peak_tflops(name: &str) -> Option<(f64, f64)> {
+    // Other cards than those they are named after.
+    const VARIANTS: [&str; 4] = ["Ti", "SUPER", "D", "NVL"];
     // The longer of two names that begin alike comes first.
     const KNOWN: [(&str, f64, f64); 14] = [
         ("H200", 989.0, 494.0),
@@ -243,9 +245,25 @@ fn peak_tflops(name: &str) -> Option<(f64, f64)> {
         ("RTX 3080", 59.5, 29.8),
         ("RTX 3060", 25.5, 12.7),
     ];
-    let known = KNOWN.iter().find(|it| name.contains(it.0))?;
+    let words: Vec<&str> = name.split([' ', '-']).collect();
+    let is = |known: &str| {
+        let known: Vec<&str> = known.split(' ').collect();
+        let is_variant = |word: &&str| VARIANTS.iter().any(|it| it.eq_ignore_ascii_case(word));
+        words
+            .windows(known.len())
+            .enumerate()
+            .any(|(at, some)| some == known && !words.get(at + known.len()).is_some_and(is_variant))
+    };
+    let known = KNOWN.iter().find(|it| is(it.0))?;
     // Variants for notebooks and the like share names and not speeds.
     (!name.contains("Laptop") && !name.contains("Max-Q")).then_some((known.1, known.2))
+}
+
+/// The machine's name, where the system tells.
+pub(super) fn machine_name() -> Option<String> {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
+    let name = name.or_else(|| std::env::var("HOSTNAME").ok())?;
+    Some(name.trim().to_owned())
 }
 
 /// Resident memory of this process, where the system tells.
@@ -256,7 +274,8 @@ fn host_memory_gib() -> Option<f64> {
     Some(gib(kib << 10))
 }
 
-fn gib(bytes: u64) -> f64 {
+/// `bytes` in GiB.
+pub(super) fn gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }
 
@@ -270,8 +289,26 @@ mod tests {
         assert_eq!(bf16("NVIDIA GeForce RTX 3090"), Some(71.0));
         assert_eq!(bf16("NVIDIA GeForce RTX 3090 Ti"), Some(80.0));
         assert_eq!(bf16("NVIDIA H100 80GB HBM3"), Some(989.0));
-        assert_eq!(bf16("NVIDIA GeForce RTX 3080 Laptop GPU"), None);
-        assert_eq!(bf16("Something else"), None);
+        assert_eq!(bf16("NVIDIA H100 PCIe"), Some(756.0));
+        assert_eq!(bf16("NVIDIA A100-SXM4-80GB"), Some(312.0));
+        assert_eq!(bf16("NVIDIA A100 80GB PCIe"), Some(312.0));
+        assert_eq!(bf16("NVIDIA A40"), Some(150.0));
+        assert_eq!(bf16("NVIDIA RTX A6000"), Some(155.0));
+        for unknown in [
+            "NVIDIA GeForce RTX 3080 Laptop GPU",
+            "NVIDIA GeForce RTX 3060 Ti",
+            "NVIDIA GeForce RTX 4080 SUPER",
+            "NVIDIA GeForce RTX 4090 D",
+            "NVIDIA H100 NVL",
+            "NVIDIA RTX A400",
+            "NVIDIA RTX A1000",
+            "NVIDIA RTX A4000",
+            "NVIDIA RTX A4500",
+            "NVIDIA RTX 6000 Ada Generation",
+            "Something else",
+        ] {
+            assert_eq!(bf16(unknown), None, "{unknown}");
+        }
     }
 
     #[test]

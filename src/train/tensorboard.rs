@@ -14,6 +14,7 @@ use prost::Message;
 use serde_json::{Map, Value};
 
 use super::metrics::MetricRecord;
+use super::telemetry::machine_name;
 use crate::error::{Error, Result};
 
 /// What every file says first.
@@ -145,7 +146,7 @@ impl EventWriter {
     ///
     /// [`Error::Io`] where it cannot be made.
     pub fn create(folder: &Path, step: u64, time: f64) -> Result<Self> {
-        let host = host_name();
+        let host = file_host();
         let process = std::process::id();
         // Files are read in the order of their names, so a later one needs a later time or number.
         let mut number = 0;
@@ -395,8 +396,8 @@ fn of_numbers(numbers: &[f64]) -> HistogramProto {
 }
 
 /// The machine's name in a file's name.
-fn host_name() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+fn file_host() -> String {
+    let name = machine_name().unwrap_or_default();
     let plain: String = name
         .chars()
         .filter(|it| it.is_ascii_alphanumeric() || *it == '-')

@@ -46,6 +46,9 @@ impl Default for CargoOptions {
 pub struct CargoReport {
     /// Distinct crate names found.
     pub crates: usize,
+    /// Crates that are not in the split that the hash of their name gives them, as there are few: with
+    /// others that come later, they may go from a held-out split to training.
+    pub stand_ins: usize,
     /// Files taken.
     pub taken: usize,
     /// Files with the content of another that was taken.
@@ -103,6 +106,7 @@ impl CargoSources {
             seen: HashSet::new(),
             report: CargoReport {
                 crates: crates.len(),
+                stand_ins: options.held_out.stand_ins(&names),
                 ..CargoReport::default()
             },
         };

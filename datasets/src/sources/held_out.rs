@@ -50,7 +50,7 @@ impl HeldOut {
     ///
     /// A key's split depends on the key alone, so files added later move no other file. Only
     /// where the hash would leave a wanted split empty (small sets of at least [`MIN_KEYS`] keys)
-    /// do the keys with the lowest hashes step in.
+    /// do the keys with the lowest hashes step in ([`stand_ins`](Self::stand_ins)).
     pub(crate) fn assign(self, keys: &[String]) -> Vec<Split> {
         let mut order: Vec<(f64, usize)> = keys
             .iter()
@@ -78,6 +78,19 @@ impl HeldOut {
             };
         }
         splits
+    }
+
+    /// How many keys are not in the split that their hash alone gives them: keys added later may
+    /// move them.
+    pub(crate) fn stand_ins(self, keys: &[String]) -> usize {
+        let splits = self.assign(keys);
+        let by_hash = |key: &str| match unit_hash(key) {
+            hash if hash < self.test => Split::Test,
+            hash if hash < self.test + self.validation => Split::Validation,
+            _ => Split::Train,
+        };
+        let pairs = keys.iter().zip(splits);
+        pairs.filter(|(key, split)| by_hash(key) != *split).count()
     }
 }
 

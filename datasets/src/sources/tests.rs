@@ -119,6 +119,33 @@ fn small_sets_still_have_every_split() {
 }
 
 #[test]
+fn keys_that_only_stand_in_are_counted() {
+    let keys: Vec<String> = (0..2000).map(|i| format!("file-{i}")).collect();
+    let held_out = HeldOut::each(0.1);
+    assert_eq!(held_out.stand_ins(&keys), 0);
+    for n in 3..20 {
+        let splits = held_out.assign(&keys[..n]);
+        let among_all = held_out.assign(&keys);
+        let moved = splits
+            .iter()
+            .zip(&among_all)
+            .filter(|(a, b)| a != b)
+            .count();
+        assert_eq!(held_out.stand_ins(&keys[..n]), moved, "{n} keys");
+    }
+    assert!(held_out.stand_ins(&keys[..3]) > 0);
+
+    let dir = tempfile::tempdir().unwrap();
+    let source = TextFolder::new(dir.path(), TextOptions::default()).unwrap();
+    for (files, expected) in [(2, 0), (3, 2)] {
+        for i in 0..files {
+            write(dir.path(), &format!("{i}.txt"), b"text");
+        }
+        assert_eq!(source.stand_ins().unwrap(), expected, "{files} files");
+    }
+}
+
+#[test]
 fn text_folder_covers_each_file_once() {
     let dir = tempfile::tempdir().unwrap();
     for i in 0..60 {

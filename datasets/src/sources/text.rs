@@ -43,7 +43,9 @@ impl Default for TextOptions {
 /// a dot), symbolic links and empty files are left out. Documents are ordered by path.
 ///
 /// With three files or more, whole files are held out: a file's split follows from a hash of its
-/// path within the folder, so it stays the same when other files come or go. With one or two,
+/// path within the folder, so it stays the same when other files come or go. Only where no file's
+/// hash is in a split (there are few files) do those with the lowest hashes stand in, until others
+/// come ([`stand_ins`](Self::stand_ins)). With one or two,
 /// each file is cut by position: first the training part, then validation, then, at its end,
 /// test. Cuts fall behind a line's end (or at least between characters) close to the exact place.
 #[derive(Clone, Debug)]
@@ -64,6 +66,20 @@ impl TextFolder {
         Ok(Self {
             path: path.into(),
             options,
+        })
+    }
+
+    /// How many files are not in the split that the hash of their path gives them: with files that
+    /// come later, they may go from a held-out split to training.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Io`] when the files cannot be listed.
+    pub fn stand_ins(&self) -> Result<usize> {
+        let names: Vec<String> = self.files()?.into_iter().map(|file| file.name).collect();
+        Ok(match names.len() < MIN_KEYS {
+            true => 0,
+            false => self.options.held_out.stand_ins(&names),
         })
     }
 

@@ -1,6 +1,7 @@
 //! Choosing the next byte of a sequence from its logits.
 //!
-//! In this order, that of mamba_ssm's `generation.py`:
+//! In this order, that of mamba_ssm's `generation.py` except min-p, which that applies only where
+//! there is no top-k, in place of top-p, and before the division by the temperature:
 //!
 //! 1. repetition penalty p (CTRL, arXiv 1909.05858): the logit of every byte that the sequence
 //!    has so far becomes `logit / p` if positive, else `logit · p`;

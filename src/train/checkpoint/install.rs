@@ -66,13 +66,15 @@ fn exchange(_: &Path, _: &Path) -> io::Result<()> {
     Err(ErrorKind::Unsupported.into())
 }
 
-fn beside(folder: &Path, suffix: &str) -> PathBuf {
+/// The name of `folder` with `suffix`.
+pub(crate) fn beside(folder: &Path, suffix: &str) -> PathBuf {
     let mut name = folder.as_os_str().to_owned();
     name.push(suffix);
     name.into()
 }
 
-fn remove_if_there(folder: &Path) -> Result<()> {
+/// Deletes a folder, if it is there.
+pub(crate) fn remove_if_there(folder: &Path) -> Result<()> {
     match fs::remove_dir_all(folder) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(Error::io("remove", folder)(error))
@@ -116,7 +118,7 @@ pub(super) fn write_file(
     let meant = FileEntry {
         name: name.to_owned(),
         bytes: hashing.bytes,
-        xxh3: format!("{:032x}", hashing.hash.digest128()),
+        xxh3: hash_text(&hashing.hash),
     };
     let found = describe(folder, name).map_err(Error::io("read back", &path))?;
     if found != meant {

@@ -27,6 +27,7 @@ use burn::tensor::{Device, Tensor};
 use safetensors::tensor::Dtype;
 use xxhash_rust::xxh3::Xxh3;
 
+pub(super) use install::{beside, remove_if_there};
 pub(crate) use install::{install, write_whole};
 pub use manifest::{DataIdentity, FileEntry, MANIFEST, Manifest, Progress};
 pub(crate) use snapshot::Snapshot;
@@ -206,6 +207,11 @@ impl Checkpoint {
     }
 
     fn restore_optimizer(&self, learner: &mut Learner) -> Result<()> {
+        if self.manifest.progress.updates() == 0 {
+            // Before the first update all moments are zero, whether they were made already or not.
+            learner.optimizer.restart();
+            return Ok(());
+        }
         let file = TensorFile::open(&self.folder.join(OPTIMIZER))?;
         let tensors = file.tensors()?;
         let device = learner.inner_device();

@@ -91,7 +91,8 @@ impl World {
         let (device, budget, config) = Budget::open(&self.config).expect("a device");
         let data = open_data(&config).expect("data");
         let sampler = Arc::clone(&data.0);
-        let dir = RunDir::create(&path, &config).expect("a new run");
+        let dir = RunDir::create(&path, false).expect("a new run");
+        dir.begin(&config).expect("writable");
         let metrics = MetricsWriter::append(&dir.metrics()).expect("writable");
         let learner = Learner::new(&config, &device);
         let progress = Progress::default();
@@ -318,6 +319,53 @@ fn weights_that_are_bad_again_and_again_have_diverged() {
         text.contains("step 45") && text.contains("step 40 did not help 2 times"),
         "{text}"
     );
+}
+
+#[test]
+fn a_run_that_may_not_go_back_says_so() {
+    let world = World::new(&["guard.rollbacks=0"]);
+    let spoilt = world.train("bad", |begun, learner, _| {
+        if begun >= 30 {
+            change(learner, |_, values| values[0] = f32::NAN);
+        }
+    });
+    assert_eq!(spoilt.rollbacks(), []);
+    let text = spoilt.result.expect_err("no way on").to_string();
+    assert!(
+        text.contains("step 34") && text.contains("`guard.rollbacks` is 0"),
+        "{text}"
+    );
+}
+
+/// Noticed before the run's end or at it: a last save that fails is an error.
+#[test]
+fn a_last_save_that_failed_is_tried_again_and_told() {
+    let world = World::new(&[]);
+    let (device, budget, config) = Budget::open(&world.config).expect("a device");
+    let data = open_data(&config).expect("data");
+    let batch = data.0.batch(0).expect("a batch");
+    let path = world.folder.path().join("run");
+    let dir = RunDir::create(&path, false).expect("a new run");
+    let metrics = MetricsWriter::append(&dir.metrics()).expect("writable");
+    let learner = Learner::new(&config, &device);
+    let progress = Progress::default();
+    let mut run = Run::new(&config, dir, learner, &budget, metrics, data, progress);
+    let mut display = Display::new(config.train.steps, 0, false);
+    run.train_step(1, &batch, Instant::now(), &mut display)
+        .expect("a step");
+    // In the way of the folder that a save fills.
+    let obstacle = path.join("step-1.tmp");
+    std::fs::write(&obstacle, "").expect("a file");
+    for attempt in 1..=2 {
+        run.save().expect("begun");
+        let saved = run.saver.wait().expect("a save");
+        assert!(saved.result.is_err());
+        run.note_saved(&saved).expect("noted");
+        run.finish(1).expect_err(&format!("not saved, {attempt}"));
+    }
+    std::fs::remove_file(obstacle).expect("removed");
+    run.save().expect("begun");
+    run.finish(1).expect("saved");
 }
 
 #[test]

@@ -79,7 +79,7 @@ pub struct Decoder {
     session: Option<Session>,
 }
 
-/// Which of the ways to run steps; all give the same bits.
+/// Which of the ways to run steps; all give the same bits, but for `Wide` in bf16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
     /// The fastest that the device has.
