@@ -7,8 +7,7 @@ use clap::Args;
 
 use crate::dashboard;
 use crate::error::Result;
-use crate::train::run_dir::RUNS;
-pub(super) use crate::train::run_dir::run_path;
+use crate::train::run_dir::{RUNS, run_path};
 
 /// Arguments of `dash`.
 #[derive(Clone, Debug, Args)]

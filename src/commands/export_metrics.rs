@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use serde_json::{Map, Value};
 
-use super::dash::run_path;
 use super::import::refuse_existing;
 use crate::error::{Error, Result};
 use crate::train::run_dir::no_run;
+use crate::train::run_dir::run_path;
 use crate::train::tensorboard::EventWriter;
 
 /// Form to write.

@@ -1,10 +1,10 @@
 //! The command `resume`.
 
 use super::ResumeArgs;
-use super::dash::run_path;
 use crate::device;
 use crate::error::Result;
 use crate::terminal::say;
+use crate::train::run_dir::run_path;
 use crate::train::{self, RunDir};
 
 /// Runs the command.

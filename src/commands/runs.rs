@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::Value;
 
-use super::dash::run_path;
 use super::{grouped, print, print_json, scaled};
 use crate::dashboard;
 use crate::error::Result;
 use crate::terminal::say;
 use crate::train::run_dir::no_run;
+use crate::train::run_dir::run_path;
 
 /// Arguments of `runs`.
 #[derive(Clone, Debug, Args)]
