@@ -116,6 +116,19 @@ impl Error {
         }
     }
 
+    /// Maker of the error of a file that the command line names and that cannot be read:
+    /// [`Error::Usage`] where it does not exist, else [`Error::Io`].
+    pub(crate) fn unreadable(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_path_buf();
+        move |source| match source.kind() {
+            io::ErrorKind::NotFound => Self::Usage {
+                message: format!("there is nothing at `{}`", path.display()),
+                hint: "name a file that is there".to_owned(),
+            },
+            _ => Self::io("read", path)(source),
+        }
+    }
+
     /// The process's exit code.
     ///
     /// | code | meaning |

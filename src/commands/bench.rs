@@ -193,9 +193,13 @@ fn median(repeat: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
     for _ in 0..3 {
         once()?;
     }
-    let mut times = (0..repeat).map(|_| once()).collect::<Result<Vec<_>>>()?;
-    times.sort_by(f64::total_cmp);
-    Ok(times[times.len() / 2])
+    Ok(middle((0..repeat).map(|_| once()).collect::<Result<_>>()?))
+}
+
+/// The middle one of at least one number.
+fn middle(mut numbers: Vec<f64>) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    numbers[numbers.len() / 2]
 }
 
 /// Normal random numbers in `dtype`.
@@ -228,14 +232,12 @@ fn scan(args: &ScanArgs) -> Result<Vec<Line>> {
             hint: "`mambabyte doctor` says what this machine has".to_owned(),
         });
     };
-    // Several passes between waits, so that the wait is no part of the time.
-    const BETWEEN_WAITS: usize = 10;
     let time = |pass: &dyn Fn()| -> Result<f64> {
         let many = measure(&device, args.common.repeat, || {
-            (0..BETWEEN_WAITS).for_each(|_| pass());
+            (0..INNER).for_each(|_| pass());
             Ok(())
         })?;
-        Ok(many / BETWEEN_WAITS as f64)
+        Ok(many / INNER as f64)
     };
     let forward = time(&passes.forward)?;
     let backward = time(&passes.backward)?;
@@ -278,13 +280,9 @@ fn kernel_medians(repeat: usize, pass: &dyn Fn()) -> Vec<(String, f64)> {
             times[turn] += time.as_secs_f64() * 1e3;
         }
     }
-    let median = |mut times: Vec<f64>| {
-        times.sort_by(f64::total_cmp);
-        times[times.len() / 2]
-    };
     samples
         .into_iter()
-        .map(|(name, times)| (name, median(times)))
+        .map(|(name, times)| (name, middle(times)))
         .collect()
 }
 

@@ -10,8 +10,7 @@ use serde_json::{Map, Value};
 
 use super::import::refuse_existing;
 use crate::error::{Error, Result};
-use crate::train::run_dir::no_run;
-use crate::train::run_dir::run_path;
+use crate::train::run_dir::{no_run, run_path};
 use crate::train::tensorboard::EventWriter;
 
 /// Form to write.

@@ -385,13 +385,7 @@ pub(crate) fn device(text: &str) -> Result<DeviceConfig, String> {
 
 /// The bytes of a file that the command line names.
 pub(crate) fn read_named(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => Error::Usage {
-            message: format!("there is nothing at `{}`", path.display()),
-            hint: "name a file that is there".to_owned(),
-        },
-        _ => Error::io("read", path)(source),
-    })
+    std::fs::read(path).map_err(Error::unreadable(path))
 }
 
 /// A split's name.

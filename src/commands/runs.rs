@@ -9,8 +9,7 @@ use super::{grouped, print, print_json, scaled};
 use crate::dashboard;
 use crate::error::Result;
 use crate::terminal::say;
-use crate::train::run_dir::no_run;
-use crate::train::run_dir::run_path;
+use crate::train::run_dir::{no_run, run_path};
 
 /// Arguments of `runs`.
 #[derive(Clone, Debug, Args)]

@@ -11,7 +11,6 @@
 //! What follows is joined with one space; a query that begins with `Question: ` is first answered
 //! for with a line `Answer:`, as the harness does for ARC and PIQA.
 
-use std::io::ErrorKind;
 use std::path::Path;
 
 use burn::tensor::Device;
@@ -232,13 +231,7 @@ impl Task {
     /// [`Error::Usage`] where it does not exist, [`Error::Io`] where it cannot be read,
     /// [`Error::Usage`] naming the first line that is no item, or not of the kind of the first.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|source| match source.kind() {
-            ErrorKind::NotFound => Error::Usage {
-                message: format!("there is nothing at `{}`", path.display()),
-                hint: "name a file that is there".to_owned(),
-            },
-            _ => Error::io("read", path)(source),
-        })?;
+        let text = std::fs::read_to_string(path).map_err(Error::unreadable(path))?;
         let mut items: Vec<Item> = Vec::new();
         for (index, line) in text.lines().enumerate() {
             if line.trim().is_empty() {

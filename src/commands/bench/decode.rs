@@ -200,11 +200,7 @@ fn report(
     hash: u32,
     decodes: bool,
 ) -> Report {
-    let median = |time: &dyn Fn(&Timing) -> f64| {
-        let mut times: Vec<f64> = timings.iter().map(time).collect();
-        times.sort_by(f64::total_cmp);
-        times[times.len() / 2]
-    };
+    let median = |time: &dyn Fn(&Timing) -> f64| super::middle(timings.iter().map(time).collect());
     let prompt_bytes = timings[0].prompt_bytes;
     let new_bytes = timings[0].new_bytes;
     let prefill_ms = median(&|timing| timing.prefill.as_secs_f64() * 1e3);
