@@ -473,7 +473,8 @@ fn one_kernel_for_many_steps_gives_the_same_bits() {
     }
 }
 
-/// The kernels for many sequences give the probabilities of the reference.
+/// The kernels for many sequences give the probabilities of the reference: in f32 on every device, and
+/// with products in bf16, replayed as a graph, where a device has them.
 #[cfg(feature = "cube")]
 #[test]
 fn kernels_for_many_sequences_equal_the_reference() {
@@ -504,14 +505,29 @@ fn kernels_for_many_sequences_equal_the_reference() {
             |choices: &[Choice]| -> Vec<f32> { choices.iter().map(|it| it.logprob).collect() };
         for device in devices().into_iter().skip(1) {
             let model = shape.model(&device);
-            let mut decoder = cube::Decoder::new(&model, DType::F32).expect("kernels");
-            decoder.set_mode(cube::Mode::Wide, None);
-            decoder.begin(shape.start(lanes.clone(), &device));
-            decoder.queue(&draws);
-            let got = decoder.take();
-            let what = format!("{shape:?} on {device:?}");
-            assert_close(&what, &logprobs(&got), &logprobs(&expected), 1e-3, 1e-3);
-            assert_close(&what, &decoder.logits(), &reference.logits(), 1e-3, 1e-3);
+            let mut ways = vec![(DType::F32, cube::Mode::Wide, 1e-3)];
+            if device.supports_dtype(DType::BF16) {
+                ways.push((DType::BF16, cube::Mode::Best, 0.15));
+            }
+            for (dtype, mode, tolerance) in ways {
+                let mut decoder = cube::Decoder::new(&model, dtype).expect("kernels");
+                decoder.set_mode(mode, None);
+                decoder.begin(shape.start(lanes.clone(), &device));
+                decoder.queue(&draws);
+                let got = decoder.take();
+                let what = format!("{shape:?} in {dtype:?} on {device:?}");
+                let (got, all) = (logprobs(&got), logprobs(&expected));
+                assert_close(&what, &got, &all, tolerance, tolerance);
+                let logits = reference.logits();
+                assert_close(&what, &decoder.logits(), &logits, tolerance, tolerance);
+                if dtype == DType::BF16 {
+                    assert_eq!(
+                        decoder.describe(),
+                        "GPU kernels, one graph a byte",
+                        "{what}"
+                    );
+                }
+            }
         }
     }
 }

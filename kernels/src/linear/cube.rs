@@ -86,6 +86,40 @@ pub(crate) fn product(
     out
 }
 
+/// Whether graphs can have products on the device of `like`.
+pub(crate) fn replayable(like: &CubeTensor) -> bool {
+    #[cfg(feature = "cuda")]
+    return super::cublaslt::serves(like);
+    #[cfg(not(feature = "cuda"))]
+    return {
+        let _ = like;
+        false
+    };
+}
+
+/// `op(a) · op(b)`, or that added to what is there, into a matrix whose place does not change. Whether a
+/// graph may replay it: kernels that needed other memory for it would find that taken.
+///
+/// # Panics
+///
+/// If no kernel fits.
+pub(crate) fn product_into(
+    a: CubeTensor,
+    b: CubeTensor,
+    how: Product,
+    adds: bool,
+    out: &CubeTensor,
+) -> bool {
+    let (a, b) = (Matrix::of(a), Matrix::of(b));
+    let add = adds.then(|| out.clone());
+    #[cfg(feature = "cuda")]
+    if super::cublaslt::product(&a, &b, how, add.as_ref(), out) {
+        return !how.workspace;
+    }
+    portable(a, b, how, add, out);
+    false
+}
+
 /// The rows of `a` keep their axes; a transposed `a` gives a matrix.
 fn result_shape(a: &CubeTensor, b: &CubeTensor, how: Product) -> Shape {
     let last = |t: &CubeTensor| t.meta.shape().num_dims() - 1;

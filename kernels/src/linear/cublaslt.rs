@@ -5,7 +5,8 @@
 //! either side of every product.
 //!
 //! cuBLASLt's heuristic proposes algorithms in microseconds, once for every shape, and the fastest of
-//! those that give the same bits is kept ([`choice`]). Nothing is compiled at run time.
+//! those that give the same bits is kept ([`choice`]). Nothing is compiled at run time. A product of a
+//! shape that was there before can be recorded as part of a graph, if it needs no workspace.
 
 mod choice;
 
@@ -45,6 +46,11 @@ pub(super) fn available() -> bool {
     })
 }
 
+/// Whether it multiplies on the device of `tensor`.
+pub(super) fn serves(tensor: &CubeTensor) -> bool {
+    tensor.device.runtime() == RuntimeId::Cuda && available()
+}
+
 /// Loads the library from the toolkit's folder, where the loader does not search by itself.
 fn preload() {
     let root = std::env::var_os("CUDA_PATH").unwrap_or_else(|| "/usr/local/cuda".into());
@@ -77,8 +83,7 @@ pub(super) fn product(
     out: &CubeTensor,
 ) -> bool {
     let client = &a.tensor.client;
-    // A shape's algorithms cannot be tried out while a graph is recorded.
-    if a.tensor.device.runtime() != RuntimeId::Cuda || !available() || client.is_capturing() {
+    if !serves(&a.tensor) {
         return false;
     }
     let Some(types) = [a.tensor.dtype, b.tensor.dtype, out.dtype]
@@ -113,7 +118,8 @@ pub(super) fn product(
     };
     // All CUDA calls are made on the device's own thread, where its context is current. The stream is
     // that of this thread, which is made to wait for other threads' buffers when their addresses are
-    // asked for.
+    // asked for. A graph is under way from when CubeCL prepares for it, which is not recording yet.
+    let under_way = client.is_capturing();
     let id = StreamId::current();
     let device = DeviceHandle::<Server>::new(client.service_id().device);
     let done = device.submit_blocking(move |server| {
@@ -131,6 +137,7 @@ pub(super) fn product(
         ];
         let stream = server.write_streams().try_stream_mut(&id);
         let stream = stream.ok_or(Refusal::Unsupported)?.sys;
+        let recording = under_way && is_recording(stream).ok_or(Refusal::Unsupported)?;
         LIBRARIES.with_borrow_mut(|libraries| {
             let context = driver::ctx::get_current()
                 .ok()
@@ -143,7 +150,7 @@ pub(super) fn product(
                 }
             };
             library
-                .run(shape, pointers, stream)
+                .run(shape, pointers, stream, recording)
                 .ok_or(Refusal::Unsupported)
         })
     });
@@ -154,6 +161,13 @@ pub(super) fn product(
         Ok(Err(Refusal::Memory(reason))) => panic!("product: {reason}"),
         Err(error) => panic!("product: the device's thread is gone: {error:?}"),
     }
+}
+
+/// Whether what is issued on the stream becomes part of a graph.
+fn is_recording(stream: cu::CUstream) -> Option<bool> {
+    // SAFETY: the stream is CubeCL's and alive.
+    let status = unsafe { driver::stream::is_capturing(stream) }.ok()?;
+    Some(status != cu::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
 }
 
 struct Handles {
@@ -195,6 +209,15 @@ impl Shape {
         ]
     }
 
+    /// Bytes beside the operands that its algorithm may use.
+    fn workspace_bytes(&self) -> usize {
+        if self.how.workspace {
+            WORKSPACE_BYTES
+        } else {
+            0
+        }
+    }
+
     /// The length of the sums.
     fn depth(&self) -> usize {
         self.a[usize::from(!self.how.transposed[0])]
@@ -218,6 +241,7 @@ struct Call {
     handle: lts::cublasLtHandle_t,
     stream: cu::CUstream,
     workspace: cu::CUdeviceptr,
+    workspace_bytes: usize,
     plan: Plan,
     adds: bool,
     /// Addresses of a, b, what is added, and the result.
@@ -253,7 +277,7 @@ impl Call {
                 self.plan.out,
                 &raw const self.plan.algorithm,
                 self.workspace as *mut c_void,
-                WORKSPACE_BYTES,
+                self.workspace_bytes,
                 self.stream.cast(),
             )
             .ok()
@@ -292,14 +316,27 @@ impl Library {
         })
     }
 
-    /// Issues the product of the buffers `[a, b, add, out]` on `stream`.
-    fn run(&mut self, mut shape: Shape, pointers: [u64; 4], stream: cu::CUstream) -> Option<()> {
+    /// Issues the product of the buffers `[a, b, add, out]` on `stream`. While a graph is `recording`
+    /// only shapes seen before can be, and only without workspace: nothing can be tried out then.
+    fn run(
+        &mut self,
+        mut shape: Shape,
+        pointers: [u64; 4],
+        stream: cu::CUstream,
+        recording: bool,
+    ) -> Option<()> {
         shape.alignments = pointers.map(|pointer| 1 << pointer.trailing_zeros().min(8));
-        self.take_workspace(stream)?;
+        if recording && (shape.how.workspace || !self.plans.contains_key(&shape)) {
+            return None;
+        }
+        if shape.how.workspace {
+            self.take_workspace(stream)?;
+        }
         let call = |plan| Call {
             handle: self.handle,
             stream,
             workspace: self.workspace,
+            workspace_bytes: shape.workspace_bytes(),
             plan,
             adds: shape.adds,
             pointers,
@@ -367,7 +404,7 @@ fn plan(
         // SAFETY: the value is alive and of the attribute's size; the call copies it.
         unsafe { lt::set_matmul_pref_attribute(preference, attribute, value, bytes) }
     };
-    let workspace = WORKSPACE_BYTES;
+    let workspace = shape.workspace_bytes();
     prefer(
         Pref::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
         (&raw const workspace).cast(),

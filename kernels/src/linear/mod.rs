@@ -35,6 +35,9 @@ pub struct Product {
     pub dtype: DType,
     /// Whether f32 operands may be rounded to TF32 (19 bits), where the device has it.
     pub tf32: bool,
+    /// Whether it may take memory beside its operands. What a graph replays may not: that memory is
+    /// shared, and another product's numbers may be in it then.
+    pub workspace: bool,
 }
 
 impl Product {
@@ -44,6 +47,7 @@ impl Product {
             transposed: [false, false],
             dtype,
             tf32,
+            workspace: true,
         }
     }
 
@@ -118,8 +122,7 @@ pub fn linear(args: Linear) -> Tensor<2> {
         args.weight.into_dispatch(),
         Product {
             transposed: [false, args.transposed],
-            dtype: args.dtype,
-            tf32: args.tf32,
+            ..Product::plain(args.dtype, args.tf32)
         },
     ))
 }

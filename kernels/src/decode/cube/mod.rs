@@ -25,12 +25,13 @@ use self::wide::{WideBuffers, WideConfig};
 use super::{DecodeModel, Start};
 use crate::add_norm::NormKind;
 use crate::cube::DeviceTraits;
+use crate::linear;
 use crate::sampling::cube::{CHOICE, SETTINGS};
 use crate::sampling::{BYTES, Choice, Draw, Lane};
 
 /// Steps whose draws and choices are on the device at once.
 const AHEAD: usize = 64;
-/// Most sequences whose products are done row by row where there are tensor cores.
+/// Most sequences whose products are done row by row where those of matrices are to be had.
 const NARROW: usize = 8;
 
 /// Most sequences of one kernel for many steps: with more, what cubes hand to each other takes longer
@@ -262,25 +263,22 @@ impl Session {
         let client = &weights.embedding.client;
         let floats = |count: usize| client.empty(4 * count.max(1));
         let channels = batch * sizes.inner;
-        let dtype = weights.in_proj.dtype;
-        let tensor = traits.ptx && wide::has_tensor_cores(&weights.embedding, dtype);
+        let tensor = wide::has_tensor_cores(&weights.embedding, weights.in_proj.dtype);
+        let wide = || {
+            let processors = traits.busy_units / 1024;
+            WideConfig::new(config, batch, processors, tensor, weights.biased)
+        };
         let wide = match mode {
             #[cfg(test)]
-            Mode::Wide => WideConfig::new(config, batch, tensor),
+            Mode::Wide => wide(),
             #[cfg(test)]
             Mode::Persistent(_) => None,
-            _ if batch > NARROW && tensor => WideConfig::new(config, batch, tensor),
+            // Without products that a graph can replay, getting one to the device takes longer than
+            // doing its work.
+            _ if batch > NARROW && tensor && linear::cube::replayable(&weights.embedding) => wide(),
             _ => None,
         };
-        let wide = wide.map(|config| {
-            let rows = |width: usize| client.empty(dtype.size() * config.rows() * width);
-            let buffers = WideBuffers {
-                hat: rows(sizes.width),
-                u: rows(sizes.inner),
-                y: rows(sizes.inner),
-            };
-            (config, buffers)
-        });
+        let wide = wide.map(|wide| (wide, WideBuffers::new(weights, &config, batch)));
         let exchange = |cubes: usize| Box::new(Exchange::new(weights, &config, batch, cubes));
         let parts = wide
             .as_ref()
@@ -424,16 +422,18 @@ impl Session {
                 }
             }
             Recording::Impossible | Recording::Persistent(_) => {
-                steps::launch(weights, &self.buffers, &self.config, self.wide.as_ref())
+                steps::launch(weights, &self.buffers, &self.config, self.wide.as_ref());
             }
             Recording::None => {
                 let prepared = client.graph_prepare().is_ok();
-                steps::launch(weights, &self.buffers, &self.config, self.wide.as_ref());
+                let launch =
+                    || steps::launch(weights, &self.buffers, &self.config, self.wide.as_ref());
+                let replayable = launch();
                 self.graph = Recording::Impossible;
-                if prepared && client.start_capture().is_ok() {
-                    steps::launch(weights, &self.buffers, &self.config, self.wide.as_ref());
+                if prepared && replayable && client.start_capture().is_ok() {
+                    let replayable = launch();
                     // Without a graph bytes come all the same, more slowly.
-                    if let Ok(graph) = client.stop_capture() {
+                    if let (true, Ok(graph)) = (replayable, client.stop_capture()) {
                         self.graph = Recording::Graph(graph);
                     }
                 }

@@ -68,13 +68,13 @@ fn copy_numbers(
     }
 }
 
-/// Launches all kernels of one step.
+/// Launches all kernels of one step; whether a graph may replay them.
 pub(super) fn launch(
     weights: &Weights,
     buffers: &Buffers,
     config: &StepConfig,
     wide: Option<&(WideConfig, WideBuffers)>,
-) {
+) -> bool {
     let c = *config;
     let client = &weights.embedding.client;
     let batch = buffers.batch;
@@ -192,6 +192,7 @@ pub(super) fn launch(
             c,
         );
     }
+    true
 }
 
 /// The choice of every sequence's byte, and its row of the embedding: `stream` `[B, D]`.

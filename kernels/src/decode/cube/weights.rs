@@ -32,6 +32,8 @@ pub(super) struct Weights {
     /// `[layers, E, N]`, f32: decay rates times log₂ e.
     pub rates: CubeTensor,
     pub layers: usize,
+    /// Whether `out_proj` has a bias.
+    pub biased: bool,
     pub eps: f32,
 }
 
@@ -120,6 +122,7 @@ impl Weights {
             channels: all(&channels),
             rates: all(&|layer| layer.rates.clone() * LOG2E),
             layers: layers.len(),
+            biased: layers.iter().any(|layer| layer.out_bias.is_some()),
             eps: model.eps,
         }
     }

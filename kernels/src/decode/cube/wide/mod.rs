@@ -1,37 +1,33 @@
-//! Steps of many sequences: the products are those of matrices, done tile by tile on tensor cores.
+//! Steps of many sequences: the products are those of matrices, and go where those of training go.
 //!
-//! A plane has a tile of 16 sequences and 16 columns. Inputs of products are rounded to the type
-//! of the weights. Where a device has no tensor cores for a type, a plane computes its tiles number
-//! by number: the same kernels, for tests.
+//! What a step hands from kernel to kernel is in the type of the weights, as it is in training; the
+//! stream, the states and all sums are f32. `x_proj`, whose result is too narrow to keep a GPU busy,
+//! is part of the kernel that makes its input: cubes have some channels each and leave parts of its
+//! sums, which the recurrence adds up. Where a device has no tensor cores for a type, that product is
+//! done number by number: the same kernels, for tests.
 
 mod kernels;
-mod product;
 
-use burn::tensor::DType;
+use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::features::MmaConfig;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use self::kernels::{advance_wide, enter_wide, head_wide, leave_wide, low_wide, normalise_rows};
-use self::product::Tiles;
-use super::phases::WIDTH_NUMBERS;
+use self::kernels::{advance_wide, enter_wide, normalise_rows};
+use super::phases::{OUT_BIAS, WIDTH_NUMBERS};
 use super::plan::StepConfig;
 use super::{Buffers, Weights};
-use crate::cube::{address_type, buffer, cube_dim, elem, grid, word_buffer};
+use crate::cube::{address_type, buffer, cube_dim, elem, grid};
+use crate::linear::Product;
+use crate::linear::cube::product_into;
 
-/// Rows and columns of a tile.
-pub(super) const TILE: usize = 16;
-/// Most tiles of sequences in a cube.
-const TALL: usize = 8;
-/// Units of a cube that normalises a row.
-const NORM_UNITS: usize = 256;
-/// Tiles along the inner sum that are loaded together.
-const AHEAD: usize = 8;
-/// Most tiles of sequences in a cube of `out_proj`, which has fewer columns.
-const OUT_TALL: usize = 4;
-/// The same of the head, which has fewer still.
-const HEAD_TALL: usize = 1;
+/// Rows and columns of a tile of tensor cores: sequences of a cube that enters a layer.
+const TILE: usize = 16;
+/// Units of a cube that normalises a row, and of one that enters a layer.
+const UNITS: usize = 256;
+/// Most channels of a cube that enters a layer.
+const PART: usize = 128;
 /// Most sequences of a cube that runs the recurrence.
 const SEQUENCES: usize = 8;
 
@@ -39,91 +35,103 @@ const SEQUENCES: usize = 8;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct WideConfig {
     pub step: StepConfig,
-    /// Tiles of sequences.
-    pub tiles: usize,
     /// Whether tiles go to tensor cores.
     pub tensor: bool,
+    /// Whether `out_proj` has a bias.
+    pub biased: bool,
+    /// Sequences of a cube that runs the recurrence.
+    pub sequences: usize,
 }
 
-/// What the products read, in the type of the weights; rows are those of all tiles.
+/// What the products read and write, in the type of the weights.
 #[derive(Clone, Debug)]
 pub(super) struct WideBuffers {
-    /// `[rows, D]`.
-    pub hat: Handle,
-    /// `[rows, E]`.
-    pub u: Handle,
-    /// `[rows, E]`.
-    pub y: Handle,
+    /// `[B, D]`.
+    pub hat: CubeTensor,
+    /// `[B, 2E]`.
+    pub xz: CubeTensor,
+    /// `[B, E]`.
+    pub u: CubeTensor,
+    /// `[B, E]`.
+    pub y: CubeTensor,
 }
 
 impl WideConfig {
-    /// The division for `batch` sequences; `None` where a size is not one of whole tiles.
-    pub fn new(step: StepConfig, batch: usize, tensor: bool) -> Option<Self> {
-        let whole = [step.width, step.inner, step.low(), step.rows];
+    /// The division of the work of `batch` sequences among `processors`; `None` where a size is not one
+    /// of whole tiles.
+    pub fn new(
+        step: StepConfig,
+        batch: usize,
+        processors: usize,
+        tensor: bool,
+        biased: bool,
+    ) -> Option<Self> {
+        let whole = [step.inner, step.low()];
         if !whole.iter().all(|size| size.is_multiple_of(TILE)) {
             return None;
         }
-        // Parts of the sum of `x_proj`, of at least a few tiles.
-        let columns = step.inner / TILE;
-        let parts = [16, 8, 4, 2, 1].into_iter();
-        let parts = parts
-            .filter(|parts| columns.is_multiple_of(*parts))
-            .find(|parts| columns / parts >= 4)
-            .unwrap_or(1);
-        let config = Self {
-            step: StepConfig {
-                parts,
-                // A cube that runs the recurrence has as many channels as there are units for.
-                block: step.units / step.lanes(),
-                ..step
-            },
-            tiles: batch.div_ceil(TILE),
-            tensor,
+        let part = std::iter::successors(Some(PART), |part| Some(part / 2));
+        let part = part.take_while(|part| *part >= TILE);
+        let part = part.into_iter().find(|it| step.inner.is_multiple_of(*it))?;
+        let step = StepConfig {
+            parts: step.inner / part,
+            // A cube that runs the recurrence has as many channels as there are units for.
+            block: step.units / step.lanes(),
+            ..step
         };
-        // What a unit has of a product is in one column where it takes up whole rows with others.
-        let products = [config.in_tiles(), config.out_tiles()];
-        let rows = products.iter().all(|it| it.units().is_multiple_of(TILE));
-        rows.then_some(config)
+        // Two cubes for each processor, where there are so many sequences.
+        let share = (step.blocks() * batch).div_ceil(2 * processors);
+        Some(Self {
+            step,
+            tensor,
+            biased,
+            sequences: share.next_power_of_two().min(SEQUENCES),
+        })
     }
 
-    /// Rows of the buffers.
-    pub const fn rows(&self) -> usize {
-        self.tiles * TILE
+    /// Channels of a cube that enters a layer.
+    const fn part(&self) -> usize {
+        self.step.inner / self.step.parts
     }
 
-    /// Tiles of sequences in a cube, of which there may be `most`.
-    const fn tall(&self, most: usize) -> usize {
-        if self.tiles < most { self.tiles } else { most }
+    /// Sequences of a cube that enters a layer between two of a unit's, and how many a unit has.
+    const fn apart(&self) -> usize {
+        UNITS / self.part()
     }
 
-    /// The product of `in_proj`: a tile of x's columns and one of z's.
-    const fn in_tiles(&self) -> Tiles {
-        self.tiles_of(self.step.width, self.tall(TALL), 2)
+    const fn each(&self) -> usize {
+        TILE / self.apart()
     }
 
-    /// The product of `out_proj`.
-    const fn out_tiles(&self) -> Tiles {
-        self.tiles_of(self.step.inner, self.tall(OUT_TALL), 1)
+    /// Numbers from a sequence to the next of u in shared memory: rows begin in other banks.
+    const fn pitch(&self) -> usize {
+        self.part() + 8
     }
 
-    /// The product of the head.
-    const fn head_tiles(&self) -> Tiles {
-        self.tiles_of(self.step.width, self.tall(HEAD_TALL), 1)
+    /// Tiles of `x_proj`'s columns.
+    const fn columns(&self) -> usize {
+        self.step.low() / TILE
     }
 
-    const fn tiles_of(&self, depth: usize, tall: usize, blocks: usize) -> Tiles {
-        Tiles {
-            plane: self.step.plane,
-            vector: self.step.vector,
-            halves: self.step.halves,
-            depth,
-            rows: self.rows(),
-            tall,
-            blocks,
-            split: 1,
-            tensor: self.tensor,
+    /// How many of them a plane has.
+    const fn turns(&self) -> usize {
+        self.columns().div_ceil(UNITS / self.step.plane)
+    }
+}
+
+impl WideBuffers {
+    pub fn new(weights: &Weights, sizes: &StepConfig, batch: usize) -> Self {
+        let like = &weights.in_proj;
+        let rows = |width: usize| {
+            let handle = like.client.empty(like.dtype.size() * batch * width);
+            matrix(like, handle, [batch, width], like.dtype)
+        };
+        Self {
+            hat: rows(sizes.width),
+            xz: rows(2 * sizes.inner),
+            u: rows(sizes.inner),
+            y: rows(sizes.inner),
         }
-        .divided()
     }
 }
 
@@ -141,13 +149,27 @@ pub(super) fn has_tensor_cores(tensor: &CubeTensor, dtype: DType) -> bool {
     features.matmul.cmma.contains(&config)
 }
 
-/// Launches the kernels of all layers and of the head.
+/// A buffer as a matrix on the device of `like`.
+fn matrix(like: &CubeTensor, handle: Handle, shape: [usize; 2], dtype: DType) -> CubeTensor {
+    let (client, device) = (like.client.clone(), like.device.clone());
+    CubeTensor::new_contiguous(client, device, Shape::from(shape), handle, dtype)
+}
+
+/// The matrix of one layer in a buffer of all layers'.
+fn of_layer(all: &CubeTensor, layer: usize) -> CubeTensor {
+    let [_, rows, columns] = all.meta.shape().dims();
+    let bytes = layer * rows * columns * all.dtype.size();
+    let handle = all.handle.clone().offset_start(bytes as u64);
+    matrix(all, handle, [rows, columns], all.dtype)
+}
+
+/// Launches the kernels of all layers and of the head; whether a graph may replay them.
 pub(super) fn launch(
     weights: &Weights,
     buffers: &Buffers,
     wide: &WideBuffers,
     config: &WideConfig,
-) {
+) -> bool {
     let w = *config;
     let c = w.step;
     let [_, _, rank_words] = c.words();
@@ -159,65 +181,75 @@ pub(super) fn launch(
         // SAFETY: `count` is the size that the buffer's field documents.
         unsafe { BufferArg::from_raw_parts(handle.clone(), count) }
     };
-    let words = |handle: &Handle, count: usize| {
-        // SAFETY: as above; rows are of whole words.
-        unsafe {
-            BufferArg::from_raw_parts(handle.clone(), count * weights.in_proj.dtype.size() / 4)
-        }
-    };
     let channels = batch * c.inner;
     let past = (weights.layers * channels * (c.taps - 1)).max(1);
-    let [hat, u, y] = [c.width, c.inner, c.inner].map(|width| w.rows() * width);
     let parts = batch * c.parts * c.low();
-    let normalise = |parameters: &CubeTensor, at: usize, norm: bool| {
+    let float = |handle: &Handle, width: usize| {
+        let handle = handle.clone();
+        matrix(&weights.embedding, handle, [batch, width], DType::F32)
+    };
+    let [stream, logits] = [
+        float(&buffers.stream, c.width),
+        float(&buffers.logits, c.rows),
+    ];
+    let product = |a: &CubeTensor, b: CubeTensor, adds: bool, out: &CubeTensor| {
+        let how = Product {
+            workspace: false,
+            ..Product::right_transposed(out.dtype, false)
+        };
+        product_into(a.clone(), b, how, adds, out)
+    };
+    // The norm before layer `layer`, or the last.
+    let normalise = |layer: usize| {
+        let last = layer == weights.layers;
+        let (parameters, at) = match last {
+            true => (&weights.norm_f, 0),
+            false => (&weights.widths, layer * WIDTH_NUMBERS * c.width),
+        };
+        let bias = (layer > 0 && w.biased).then_some(layer.saturating_sub(1));
+        let bias_at = (bias.unwrap_or(0) * WIDTH_NUMBERS + OUT_BIAS) * c.width;
         // SAFETY: the kernel indexes every buffer within the size its field documents.
         unsafe {
             normalise_rows::launch_unchecked(
                 client,
-                grid(w.rows()),
-                cube_dim(NORM_UNITS),
+                grid(batch),
+                cube_dim(UNITS),
                 address,
-                all(&buffers.stream, batch * c.width),
+                buffer(&stream),
                 buffer(parameters),
-                all(&wide.hat, hat),
+                buffer(&weights.widths),
+                buffer(&wide.hat),
+                all(&buffers.position, 1),
                 at,
+                bias_at,
                 batch,
                 weights.eps,
-                norm,
+                !last || c.norm_f,
+                bias.is_some(),
+                last,
                 w,
                 dtype,
             );
         }
     };
+    let mut replayable = true;
     for layer in 0..weights.layers {
+        normalise(layer);
+        let in_proj = of_layer(&weights.in_proj, layer);
+        replayable &= product(&wide.hat, in_proj, false, &wide.xz);
         // SAFETY: the kernels index every buffer within the size its field documents; cubes and
         // units beyond the last piece of work do nothing.
         unsafe {
-            normalise(&weights.widths, layer * WIDTH_NUMBERS * c.width, true);
             enter_wide::launch_unchecked(
                 client,
-                grid(c.inner / TILE * w.tiles.div_ceil(w.in_tiles().tall)),
-                cube_dim(w.in_tiles().units()),
+                grid(c.parts * batch.div_ceil(TILE)),
+                cube_dim(UNITS),
                 address,
-                words(&wide.hat, hat),
-                word_buffer(&weights.in_proj),
+                buffer(&wide.xz),
                 buffer(&weights.channels),
                 all(&buffers.window, past),
-                all(&buffers.u, channels),
-                all(&wide.u, u),
-                all(&buffers.z, channels),
-                layer,
-                batch,
-                w,
-                dtype,
-            );
-            low_wide::launch_unchecked(
-                client,
-                grid(c.low() / TILE * c.parts * w.tiles.div_ceil(w.tall(TALL))),
-                cube_dim(w.tall(TALL) * c.plane),
-                address,
-                all(&wide.u, u),
                 buffer(&weights.x_proj),
+                buffer(&wide.u),
                 all(&buffers.parts, parts),
                 layer,
                 batch,
@@ -226,53 +258,28 @@ pub(super) fn launch(
             );
             advance_wide::launch_unchecked(
                 client,
-                grid(c.blocks() * batch.div_ceil(SEQUENCES)),
+                grid(c.blocks() * batch.div_ceil(w.sequences)),
                 cube_dim(c.units),
                 address,
                 rank_words,
                 c.state_vector,
                 all(&buffers.parts, parts),
-                all(&buffers.u, channels),
-                all(&buffers.z, channels),
+                buffer(&wide.u),
+                buffer(&wide.xz),
                 buffer(&weights.channels),
-                word_buffer(&weights.dt_proj),
+                crate::cube::word_buffer(&weights.dt_proj),
                 buffer(&weights.rates),
                 all(&buffers.h, weights.layers * channels * c.states),
-                all(&wide.y, y),
+                buffer(&wide.y),
                 layer,
                 batch,
                 w,
                 dtype,
             );
-            leave_wide::launch_unchecked(
-                client,
-                grid(c.width / TILE * w.tiles.div_ceil(w.out_tiles().tall)),
-                cube_dim(w.out_tiles().units()),
-                address,
-                words(&wide.y, y),
-                word_buffer(&weights.out_proj),
-                buffer(&weights.widths),
-                all(&buffers.stream, batch * c.width),
-                layer,
-                batch,
-                w,
-            );
         }
+        let out_proj = of_layer(&weights.out_proj, layer);
+        replayable &= product(&wide.y, out_proj, true, &stream);
     }
-    normalise(&weights.norm_f, 0, c.norm_f);
-    // SAFETY: as above.
-    unsafe {
-        head_wide::launch_unchecked(
-            client,
-            grid(c.rows / TILE * w.tiles.div_ceil(w.head_tiles().tall)),
-            cube_dim(w.head_tiles().units()),
-            address,
-            words(&wide.hat, hat),
-            word_buffer(&weights.head),
-            all(&buffers.logits, batch * c.rows),
-            all(&buffers.position, 1),
-            batch,
-            w,
-        );
-    }
+    normalise(weights.layers);
+    replayable & product(&wide.hat, weights.head.clone(), false, &logits)
 }
