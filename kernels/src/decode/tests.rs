@@ -473,6 +473,23 @@ fn one_kernel_for_many_steps_gives_the_same_bits() {
     }
 }
 
+/// What is no number in the sums of `x_proj` does not get lost.
+#[cfg(feature = "cube")]
+#[test]
+fn infinities_reach_the_logits() {
+    let shape = SHAPE;
+    for device in devices().into_iter().skip(1) {
+        let mut model = shape.model(&device);
+        let inputs = model.layers[1].x_proj.clone();
+        model.layers[1].x_proj = inputs * f32::INFINITY;
+        let mut decoder = Decoder::new(&model, DType::F32).expect("kernels");
+        decoder.begin(shape.start(shape.lanes(GREEDY), &device));
+        let _ = decoder.run(&[Draw::free(0.5); 3]);
+        let logits = decoder.logits();
+        assert!(logits.iter().all(|it| !it.is_finite()), "{device:?}");
+    }
+}
+
 /// The kernels for many sequences give the probabilities of the reference: in f32 on every device, and
 /// with products in bf16, replayed as a graph, where a device has them.
 #[cfg(feature = "cube")]

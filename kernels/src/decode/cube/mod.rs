@@ -32,7 +32,7 @@ use crate::sampling::{BYTES, Choice, Draw, Lane};
 /// Steps whose draws and choices are on the device at once.
 const AHEAD: usize = 64;
 /// Most sequences whose products are done row by row where those of matrices are to be had.
-const NARROW: usize = 8;
+const NARROW: usize = 4;
 
 /// Most sequences of one kernel for many steps: with more, what cubes hand to each other takes longer
 /// than getting from one kernel to the next.
