@@ -1,6 +1,7 @@
 //! Files that are there whole or not at all.
 
 use std::fs::{self, File};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -31,6 +32,15 @@ impl NewFile {
             building,
             path,
         })
+    }
+
+    /// Writes all of the file `path`.
+    pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+        let mut new = Self::create(path)?;
+        new.file
+            .write_all(bytes)
+            .map_err(Error::io("write", path))?;
+        new.finish()
     }
 
     /// Name that it will have.
@@ -67,8 +77,6 @@ impl Drop for NewFile {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write as _;
-
     use super::*;
 
     #[test]
@@ -85,6 +93,8 @@ mod tests {
         assert_eq!(fs::read(&path).expect("a file"), b"before");
         begun(b"whole").finish().expect("finished");
         assert_eq!(fs::read(&path).expect("a file"), b"whole");
+        NewFile::write(&path, b"at once").expect("written");
+        assert_eq!(fs::read(&path).expect("a file"), b"at once");
         let left = fs::read_dir(folder.path()).expect("a folder").count();
         assert_eq!(left, 1, "nothing under another name");
     }

@@ -8,9 +8,10 @@ use serde::Serialize;
 
 use super::eval::{CheckpointArgs, bar};
 use super::{print, print_json};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::eval::Lanes;
 use crate::eval::tasks::{Share, Task, TaskScore, score_task};
+use crate::new_file::NewFile;
 
 /// What is computed at once. Texts of tasks are short: many beside each other.
 pub(crate) const LANES: Lanes = Lanes {
@@ -65,7 +66,7 @@ pub fn run(args: &EvalTasksArgs) -> Result<()> {
         )?);
     }
     if let Some(path) = &args.samples {
-        std::fs::write(path, samples(&scores)?).map_err(Error::io("write", path))?;
+        NewFile::write(path, samples(&scores)?.as_bytes())?;
     }
     match args.json {
         true => print_json(&scores),

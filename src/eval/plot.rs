@@ -4,7 +4,8 @@ use std::path::Path;
 
 use plotters::prelude::*;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::new_file::NewFile;
 
 /// A line of a plot.
 #[derive(Clone, Debug)]
@@ -27,10 +28,10 @@ const COLOURS: [RGBColor; 4] = [
 ///
 /// # Errors
 ///
-/// [`Error::Io`] where the file cannot be written.
+/// [`Io`](crate::error::Error::Io) where the file cannot be written.
 pub fn write(path: &Path, title: &str, x_name: &str, series: &[Series]) -> Result<()> {
     let text = svg(title, x_name, series).map_err(|error| anyhow::anyhow!("plot: {error}"))?;
-    std::fs::write(path, text).map_err(Error::io("write", path))
+    NewFile::write(path, text.as_bytes())
 }
 
 type Drawn<T> = std::result::Result<T, Box<dyn std::error::Error>>;
