@@ -34,13 +34,12 @@ impl NewFile {
         })
     }
 
-    /// Writes all of the file `path`.
-    pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-        let mut new = Self::create(path)?;
-        new.file
+    /// Writes all of it.
+    pub(crate) fn put(mut self, bytes: &[u8]) -> Result<()> {
+        self.file
             .write_all(bytes)
-            .map_err(Error::io("write", path))?;
-        new.finish()
+            .map_err(Error::io("write", &self.path))?;
+        self.finish()
     }
 
     /// Name that it will have.
@@ -93,7 +92,8 @@ mod tests {
         assert_eq!(fs::read(&path).expect("a file"), b"before");
         begun(b"whole").finish().expect("finished");
         assert_eq!(fs::read(&path).expect("a file"), b"whole");
-        NewFile::write(&path, b"at once").expect("written");
+        let file = NewFile::create(&path).expect("created");
+        file.put(b"at once").expect("written");
         assert_eq!(fs::read(&path).expect("a file"), b"at once");
         let left = fs::read_dir(folder.path()).expect("a folder").count();
         assert_eq!(left, 1, "nothing under another name");

@@ -14,16 +14,18 @@ pub(crate) fn say(text: &str) {
 }
 
 /// `text` for a terminal: control characters, which may move the cursor, change the title or more, become
-/// visible; line ends and tabs stay.
+/// visible; line ends (of two characters, too) and tabs stay.
 pub(crate) fn visible(text: &str) -> Cow<'_, str> {
     let odd = |c: char| c.is_control() && c != '\n' && c != '\t';
     if !text.contains(odd) {
         return Cow::Borrowed(text);
     }
     let mut shown = String::with_capacity(text.len() + 8);
-    for c in text.chars() {
+    let mut rest = text.chars().peekable();
+    while let Some(c) = rest.next() {
         match c {
             c if !odd(c) => shown.push(c),
+            '\r' if rest.peek() == Some(&'\n') => shown.push(c),
             '\u{7f}' => shown.push('\u{2421}'),
             // The symbols for the first 32 are in their order.
             '\0'..' ' => shown.extend(char::from_u32(0x2400 + u32::from(c))),
@@ -39,8 +41,8 @@ mod tests {
 
     #[test]
     fn control_characters_are_seen_and_do_nothing() {
-        let text = "a\x1b[2J\x07\r\n\tb\x7f\u{9b}é\0";
-        assert_eq!(visible(text), "a␛[2J␇␍\n\tb␡\\x9Bé␀");
+        let text = "a\x1b[2J\x07\r\n\tb\rc\x7f\u{9b}é\0";
+        assert_eq!(visible(text), "a␛[2J␇\r\n\tb␍c␡\\x9Bé␀");
         assert!(matches!(visible("tab\tand\nline\n"), Cow::Borrowed(_)));
     }
 }

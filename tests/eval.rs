@@ -48,9 +48,13 @@ fn a_report_agrees_with_the_data_and_with_itself() {
             "checkpoint",
             "context",
             "curve",
+            "data",
             "documents",
             "nats_per_byte",
+            "precision",
             "seconds",
+            "split",
+            "word_counts",
             "word_perplexity",
             "words",
             "words_per_byte",
@@ -290,6 +294,41 @@ fn published_words_stand_in_for_counted_ones() {
     assert!((number(&report, "words_per_byte") - ratio).abs() < 1e-12);
     let perplexity = (number(&report, "nats_per_byte") / ratio).exp();
     assert!((number(&report, "word_perplexity") / perplexity - 1.0).abs() < 1e-9);
+    assert_eq!(report["word_counts"], "pg19");
+    std::fs::write(workspace.path("one.txt"), "the river walks slowly").expect("written");
+    let line = "eval --checkpoint checkpoints/run --device cpu --words pg19 --text one.txt";
+    workspace.fails(line, 2, &["--words pg19", "--text"]);
+}
+
+/// What cannot be written is said before the work, not after it.
+#[test]
+fn files_that_cannot_be_written_or_read_are_refused_first() {
+    let workspace = with_documents();
+    std::fs::write(workspace.path("one.txt"), "the river walks slowly").expect("written");
+    let line = "eval --checkpoint checkpoints/run --device cpu --text";
+    workspace.fails(&format!("{line} one.txt --plot no/a.svg"), 1, &["no/a.svg"]);
+    workspace.fails(
+        &format!("{line} one.txt --plot a.png"),
+        2,
+        &["a.png", "SVG"],
+    );
+    workspace.fails(&format!("{line} none.txt"), 2, &["nothing at `none.txt`"]);
+}
+
+/// A bit that has changed in the data is found before it is scored.
+#[test]
+fn damaged_data_is_not_scored() {
+    let workspace = with_documents();
+    let shard = std::fs::read_dir(workspace.path("data/test"))
+        .expect("a folder")
+        .map(|it| it.expect("an entry").path())
+        .find(|it| it.extension().is_some_and(|it| it != "json"))
+        .expect("a shard");
+    let mut bytes = std::fs::read(&shard).expect("a shard");
+    *bytes.last_mut().expect("data") ^= 1;
+    std::fs::write(&shard, bytes).expect("written");
+    let line = "eval --checkpoint checkpoints/run --data data --device cpu";
+    workspace.fails(line, 3, &["checksum"]);
 }
 
 #[test]
@@ -312,14 +351,26 @@ fn lengths_and_noise_are_measured_on_the_same_text() {
     );
     assert!(number(&rows[0], "bits_per_byte") > number(&rows[3], "bits_per_byte"));
     assert!(workspace.path("l.svg").is_file());
+    // Words are counted in the bytes that are measured.
+    let carried = &lengths["carried"];
+    let long = workspace.path("long.txt");
+    std::fs::write(&long, "river stone\n".repeat(16)).expect("written");
+    let own = "--checkpoint checkpoints/run --text long.txt --device cpu --json";
+    let cut = workspace.json(&format!("eval-lengths {own} --from 64 --to 128"));
+    let whole = workspace.json(&format!("eval {own} --mode carried --max-bytes 128"));
+    assert_eq!(cut["bytes"], whole["bytes"]);
+    assert_eq!(cut["carried"]["bits_per_byte"], whole["bits_per_byte"]);
+    assert_eq!(cut["carried"]["word_perplexity"], whole["word_perplexity"]);
+    assert!(number(carried, "word_perplexity") > 1.0);
     let sliding = workspace.json(&format!("eval-lengths {more} --from 16 --to 128 --sliding"));
     assert_eq!(sliding["bytes"], lengths["bytes"]);
     assert_ne!(sliding["lengths"][0], lengths["lengths"][0]);
     assert_eq!(sliding["carried"], lengths["carried"]);
 
-    let rows = workspace.json(&format!("eval-noise {more} --mode carried"));
-    let rows = rows.as_array().expect("a list");
+    let noise = workspace.json(&format!("eval-noise {more} --mode carried"));
+    let rows = noise["rows"].as_array().expect("a list");
     assert_eq!(rows.len(), 11);
+    assert_eq!(noise["split"], "validation");
     let clean = score(
         &workspace,
         "checkpoints/run",
@@ -336,9 +387,9 @@ fn lengths_and_noise_are_measured_on_the_same_text() {
         clean["bytes"].as_u64().map(|it| 3 * it)
     );
     let again = workspace.json(&format!("eval-noise {more} --mode carried"));
-    assert_eq!(Value::from(rows.clone()), again);
+    assert_eq!(noise, again);
     let other = workspace.json(&format!("eval-noise {more} --mode carried --seed 1"));
-    assert_ne!(other[1], rows[1]);
+    assert_ne!(other["rows"][1], rows[1]);
 }
 
 #[test]
@@ -425,7 +476,6 @@ fn what_cannot_be_measured_is_refused() {
     std::fs::write(workspace.path("empty.txt"), "").expect("writable");
     let data = 3;
     for (text, words) in [
-        ("--text none.txt", "none.txt"),
         ("--text empty.txt", "looked for bytes to score in empty.txt"),
         ("--data none", "writes them, into DIR/train"),
     ] {

@@ -165,6 +165,10 @@ fn the_benchmark_reports_what_was_asked_for() {
     assert!(report["decode_bytes_per_second"].as_f64() > Some(0.0));
     let text = workspace.ok("bench prefill --preset tiny --device cpu --prompt-len 50 --repeat 1");
     assert!(String::from_utf8_lossy(&text).contains("prompt length: 50"));
+    let line = "bench prefill --preset tiny --device cpu --prompt-len 50 --repeat 1 --json";
+    let report = workspace.json(line);
+    assert!(report[0]["prefill_ms"].as_f64() > Some(0.0));
+    assert_eq!(report[0].get("decode_ms"), None);
 }
 
 /// A prompt longer than the pieces it is read in is as good as any.

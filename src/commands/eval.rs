@@ -9,10 +9,11 @@ use std::time::Instant;
 use burn::tensor::Device;
 use clap::{Args, ValueEnum};
 use mambabyte_datasets::progress::{Bar, Silent};
+use mambabyte_datasets::shards::OpenOptions;
 use mambabyte_datasets::{DataError, Document, Progress, Shards, Split};
 use serde::Serialize;
 
-use super::{checkpoint_folder, grouped, print, print_json, warn_unless_bytes};
+use super::{checkpoint_folder, grouped, print, print_json, read_named, warn_unless_bytes};
 use crate::config::{DeviceConfig, DeviceKind, Precision};
 use crate::device;
 use crate::error::{Error, Result};
@@ -25,6 +26,8 @@ use crate::eval::{
 };
 use crate::heap;
 use crate::model::MambaLm;
+use crate::new_file::NewFile;
+use crate::terminal::visible;
 use crate::train::Checkpoint;
 use crate::train::checkpoint::write_whole;
 
@@ -47,7 +50,8 @@ pub enum Mode {
 }
 
 /// Whose count of words a perplexity is of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Words {
     /// Those in the data, as `wc -w` counts
     Counted,
@@ -139,17 +143,14 @@ impl TextArgs {
     /// Opens it.
     pub fn open(&self) -> Result<Box<dyn Corpus>> {
         if let Some(data) = &self.data {
-            return Ok(Box::new(Shards::open(data.join(self.split.as_str()))?));
+            let folder = data.join(self.split.as_str());
+            return Ok(Box::new(Shards::open_with(folder, OpenOptions::CHECKED)?));
         }
         let mut documents = Vec::with_capacity(self.text.len());
         for path in &self.text {
             documents.push(Document {
                 name: path.display().to_string(),
-                bytes: fs::read(path).map_err(|source| DataError::Io {
-                    action: "read",
-                    path: path.clone(),
-                    source,
-                })?,
+                bytes: read_named(path)?,
             });
         }
         if documents.iter().all(|it| it.bytes.is_empty()) {
@@ -160,6 +161,43 @@ impl TextArgs {
             }));
         }
         Ok(Box::new(Texts::new(documents)))
+    }
+}
+
+/// What was measured, in `--json`.
+#[derive(Serialize)]
+pub(crate) struct About {
+    checkpoint: PathBuf,
+    precision: Precision,
+    /// The folder of data and its part, or files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    split: Option<&'static str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    text: Vec<PathBuf>,
+}
+
+impl About {
+    pub fn new(found: &Found, text: &TextArgs, precision: Precision) -> Self {
+        Self {
+            checkpoint: found.folder.clone(),
+            precision,
+            data: text.data.clone(),
+            split: text.data.is_some().then(|| text.split.as_str()),
+            text: text.text.clone(),
+        }
+    }
+}
+
+/// The file of a plot, before the work that it is to show.
+pub(crate) fn plot_file(path: &Path) -> Result<NewFile> {
+    match path.extension().and_then(|it| it.to_str()) {
+        Some(other) if !other.eq_ignore_ascii_case("svg") => Err(Error::Usage {
+            message: format!("`{}` is not called .svg", path.display()),
+            hint: "plots are SVG files: every browser shows and converts them".to_owned(),
+        }),
+        _ => NewFile::create(path),
     }
 }
 
@@ -245,17 +283,28 @@ pub struct EvalArgs {
 struct Output {
     #[serde(flatten)]
     report: Report,
-    checkpoint: PathBuf,
+    #[serde(flatten)]
+    about: About,
+    /// Whose words the perplexity is of.
+    word_counts: Words,
     seconds: f64,
     bytes_per_second: f64,
 }
 
 /// Runs the command.
 pub fn run(args: &EvalArgs) -> Result<()> {
+    if args.words == Words::Pg19 && !args.text.text.is_empty() {
+        return Err(Error::Usage {
+            message: "--words pg19 are those of PG-19's splits, and --text is other text"
+                .to_owned(),
+            hint: "leave --words out, or measure a split of --data".to_owned(),
+        });
+    }
     let found = args.model.find()?;
     let corpus = args.text.open()?;
     let context = args.context.context(found.trained_length())?;
-    let (model, device, _) = found.load()?;
+    let plot = args.plot.as_deref().map(plot_file).transpose()?;
+    let (model, device, precision) = found.load()?;
     let options = EvalOptions {
         context,
         lanes: lanes(context, args.context.piece),
@@ -286,15 +335,17 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         Words::Pg19 => Some(Counts::pg19_published(args.text.split)),
     };
     let report = Report::new(&measurement, context, counts);
-    if let Some(path) = &args.plot {
+    if let Some(file) = plot {
         let title = format!("{:.4} bits per byte", report.bits_per_byte);
         let series = [by_position("model", &report.curve)];
-        plot::write(path, &title, "position in the document", &series)?;
+        let drawn = plot::svg(&title, "position in the document", &series)?;
+        file.put(drawn.as_bytes())?;
     }
     let output = Output {
         bytes_per_second: report.bytes as f64 / seconds,
         report,
-        checkpoint: found.folder,
+        about: About::new(&found, &args.text, precision),
+        word_counts: args.words,
         seconds,
     };
     match args.json {
@@ -338,13 +389,16 @@ pub(crate) fn by_position(name: &str, curve: &[PositionScore]) -> Series {
 /// The report for people.
 fn text(output: &Output, documents: bool) -> String {
     let report = &output.report;
+    let words = match output.word_counts {
+        Words::Counted => format!("over {} words", report.words),
+        Words::Pg19 => format!(
+            "by PG-19's published {:.4} bytes a word",
+            1.0 / report.words_per_byte
+        ),
+    };
     let mut text = format!(
-        "{:.4} bits per byte ({:.4} nats) over {} bytes, word perplexity {:.2} over {} words\n",
-        report.bits_per_byte,
-        report.nats_per_byte,
-        report.bytes,
-        report.word_perplexity,
-        report.words
+        "{:.4} bits per byte ({:.4} nats) over {} bytes, word perplexity {:.2} {words}\n",
+        report.bits_per_byte, report.nats_per_byte, report.bytes, report.word_perplexity,
     );
     let _ = writeln!(text, "\n{:>23} {:>12}  bits per byte", "position", "bytes");
     for bucket in &report.buckets {
@@ -374,7 +428,7 @@ fn text(output: &Output, documents: bool) -> String {
                 grouped(it.words),
                 it.bits_per_byte,
                 it.word_perplexity,
-                it.name
+                visible(&it.name)
             );
         }
     }

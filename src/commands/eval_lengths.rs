@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
-use super::eval::{CheckpointArgs, POSITIONS, TextArgs, bar, lanes};
+use super::eval::{About, CheckpointArgs, POSITIONS, TextArgs, bar, lanes, plot_file};
 use super::{grouped, print, print_json};
 use crate::error::Result;
 use crate::eval::lengths::{LongDocuments, doubling};
@@ -47,6 +47,8 @@ pub struct EvalLengthsArgs {
 /// What `--json` prints.
 #[derive(Serialize)]
 struct Output {
+    #[serde(flatten)]
+    about: About,
     /// Bytes of a sequence in training.
     trained: usize,
     /// Documents measured.
@@ -73,7 +75,8 @@ pub fn run(args: &EvalLengthsArgs) -> Result<()> {
     let found = args.model.find()?;
     let corpus = args.text.open()?;
     let long = LongDocuments::new(corpus.as_ref(), args.to as u64, args.max_bytes)?;
-    let (model, device, _) = found.load()?;
+    let plot = args.plot.as_deref().map(plot_file).transpose()?;
+    let (model, device, precision) = found.load()?;
     let progress = bar();
     let measure = |context: Context, length| {
         let options = EvalOptions {
@@ -99,6 +102,7 @@ pub fn run(args: &EvalLengthsArgs) -> Result<()> {
         measure(context, Some(length))
     });
     let output = Output {
+        about: About::new(&found, &args.text, precision),
         trained: found.trained_length(),
         documents: long.documents().len(),
         bytes: long.documents().iter().map(|it| it.bytes).sum(),
@@ -106,14 +110,15 @@ pub fn run(args: &EvalLengthsArgs) -> Result<()> {
         lengths: rows.collect::<Result<_>>()?,
         carried: measure(Context::Carried, None)?,
     };
-    if let Some(path) = &args.plot {
+    if let Some(file) = plot {
         let point = |row: &Row| Some((row.length? as f64, row.bits_per_byte));
         let series = [Series {
             name: "model".to_owned(),
             points: output.lengths.iter().filter_map(point).collect(),
         }];
         let title = format!("trained with {} bytes", grouped(output.trained as u64));
-        plot::write(path, &title, "length of the context", &series)?;
+        let drawn = plot::svg(&title, "length of the context", &series)?;
+        file.put(drawn.as_bytes())?;
     }
     match args.json {
         true => print_json(&output),

@@ -5,11 +5,11 @@ use std::fmt::Write as _;
 use clap::Args;
 use serde::Serialize;
 
-use super::eval::{CheckpointArgs, ContextArgs, TextArgs, bar, lanes};
+use super::eval::{About, CheckpointArgs, ContextArgs, TextArgs, bar, lanes};
 use super::{print, print_json};
 use crate::error::Result;
 use crate::eval::noise::Noise;
-use crate::eval::{EvalOptions, Score, Texts, evaluate};
+use crate::eval::{Context, EvalOptions, Score, Texts, evaluate};
 
 /// Arguments of `eval-noise`.
 #[derive(Clone, Debug, Args)]
@@ -29,6 +29,16 @@ pub struct EvalNoiseArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Output {
+    #[serde(flatten)]
+    about: About,
+    context: Context,
+    seed: u64,
+    rows: Vec<Row>,
 }
 
 /// A line of the table.
@@ -63,7 +73,7 @@ pub fn run(args: &EvalNoiseArgs) -> Result<()> {
     let found = args.model.find()?;
     let context = args.context.context(found.trained_length())?;
     let texts = Texts::of(args.text.open()?.as_ref(), args.max_bytes)?;
-    let (model, device, _) = found.load()?;
+    let (model, device, precision) = found.load()?;
     let options = EvalOptions {
         context,
         lanes: lanes(context, args.context.piece),
@@ -80,7 +90,12 @@ pub fn run(args: &EvalNoiseArgs) -> Result<()> {
         rows.push(Row::new(noise.describe(), score, words, perplexity));
     }
     match args.json {
-        true => print_json(&rows),
+        true => print_json(&Output {
+            about: About::new(&found, &args.text, precision),
+            context,
+            seed: args.seed,
+            rows,
+        }),
         false => print(&table(&rows)),
     }
 }

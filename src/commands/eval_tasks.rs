@@ -50,7 +50,9 @@ struct Sample<'a> {
 pub fn run(args: &EvalTasksArgs) -> Result<()> {
     let tasks = args.tasks.iter().map(|path| Task::read(path));
     let tasks: Vec<Task> = tasks.collect::<Result<_>>()?;
-    let (model, device, _) = args.model.find()?.load()?;
+    let found = args.model.find()?;
+    let file = args.samples.as_deref().map(NewFile::create).transpose()?;
+    let (model, device, _) = found.load()?;
     let model = model.frozen();
     let progress = bar();
     let mut scores = Vec::with_capacity(tasks.len());
@@ -65,8 +67,8 @@ pub fn run(args: &EvalTasksArgs) -> Result<()> {
             progress.as_ref(),
         )?);
     }
-    if let Some(path) = &args.samples {
-        NewFile::write(path, samples(&scores)?.as_bytes())?;
+    if let Some(file) = file {
+        file.put(samples(&scores)?.as_bytes())?;
     }
     match args.json {
         true => print_json(&scores),

@@ -200,6 +200,8 @@ struct Output<'a> {
     echo: &'a [u8],
     /// None where bytes go out as they are.
     text: Option<Utf8Stream>,
+    /// Whether text ended with a carriage return, which with a line feed after it ends a line.
+    returned: bool,
 }
 
 impl<'a> Output<'a> {
@@ -208,6 +210,7 @@ impl<'a> Output<'a> {
         Self {
             echo: if args.echo { prompt } else { &[] },
             text: as_text.then(Utf8Stream::new),
+            returned: false,
         }
     }
 
@@ -238,15 +241,35 @@ impl<'a> Output<'a> {
     /// What is written for these bytes.
     fn shown<'b>(&mut self, bytes: &'b [u8]) -> Cow<'b, [u8]> {
         match &mut self.text {
-            Some(text) => visible(&text.push(bytes)).into_owned().into_bytes().into(),
+            Some(text) => {
+                let text = text.push(bytes);
+                self.shown_text(text).into()
+            }
             None => bytes.into(),
         }
+    }
+
+    fn shown_text(&mut self, text: String) -> Vec<u8> {
+        let before = if self.returned { "\r" } else { "" };
+        let mut text = before.to_owned() + &text;
+        self.returned = text.ends_with('\r');
+        if self.returned {
+            text.pop();
+        }
+        visible(&text).into_owned().into_bytes()
     }
 
     /// The end of a text.
     fn finish(&mut self) -> Result<()> {
         match self.text.replace(Utf8Stream::new()) {
-            Some(mut text) => print(&(text.finish() + "\n")),
+            Some(mut text) => {
+                let end = if std::mem::take(&mut self.returned) {
+                    "\r"
+                } else {
+                    ""
+                };
+                print(&(visible(end).into_owned() + &text.finish() + "\n"))
+            }
             None => {
                 self.text = None;
                 Ok(())
@@ -335,12 +358,17 @@ mod tests {
     #[test]
     fn a_terminal_gets_text_and_all_else_the_bytes() {
         let shown = |text: Option<Utf8Stream>| {
-            let mut output = Output { echo: &[], text };
-            [&b"\x1b]0;title\x07\xc3"[..], b"\xa9\n"]
+            let mut output = Output {
+                echo: &[],
+                text,
+                returned: false,
+            };
+            [&b"\x1b]0;title\x07\xc3"[..], b"\xa9\r", b"\n\r", b"\r\n"]
                 .map(|bytes| output.shown(bytes).into_owned())
                 .concat()
         };
-        assert_eq!(shown(Some(Utf8Stream::new())), "␛]0;title␇é\n".as_bytes());
-        assert_eq!(shown(None), b"\x1b]0;title\x07\xc3\xa9\n");
+        let expected = "␛]0;title␇é\r\n␍\r\n";
+        assert_eq!(shown(Some(Utf8Stream::new())), expected.as_bytes());
+        assert_eq!(shown(None), b"\x1b]0;title\x07\xc3\xa9\r\n\r\r\n");
     }
 }

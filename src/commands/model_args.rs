@@ -97,11 +97,12 @@ impl ModelArgs {
         match (self.precision, kind) {
             (None, DeviceKind::Cuda) => Ok(Precision::Bf16),
             (None, _) => Ok(Precision::Fp32),
-            (Some(Precision::Bf16), kind) if kind != DeviceKind::Cuda => Err(Error::Usage {
-                message: format!("precision bf16 on {}", kind.name()),
-                hint: "bf16 is for CUDA devices: leave `--precision` out".to_owned(),
+            (Some(Precision::Fp32), _) => Ok(Precision::Fp32),
+            (Some(precision), DeviceKind::Cuda) => Ok(precision),
+            (Some(precision), kind) => Err(Error::Usage {
+                message: format!("precision {precision} on {}", kind.name()),
+                hint: "tf32 and bf16 are for CUDA devices: leave `--precision` out".to_owned(),
             }),
-            (Some(precision), _) => Ok(precision),
         }
     }
 }

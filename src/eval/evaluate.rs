@@ -162,17 +162,23 @@ pub(super) fn beginning(corpus: &dyn Corpus, limit: Option<u64>) -> Result<Vec<D
         if left == 0 {
             break;
         }
-        if document.bytes > left {
-            let mut bytes = vec![0; left as usize];
-            corpus.read(document.start, &mut bytes)?;
-            document.bytes = left;
-            document.words = count_words(&bytes);
-        }
+        cut(corpus, document, left)?;
         left -= document.bytes;
         kept += 1;
     }
     documents.truncate(kept);
     Ok(documents)
+}
+
+/// Leaves at most `bytes` bytes of a document, with the words in them.
+pub(super) fn cut(corpus: &dyn Corpus, document: &mut DocumentInfo, bytes: u64) -> Result<()> {
+    if document.bytes > bytes {
+        let mut kept = vec![0; bytes as usize];
+        corpus.read(document.start, &mut kept)?;
+        document.bytes = bytes;
+        document.words = count_words(&kept);
+    }
+    Ok(())
 }
 
 /// The segments of all documents. Where each is a whole document the longest come first, so that

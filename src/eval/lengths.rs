@@ -3,6 +3,7 @@
 use mambabyte_datasets::DocumentInfo;
 
 use super::corpus::Corpus;
+use super::evaluate::cut;
 use crate::error::{Error, Result};
 
 /// The documents of a corpus that are long enough, cut so that windows of every length cover the same
@@ -18,16 +19,20 @@ impl<'a> LongDocuments<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::Usage`] where there is none.
+    /// [`Error::Usage`] where there is none, and as [`Corpus::read`].
     pub fn new(corpus: &'a dyn Corpus, longest: u64, max_bytes: Option<u64>) -> Result<Self> {
         let mut left = max_bytes.unwrap_or(u64::MAX);
-        let mut documents = corpus.documents();
-        let most = documents.iter().map(|it| it.bytes).max().unwrap_or(0);
-        documents.retain_mut(|document| {
-            document.bytes = document.bytes.min(left) / longest * longest;
-            left -= document.bytes;
-            document.bytes > 0
-        });
+        let mut documents = Vec::new();
+        let mut most = 0;
+        for mut document in corpus.documents() {
+            most = most.max(document.bytes);
+            let bytes = document.bytes.min(left) / longest * longest;
+            if bytes > 0 {
+                cut(corpus, &mut document, bytes)?;
+                left -= bytes;
+                documents.push(document);
+            }
+        }
         match documents.is_empty() {
             true => Err(Error::Usage {
                 message: format!(

@@ -1,11 +1,8 @@
 //! Pictures of measurements, as SVG.
 
-use std::path::Path;
-
 use plotters::prelude::*;
 
 use crate::error::Result;
-use crate::new_file::NewFile;
 
 /// A line of a plot.
 #[derive(Clone, Debug)]
@@ -24,20 +21,20 @@ const COLOURS: [RGBColor; 4] = [
     RGBColor(204, 121, 167),
 ];
 
-/// Writes a plot of bits per byte against a number of bytes, whose axis is logarithmic.
+/// A plot of bits per byte against a number of bytes, whose axis is logarithmic, as the text of an SVG
+/// file.
 ///
 /// # Errors
 ///
-/// [`Io`](crate::error::Error::Io) where the file cannot be written.
-pub fn write(path: &Path, title: &str, x_name: &str, series: &[Series]) -> Result<()> {
-    let text = svg(title, x_name, series).map_err(|error| anyhow::anyhow!("plot: {error}"))?;
-    NewFile::write(path, text.as_bytes())
+/// Where it cannot be drawn.
+pub fn svg(title: &str, x_name: &str, series: &[Series]) -> Result<String> {
+    let drawn = draw(title, x_name, series);
+    drawn.map_err(|error| anyhow::anyhow!("plot: {error}").into())
 }
 
 type Drawn<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// The plot as the text of an SVG file.
-fn svg(title: &str, x_name: &str, series: &[Series]) -> Drawn<String> {
+fn draw(title: &str, x_name: &str, series: &[Series]) -> Drawn<String> {
     let mut text = String::new();
     {
         let area = SVGBackend::with_string(&mut text, (800, 480)).into_drawing_area();

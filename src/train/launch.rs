@@ -174,16 +174,14 @@ pub(super) fn put_back(checkpoint: &Checkpoint, learner: &mut Learner) -> Result
     Ok(())
 }
 
-/// Every block of the data is compared with its checksum before it is first learnt from.
-const CHECKED: OpenOptions = OpenOptions {
-    check_on_read: true,
-};
-
 /// Batches of the training split, and the validation split where it is used.
 pub(super) fn open_data(config: &Config) -> Result<(Arc<Sampler>, Option<Shards>)> {
     let train = &config.train;
     let sampler = Sampler::new(
-        Arc::new(Shards::open_with(config.data.path.join("train"), CHECKED)?),
+        Arc::new(Shards::open_with(
+            config.data.path.join("train"),
+            OpenOptions::CHECKED,
+        )?),
         SamplerConfig {
             batch: train.batch * train.accumulation,
             length: train.length,
@@ -197,7 +195,7 @@ pub(super) fn open_data(config: &Config) -> Result<(Arc<Sampler>, Option<Shards>
     let validation = match train.validate_every > 0 {
         true => Some(Shards::open_with(
             config.data.path.join("validation"),
-            CHECKED,
+            OpenOptions::CHECKED,
         )?),
         false => None,
     };

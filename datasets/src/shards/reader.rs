@@ -22,6 +22,13 @@ pub struct OpenOptions {
     pub check_on_read: bool,
 }
 
+impl OpenOptions {
+    /// All data is checked before its first use.
+    pub const CHECKED: Self = Self {
+        check_on_read: true,
+    };
+}
+
 /// The shards of one split, presented as one byte stream with document boundaries.
 ///
 /// Opening checks headers and indexes, which stay in memory (some 50 bytes a document); the data is

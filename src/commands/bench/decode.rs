@@ -56,7 +56,15 @@ struct Report {
     total_ms: f64,
     prefill_ms: f64,
     prefill_bytes_per_second: f64,
-    /// Of the bytes after the first.
+    /// None where only the prompt is read.
+    #[serde(flatten)]
+    decode: Option<Decode>,
+}
+
+/// What was measured of writing.
+#[derive(Clone, Debug, Serialize)]
+struct Decode {
+    /// Of all new bytes.
     decode_ms: f64,
     decode_ms_per_byte: f64,
     decode_bytes_per_second: f64,
@@ -96,9 +104,9 @@ pub fn run(args: &DecodeArgs, decodes: bool) -> Result<()> {
             timings.push(timing);
         }
     }
-    let mut report = report(args, &opened, &timings, hash, decodes);
-    if decodes && opened.kind == DeviceKind::Cpu {
-        report.memory_gigabytes_per_second = Some(memory_speed(args.repeat));
+    let mut report = report(args, &opened, &timings, decodes.then_some(hash));
+    if let (Some(decode), DeviceKind::Cpu) = (&mut report.decode, opened.kind) {
+        decode.memory_gigabytes_per_second = Some(memory_speed(args.repeat));
     }
     if args.json {
         return print_json(&[report]);
@@ -116,20 +124,20 @@ pub fn run(args: &DecodeArgs, decodes: bool) -> Result<()> {
         "prompt processing: {:.2} ms, {:.0} bytes/s\n",
         report.prefill_ms, report.prefill_bytes_per_second
     );
-    if decodes {
-        if let Some(memory) = report.memory_gigabytes_per_second {
+    if let Some(decode) = &report.decode {
+        if let Some(memory) = decode.memory_gigabytes_per_second {
             text += &format!(
                 "weights are read at {:.1} GB/s, memory at {memory:.1} GB/s: {:.0} %\n",
-                report.weights_gigabytes_per_second,
-                100.0 * report.weights_gigabytes_per_second / memory
+                decode.weights_gigabytes_per_second,
+                100.0 * decode.weights_gigabytes_per_second / memory
             );
         }
         text += &format!(
             "decoding: {:.2} ms, {:.4} ms a byte, {:.0} bytes/s\n\
              prompt processing + decoding time: {:.2} ms\n",
-            report.decode_ms,
-            report.decode_ms_per_byte,
-            report.decode_bytes_per_second,
+            decode.decode_ms,
+            decode.decode_ms_per_byte,
+            decode.decode_bytes_per_second,
             report.total_ms
         );
     }
@@ -193,34 +201,35 @@ fn requests(args: &DecodeArgs, bytes: usize) -> Vec<Request> {
     (0..args.batch).map(request).collect()
 }
 
-fn report(
-    args: &DecodeArgs,
-    opened: &Opened,
-    timings: &[Timing],
-    hash: u32,
-    decodes: bool,
-) -> Report {
+fn report(args: &DecodeArgs, opened: &Opened, timings: &[Timing], hash: Option<u32>) -> Report {
     let median = |time: &dyn Fn(&Timing) -> f64| super::middle(timings.iter().map(time).collect());
     let prompt_bytes = timings[0].prompt_bytes;
     let new_bytes = timings[0].new_bytes;
     let prefill_ms = median(&|timing| timing.prefill.as_secs_f64() * 1e3);
-    let decode_ms = median(&|timing| timing.decode.as_secs_f64() * 1e3);
-    let steps = (new_bytes / args.batch).max(1) as f64;
+    let decode = hash.map(|bytes_crc32| {
+        let decode_ms = median(&|timing| timing.decode.as_secs_f64() * 1e3);
+        let steps = (new_bytes / args.batch).max(1) as f64;
+        Decode {
+            decode_ms,
+            decode_ms_per_byte: decode_ms / steps,
+            decode_bytes_per_second: new_bytes as f64 / decode_ms.max(1e-9) * 1e3,
+            weights_gigabytes_per_second: weight_bytes(opened)
+                / (decode_ms / steps).max(1e-9)
+                / 1e6,
+            memory_gigabytes_per_second: None,
+            bytes_crc32,
+        }
+    });
     Report {
         parameters: opened.config.num_params(),
         precision: opened.precision.name().to_owned(),
         decoder: opened.generator.describe().to_owned(),
         batch: args.batch,
         prompt_length: prompt_bytes / args.batch,
-        generation_length: if decodes { args.gen_len } else { 0 },
+        generation_length: if decode.is_some() { args.gen_len } else { 0 },
         total_ms: median(&|timing| (timing.prefill + timing.decode).as_secs_f64() * 1e3),
         prefill_ms,
         prefill_bytes_per_second: prompt_bytes as f64 / prefill_ms * 1e3,
-        decode_ms,
-        decode_ms_per_byte: decode_ms / steps,
-        decode_bytes_per_second: new_bytes as f64 / decode_ms.max(1e-9) * 1e3,
-        weights_gigabytes_per_second: weight_bytes(opened) / (decode_ms / steps).max(1e-9) / 1e6,
-        memory_gigabytes_per_second: None,
-        bytes_crc32: hash,
+        decode,
     }
 }
