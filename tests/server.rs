@@ -562,6 +562,29 @@ fn a_full_queue_says_so_and_gone_clients_make_room() {
     assert_eq!(answer.status, 200, "{}", answer.body);
 }
 
+/// Bodies that do not come to their end have places like all others, so that they cannot fill memory.
+#[test]
+fn bodies_on_their_way_are_bounded() {
+    let server = Server::start("--queue 2");
+    let half = |path: &str| {
+        let mut stream = TcpStream::connect(("127.0.0.1", server.port)).expect("it listens");
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
+             Content-Length: 1000\r\n\r\n{{"
+        );
+        stream.write_all(head.as_bytes()).expect("sent");
+        stream
+    };
+    let begun = [half("/v1/completions"), half("/tokenize")];
+    wait_until("both are taken", || server.room() == 0);
+    let refused = server.post("/tokenize", &json!({ "prompt": "a" }));
+    assert_eq!(refused.status, 429, "{}", refused.body);
+    drop(begun);
+    wait_until("both are given up", || server.room() == 2);
+    let answer = server.post("/tokenize", &json!({ "prompt": "a" }));
+    assert_eq!(answer.status, 200, "{}", answer.body);
+}
+
 /// Scoring goes on while a long text is written.
 #[test]
 fn short_requests_do_not_wait_for_long_ones() {

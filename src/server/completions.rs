@@ -1,5 +1,6 @@
 //! `POST /v1/completions`: from a request to its answer.
 
+use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
@@ -31,11 +32,11 @@ struct Text {
 /// Handles the request.
 pub(super) async fn completions(
     State(app): State<App>,
+    Extension(ticket): Extension<Ticket>,
     body: std::result::Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let request: CompletionRequest = parse(&body)?;
     let order = request.order(&app.options.name, &app.options.limits)?;
-    let ticket = app.worker.enter()?;
     let header = Header::new(&app);
     match order.stream {
         true => stream(&app, ticket, order, header),

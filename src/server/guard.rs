@@ -12,13 +12,15 @@ use axum::response::{IntoResponse, Response};
 
 use super::App;
 use super::error::ApiError;
+use super::worker::Ticket;
 use crate::loopback::{is_own, only_host, origin_host};
 
-/// Checks a request, bounds its time, and marks its answer.
-pub(super) async fn guard(State(app): State<App>, request: Request, next: Next) -> Response {
-    let mut response = match check(&app, request.method(), request.headers()) {
+/// Checks a request, gives it its place, bounds its time, and marks its answer.
+pub(super) async fn guard(State(app): State<App>, mut request: Request, next: Next) -> Response {
+    let checked = check(&app, request.method(), request.headers());
+    let mut response = match checked.and_then(|()| admit(&app, &mut request)) {
         Err(error) => error.into_response(),
-        Ok(()) => {
+        Ok(_ticket) => {
             let deadline = app.options.limits.deadline;
             match tokio::time::timeout(deadline, next.run(request)).await {
                 Ok(response) => response,
@@ -40,6 +42,16 @@ pub(super) async fn guard(State(app): State<App>, request: Request, next: Next) 
         headers.insert(name, HeaderValue::from_static(value));
     }
     response
+}
+
+/// Gives a request that brings a body its place: bodies on their way are as many as the queue is long.
+fn admit(app: &App, request: &mut Request) -> Result<Option<Ticket>, ApiError> {
+    if request.method() != Method::POST {
+        return Ok(None);
+    }
+    let ticket = app.worker.enter()?;
+    request.extensions_mut().insert(ticket.clone());
+    Ok(Some(ticket))
 }
 
 fn check(app: &App, method: &Method, headers: &HeaderMap) -> Result<(), ApiError> {

@@ -86,7 +86,7 @@ pub struct Limits {
     pub prompt_bytes: usize,
     /// Bytes that may be generated for one prompt.
     pub new_bytes: usize,
-    /// Requests at work or waiting; more are refused with 429.
+    /// Requests on their way, waiting or at work; more are refused with 429.
     pub queue: usize,
     /// Time from a request's arrival to the end of its answer.
     pub deadline: Duration,
