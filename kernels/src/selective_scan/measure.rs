@@ -4,7 +4,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::Tensor;
 
 #[cfg(feature = "cube")]
-pub use super::cube::plan::{Choice, Forward, Sharing, choose};
+pub use super::cube::plan::{Choice, Forward, choose};
 use super::{Scan, ScanInputs, ScanRequest};
 use crate::MambaKernels;
 

@@ -62,8 +62,8 @@ use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::AddressType;
 
-use self::plan::{Alignment, Chunks, Forward, ScanShape, Sharing, SweepConfig, layout, shares, sweep};
-use self::walk::{Pass, WalkConfig};
+use self::plan::{Alignment, Chunks, Forward, ScanShape, SweepConfig, shares, sweep};
+use self::walk::{Pass, WalkConfig, shared_bytes};
 use super::{ScanInputs, ScanOutputs};
 use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, empty, grid,
@@ -97,10 +97,10 @@ pub(crate) fn forward(inputs: ScanInputs<CubeTensor>) -> ScanOutputs<CubeTensor>
         y: empty(&inputs.u, [batch, length, inner], inputs.u.dtype),
     };
     let softplus = inputs.delta_softplus;
-    let sharing = shares(&shape, &device).filter(|_| in_words(&inputs, &strides, &shape));
-    if let Some(sharing) = sharing {
+    let segments = shares(&shape, &device).filter(|_| in_words(&inputs, &strides, &shape));
+    if let Some(segments) = segments {
         launch_walk(
-            &inputs, &strides, &shape, &chunks, &device, sharing, &results,
+            &inputs, &strides, &shape, &chunks, &device, segments, &results,
         );
     } else {
         let config = sweep(&shape, &chunks, &device, alignment, softplus, FORWARD_UNITS);
@@ -366,23 +366,22 @@ fn launch_outputs(
     }
 }
 
-/// Fills `y`, `saved` and `last_state`, units sharing states.
+/// Fills `y`, `saved` and `last_state`, with time in so many segments.
 fn launch_walk(
     inputs: &ScanInputs<CubeTensor>,
     strides: &RowStrides,
     shape: &ScanShape,
     chunks: &Chunks,
     device: &DeviceTraits,
-    sharing: Sharing,
+    segments: usize,
     results: &Results,
 ) {
     let z = inputs.z.as_ref().unwrap_or(&inputs.u);
     let halves = [&inputs.u, &inputs.delta, &inputs.b, z].map(|it| it.dtype.size() == 2);
-    let layout = layout(sharing.own, device).expect("planned to fit");
     let segment = shape
         .length
-        .div_ceil(sharing.segments)
-        .next_multiple_of(2 * layout.tile());
+        .div_ceil(segments)
+        .next_multiple_of(2 * walk::TILE);
     let segments = shape.length.div_ceil(segment);
     let [batch, inner, state] = [shape.batch, shape.inner, shape.state];
     let rows = (segments - 1).max(1);
@@ -396,10 +395,14 @@ fn launch_walk(
     for pass in passes {
         let config = WalkConfig {
             pass: *pass,
-            layout,
             chunk: chunks.size,
             halves,
-            whole: shape.length.is_multiple_of(2 * layout.tile()),
+            whole: shape.length.is_multiple_of(2 * walk::TILE),
+            // The units that read or write a row of sums together meet in no bank, where there is room.
+            pitch: match device.shared_bytes >= shared_bytes(walk::CHANNELS + 8) {
+                true => walk::CHANNELS + 8,
+                false => walk::CHANNELS,
+            },
             softplus: inputs.delta_softplus,
             ptx: device.ptx,
         };
@@ -409,7 +412,7 @@ fn launch_walk(
         unsafe {
             walk::walk::launch_unchecked(
                 &inputs.u.client,
-                grid(batch * rows * inner.div_ceil(layout.channels())),
+                grid(batch * rows * inner.div_ceil(walk::CHANNELS)),
                 cube_dim(walk::UNITS),
                 address,
                 u_words,

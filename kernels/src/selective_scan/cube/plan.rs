@@ -4,7 +4,6 @@ use std::cell::Cell;
 
 use burn_cubecl::tensor::CubeTensor;
 
-use super::walk::Layout;
 use super::{copies, walk};
 use crate::cube::{DeviceTraits, dims, power_of_two_below};
 use crate::selective_scan::BACKWARD_TRANSIENT_BYTES;
@@ -41,18 +40,9 @@ pub enum Forward {
     /// Once through all positions, a channel in one unit or plane: for one chunk, or very many
     /// channels.
     Walk,
-    /// The states of a channel shared by units of a cube: for channels of 16 states, if rows of the
-    /// inputs are aligned; else the plan's own choice.
-    Share(Sharing),
-}
-
-/// How the units of a cube share the states of its channels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sharing {
-    /// States of a unit: four or two.
-    pub own: usize,
-    /// Parts that go through time at once; one is all of it.
-    pub segments: usize,
+    /// The states of a channel shared by units of a cube, once through all positions or in so many
+    /// segments: for channels of 16 states, if rows of the inputs are aligned; else the plan's own choice.
+    Share(usize),
 }
 
 /// Choices in the place of the plan's own, for tests and measurements.
@@ -145,61 +135,35 @@ impl Chunks {
     }
 }
 
-/// How cubes' units share states ([`Forward::Share`]), given inputs whose rows are aligned; none where
-/// forward goes another way.
+/// Segments that sequences are cut into where cubes' units share states ([`Forward::Share`]), given
+/// inputs whose rows are aligned; none where forward goes another way.
 ///
 /// A cube's four planes alone leave a processor waiting for latencies; two cubes are enough, and with
-/// fewer than one and a half on average too many processors have one. Then units have two states, for
-/// twice the cubes. With too few even so, sequences are cut into segments: there are as many cubes
+/// fewer than one and a half on average too many processors have one. In segments, there are as many cubes
 /// as channels times all segments but one; more than four of these are worth their second exponentials
 /// only where a processor has room for three cubes. With very many, cutting all of it is as fast.
-pub(super) fn shares(shape: &ScanShape, device: &DeviceTraits) -> Option<Sharing> {
-    let fits = |sharing: &Sharing| {
-        shape.state == walk::STATES
-            && shape.inner.is_multiple_of(4)
-            && device.max_units >= walk::UNITS
-            && layout(sharing.own, device).is_some()
-    };
-    let fours = Layout {
-        own: 4,
-        spaced: true,
-    };
-    let cubes = shape.batch * shape.inner.div_ceil(fours.channels());
+pub(super) fn shares(shape: &ScanShape, device: &DeviceTraits) -> Option<usize> {
+    let fits = shape.state == walk::STATES
+        && shape.inner.is_multiple_of(4)
+        && device.max_units >= walk::UNITS
+        && device.shared_bytes >= walk::shared_bytes(walk::CHANNELS);
+    let cubes = shape.batch * shape.inner.div_ceil(walk::CHANNELS);
     let processors = device.busy_units / 1024;
-    let room = device.processor_shared_bytes / fours.shared_bytes();
-    let segments = match 2 * processors / cubes.max(1) {
+    let room = device.processor_shared_bytes / walk::shared_bytes(walk::CHANNELS + 8);
+    let own = match 2 * processors / cubes.max(1) {
+        _ if shape.length <= CHUNK[0] => None,
+        _ if 2 * cubes >= 3 * processors => Some(1),
         parts @ 2..=3 => Some(parts + 1),
         4..=5 if room >= 3 => Some(3 * processors / cubes + 1),
         _ => None,
     };
-    let own = match 2 * cubes {
-        _ if shape.length <= CHUNK[0] => None,
-        units if units >= 3 * processors => Some((4, 1)),
-        units if 4 * units >= 3 * processors => Some((2, 1)),
-        _ => segments
-            .filter(|segments| shape.length >= segments * SEGMENT)
-            .map(|segments| (4, segments)),
-    };
-    let own = own.map(|(own, segments)| Sharing { own, segments });
+    let own = own.filter(|segments| *segments == 1 || shape.length >= segments * SEGMENT);
     let wanted = match CHOICE.get().forward {
         None => own,
-        Some(Forward::Share(sharing)) => Some(sharing),
+        Some(Forward::Share(segments)) => Some(segments),
         Some(_) => None,
     };
-    wanted.filter(fits)
-}
-
-/// How so many states a unit are laid out, if there is room for them.
-pub(super) fn layout(own: usize, device: &DeviceTraits) -> Option<Layout> {
-    let most = match own {
-        // As little as leaves room for two cubes on most processors.
-        4 => device.shared_bytes,
-        _ => device.processor_shared_bytes,
-    };
-    [true, false]
-        .map(|spaced| Layout { own, spaced })
-        .into_iter()
-        .find(|layout| layout.shared_bytes() <= most)
+    wanted.filter(|_| fits)
 }
 
 /// A position's numbers of the channels in shared memory: after every `run` of them `gap` places are

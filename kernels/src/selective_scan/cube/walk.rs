@@ -1,25 +1,22 @@
 //! Forward in one pass: a cube's units share the states of its channels.
 //!
-//! In the recurrence a unit has four states of a channel, its *share*, or two where there are too few
-//! channels to fill the device with fours. All that does not belong to a
+//! In the recurrence a unit has four states of a channel, its *share*. All that does not belong to a
 //! state (step sizes before it, sums, skip connection and gate after it) is done once a position and
-//! channel, by all units of the cube, with four neighbouring channels of one position each. The two
-//! sides meet in shared memory, tile after tile of positions, two tiles of each kind: while the
-//! recurrence goes through tile k, the units complete the
+//! channel, by all units of the cube, with four neighbouring channels of one position each. The two sides meet in shared memory, tile after tile of [`TILE`]
+//! positions, two tiles of each kind: while the recurrence goes through tile k, the units complete the
 //! outputs of tile k - 1 and make tile k + 1 ready, and the loads of tiles k + 2 and k + 3 are on their
 //! way. So there is one barrier a tile.
 //!
 //! What a processor's shared memory can deliver bounds this kernel, so units are laid out for few of its
-//! cycles: a plane's have all shares of its channels.
+//! cycles: a plane's have eight channels and all four shares of them.
 //!
-//! Where there are too few channels even so, sequences are cut into a few *segments*, in two
+//! Where there are too few channels for the device, sequences are cut into a few *segments*, in two
 //! launches ([`Pass`]). The first one completes the first segment, and takes each of the others but the last
 //! from a zero state to its end state, with the sum of its steps. From these the second launch has the states
 //! that enter the other segments, and completes them.
 //!
-//! Without segments, four states a unit give the bits of [`outputs`](super::forward::outputs): the same
-//! operations in the same order. Backward has the bits of their outputs either way, from the saved
-//! states; those of two states a unit it has to rounding, since these add up in another order.
+//! Without segments, results have the bits of [`outputs`](super::forward::outputs): the same operations
+//! in the same order. Backward has the bits of an output either way, from the saved states.
 
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
@@ -28,7 +25,7 @@ use super::common::{
     CLEARED, Place, V4, load_initial, load_rates, load_states, store_last, store_states,
 };
 use super::walk_parts::{
-    Ahead, Parameters, Part, Strides, finish, gather, nothing_ahead, parameters, part, read, read_gates,
+    Parameters, Part, Strides, finish, gather, nothing_ahead, parameters, part, read, read_gates,
     stage, stage_bc, write,
 };
 use crate::cube::OptionalInput;
@@ -37,13 +34,27 @@ use crate::cube::reduce::tree_sum;
 use crate::cube::wide::{One, wide_at};
 use crate::cube::words::Words;
 
+/// Positions of a tile.
+pub(super) const TILE: usize = 16;
+/// Channels of a cube.
+pub(super) const CHANNELS: usize = 32;
+/// States of a unit.
+const OWN: usize = 4;
+/// Units that share a channel.
+pub(super) const SHARES: usize = 4;
 /// States of a channel.
-pub(super) const STATES: usize = 16;
+pub(super) const STATES: usize = OWN * SHARES;
 /// Units of a cube. Each has one position and four channels of a tile, element-wise.
-pub(super) const UNITS: usize = 128;
+pub(super) const UNITS: usize = CHANNELS * SHARES;
 
-/// Units that share memory's cycles.
-const PLANE: usize = 32;
+/// Positions that the recurrence fetches from shared memory at once.
+const GROUP: usize = 2;
+/// Channels of a plane.
+const PLANE: usize = CHANNELS / SHARES;
+/// From two positions' steps to the next two's, in vectors of a channel's two steps. One place is left
+/// free after eight channels, and a few at the end, so that units meet in no bank when they write.
+pub(super) const STEP_ROW: usize = 42;
+
 /// Which part of the work a launch does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Pass {
@@ -59,13 +70,14 @@ pub(super) enum Pass {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct WalkConfig {
     pub pass: Pass,
-    pub layout: Layout,
-    /// Positions of a chunk, a multiple of a tile.
+    /// Positions of a chunk, a multiple of two tiles.
     pub chunk: usize,
     /// Which of u, delta, B and C, and z are of two numbers a word.
     pub halves: [bool; 4],
     /// Whether L is a multiple of two tiles.
     pub whole: bool,
+    /// From a position's partial sums to the next one's.
+    pub pitch: usize,
     /// Whether the step size goes through softplus.
     pub softplus: bool,
     /// Whether kernels may hold PTX.
@@ -78,80 +90,21 @@ impl WalkConfig {
         let [u, delta, b, z] = self.halves.map(|halves| if halves { 1 } else { 2 });
         [2 * u, 2 * delta, b, 2 * z]
     }
+
+    /// From a share's partial sums to the next one's.
+    pub fn share_pitch(&self) -> usize {
+        share_pitch(self.pitch)
+    }
 }
 
-/// How the states of the cube's channels are spread over its units, and where numbers lie in shared
-/// memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Layout {
-    /// States of a unit: four or two.
-    pub own: usize,
-    /// Whether units that read or write outputs together meet in no bank, which takes more room.
-    pub spaced: bool,
+/// From a share's partial sums to the next one's.
+const fn share_pitch(pitch: usize) -> usize {
+    TILE * pitch + pitch - CHANNELS
 }
 
-impl Layout {
-    /// Units that share a channel.
-    pub const fn shares(&self) -> usize {
-        STATES / self.own
-    }
-
-    /// Channels of a cube.
-    pub const fn channels(&self) -> usize {
-        UNITS / self.shares()
-    }
-
-    /// Channels of a plane.
-    pub const fn plane_channels(&self) -> usize {
-        PLANE / self.shares()
-    }
-
-    /// Positions of a tile.
-    pub const fn tile(&self) -> usize {
-        4 * self.shares()
-    }
-
-    /// Positions of a tile whose B and C a unit makes ready.
-    pub const fn bc_rows(&self) -> usize {
-        self.tile() * STATES / 2 / UNITS
-    }
-
-    /// From two positions' steps to the next two's, in vectors of a channel's two steps. One place is
-    /// left free after eight channels.
-    pub const fn step_row(&self) -> usize {
-        (self.channels() + self.channels() / 8 + 5) / 8 * 8 + 2
-    }
-
-    /// Positions that the recurrence fetches from shared memory at once. A processor that has only one
-    /// cube finds work for its units while they wait in a longer piece of the program.
-    pub const fn group(&self) -> usize {
-        16 / self.own / self.own * 2
-    }
-
-    /// From a position's outputs to the next one's.
-    pub const fn pitch(&self) -> usize {
-        self.channels() + if self.spaced { 8 } else { 0 }
-    }
-
-    /// From a share's outputs to the next one's.
-    pub const fn share_pitch(&self) -> usize {
-        self.tile() * self.pitch() + if self.spaced { self.plane_channels() } else { 0 }
-    }
-
-    /// Numbers of [`Room`].
-    const fn room(&self) -> [usize; 3] {
-        [
-            self.tile() * self.step_row() * 4,
-            2 * self.tile() * 2 * STATES,
-            2 * self.shares() * self.share_pitch(),
-        ]
-    }
-
-    /// Bytes of shared memory.
-    pub const fn shared_bytes(&self) -> usize {
-        let [steps, bc, sums] = self.room();
-        4 * (steps + bc + sums)
-    }
+/// Bytes of shared memory for a pitch of partial sums.
+pub(super) const fn shared_bytes(pitch: usize) -> usize {
+    4 * (TILE * STEP_ROW * 4 + 2 * TILE * 2 * STATES + 2 * SHARES * share_pitch(pitch))
 }
 
 /// The cube's shared memory.
@@ -159,14 +112,12 @@ impl Layout {
 struct Room {
     /// Steps, as the decays see them and times u, of two tiles.
     steps: Shared<[One]>,
-    /// With four states a unit, these of B and these of C by turns, in odd positions the other way
-    /// round; with two, both side by side.
     bc: Shared<[One]>,
     /// Every share's outputs of two tiles.
     sums: Shared<[One]>,
 }
 
-/// What the recurrence needs of two groups of positions, the even one first.
+/// What the recurrence needs of two groups of [`GROUP`] positions, the even one first.
 #[derive(CubeType)]
 struct Groups {
     /// Two positions a vector: each one's step as the decays see it, and step times u.
@@ -187,50 +138,22 @@ fn fetch(
     #[comptime] outputs: bool,
     #[comptime] c: WalkConfig,
 ) {
-    let count = comptime!(c.layout.group());
-    let first = comptime!(parity * c.layout.tile() + group * count);
     #[unroll]
-    for i in 0..comptime!(count / 2) {
-        let at = comptime!((first / 2 + i) * c.layout.step_row()) + lane + lane / 8;
-        groups.steps[comptime!(group % 2 * (count / 2) + i)] =
+    for i in 0..comptime!(GROUP / 2) {
+        let at =
+            comptime!((parity * TILE / 2 + group * GROUP / 2 + i) * STEP_ROW) + lane + lane / PLANE;
+        groups.steps[comptime!(group % 2 * (GROUP / 2) + i)] =
             wide_at::<Const<4>>(&mut room.steps, at, c.ptx);
     }
     #[unroll]
-    for i in 0..count {
-        let row = comptime!(first + i);
-        let slot = comptime!(group % 2 * count + i);
-        if comptime!(c.layout.own == 4) {
-            let at = comptime!(row * STATES / 2) + share * 2;
-            groups.b[slot] = wide_at::<Const<4>>(&mut room.bc, at + comptime!(row % 2), c.ptx);
-            if outputs {
-                let at = at + comptime!(1 - row % 2);
-                groups.c[slot] = wide_at::<Const<4>>(&mut room.bc, at, c.ptx);
-            }
-        } else {
-            let at = comptime!(row * STATES / 2) + share;
-            groups.b[slot] = wide_at::<Const<4>>(&mut room.bc, at, c.ptx);
+    for i in 0..GROUP {
+        let row = comptime!(parity * TILE + group * GROUP + i);
+        let at = comptime!(row * 2 * SHARES) + share * 2;
+        let slot = comptime!(group % 2 * GROUP + i);
+        groups.b[slot] = wide_at::<Const<4>>(&mut room.bc, at + comptime!(row % 2), c.ptx);
+        if outputs {
+            groups.c[slot] = wide_at::<Const<4>>(&mut room.bc, at + comptime!(1 - row % 2), c.ptx);
         }
-    }
-}
-
-/// B, or C, of the unit's state number `k`.
-#[cube]
-fn of_state(
-    groups: &Groups,
-    #[comptime] slot: usize,
-    #[comptime] k: usize,
-    #[comptime] outputs: bool,
-    #[comptime] c: WalkConfig,
-) -> f32 {
-    if comptime!(c.layout.own == 2) {
-        let both = groups.b[slot];
-        both.extract(comptime!(2 * outputs as usize + k))
-    } else if outputs {
-        let cs = groups.c[slot];
-        cs.extract(k)
-    } else {
-        let bs = groups.b[slot];
-        bs.extract(k)
     }
 }
 
@@ -248,36 +171,28 @@ fn advance(
     #[comptime] outputs: bool,
     #[comptime] c: WalkConfig,
 ) {
-    let count = comptime!(c.layout.group());
-    let mut sums = Array::<f32>::new(count);
     #[unroll]
-    for i in 0..count {
-        let slot = comptime!(group % 2 * count + i);
-        let two = groups.steps[comptime!(slot / 2)];
+    for i in 0..GROUP {
+        let two = groups.steps[comptime!(group % 2 * (GROUP / 2) + i / 2)];
         let dt = two.extract(comptime!(i % 2 * 2));
         let x = two.extract(comptime!(i % 2 * 2 + 1));
+        let bs = groups.b[comptime!(group % 2 * GROUP + i)];
         #[unroll]
-        for k in 0..comptime!(c.layout.own) {
-            let b = of_state(groups, slot, k, false, c);
-            h[k] = fma(exp2(dt * rates[k], c.ptx), h[k], x * b);
+        for k in 0..OWN {
+            h[k] = fma(exp2(dt * rates[k], c.ptx), h[k], x * bs.extract(k));
         }
         if outputs {
-            let mut sum = h[0] * of_state(groups, slot, 0usize, true, c);
+            let cs = groups.c[comptime!(group % 2 * GROUP + i)];
+            let mut sum = h[0] * cs.extract(0usize);
             #[unroll]
-            for k in 1..comptime!(c.layout.own) {
-                sum = fma(h[k], of_state(groups, slot, k, true, c), sum);
+            for k in 1..OWN {
+                sum = fma(h[k], cs.extract(k), sum);
             }
-            sums[i] = sum;
-        }
-    }
-    if outputs {
-        let first = comptime!(parity * c.layout.shares() * c.layout.share_pitch());
-        #[unroll]
-        for i in 0..count {
-            let at = comptime!(first + (group * count + i) * c.layout.pitch())
-                + share * comptime!(c.layout.share_pitch())
+            let row = comptime!((group * GROUP + i) * c.pitch);
+            let at = comptime!(parity * SHARES * c.share_pitch() + row)
+                + share * comptime!(c.share_pitch())
                 + lane;
-            room.sums[at] = One::new(sums[i]);
+            room.sums[at] = One::new(sum);
         }
     }
 }
@@ -293,50 +208,6 @@ struct Walker {
     count: usize,
     chunks: usize,
     inner: usize,
-}
-
-/// Makes the tile from position `t0` on, which is of the given parity, ready for the recurrence.
-#[cube]
-fn prepare<SU: Size, SD: Size, SP: Size, SZ: Size>(
-    ahead: &Ahead<SU, SD, SP, SZ>,
-    room: &mut Room,
-    us: &mut Array<f32>,
-    passed: &mut Array<f32>,
-    parameters: &Parameters,
-    part: &Part,
-    t0: usize,
-    #[comptime] parity: usize,
-    #[comptime] cleared: bool,
-    #[comptime] outputs: bool,
-    #[comptime] config: WalkConfig,
-) {
-    #[unroll]
-    for i in 0..4usize {
-        stage(
-            ahead,
-            &mut room.steps,
-            us,
-            passed,
-            parameters,
-            part,
-            t0,
-            i,
-            parity,
-            cleared,
-            outputs,
-            config,
-        );
-    }
-    stage_bc(ahead, &mut room.bc, part, parity, outputs, config);
-}
-
-/// Loads before this begin before anything after it. Without, the compiler begins them last, and whoever
-/// waits for earlier loads waits for them too: they share what tells that they have come.
-#[cube]
-fn begin_loads(#[comptime] c: WalkConfig) {
-    if comptime!(c.ptx) {
-        sync_plane();
-    }
 }
 
 /// The states `h` pass a segment. With `outputs` its outputs and the states that enter its chunks
@@ -365,56 +236,65 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
     let gated = comptime!(z.is_some());
     let cleared = comptime!(resets.is_some());
     let (lane, share) = (walker.lane, walker.place.lane);
-    let tile = comptime!(config.layout.tile());
-    let own = comptime!(config.layout.own);
-    let mut ahead = nothing_ahead::<SU, SD, SP, SZ>(config);
+    let mut ahead = nothing_ahead::<SU, SD, SP, SZ>();
     let mut us = Array::<f32>::new(8usize);
-    let group = comptime!(config.layout.group());
     let mut groups = Groups {
-        steps: Array::new(group),
-        b: Array::new(comptime!(2 * group)),
-        c: Array::new(comptime!(2 * group)),
+        steps: Array::new(GROUP),
+        b: Array::new(comptime!(2 * GROUP)),
+        c: Array::new(comptime!(2 * GROUP)),
     };
     #[unroll]
     for i in 0..8usize {
         us[i] = 0.0f32;
     }
 
-    // Tile 0 is ready, and tile 1 on its way.
+    // Tile 0 is ready, and tiles 1 and 2 on their way.
     let zero = 0usize.runtime();
     read(
         &mut ahead, u, delta, b, c, resets, part, zero, 0usize, outputs, config,
     );
-    prepare(
-        &ahead, room, &mut us, passed, parameters, part, zero, 0usize, cleared, outputs, config,
-    );
-    let t1 = tile.runtime();
+    #[unroll]
+    for i in 0..4usize {
+        stage(
+            &ahead,
+            &mut room.steps,
+            &mut us,
+            passed,
+            parameters,
+            part,
+            zero,
+            i,
+            0usize,
+            cleared,
+            outputs,
+            config,
+        );
+    }
+    stage_bc(&ahead, &mut room.bc, part, 0usize, outputs, config);
+    let (t1, t2) = (comptime!(TILE).runtime(), comptime!(2 * TILE).runtime());
     read(
         &mut ahead, u, delta, b, c, resets, part, t1, 1usize, outputs, config,
+    );
+    read(
+        &mut ahead, u, delta, b, c, resets, part, t2, 0usize, outputs, config,
     );
     if outputs {
         read_gates(&mut ahead, z, part, zero, 0usize, config);
     }
     sync_cube();
 
-    let pairs = walker.count.div_ceil(comptime!(2 * tile));
-    let last = comptime!(tile / group - 1);
+    let pairs = walker.count.div_ceil(comptime!(2 * TILE));
     for pair in 0..pairs {
         #[unroll]
         for parity in 0..2usize {
             let other = comptime!(1 - parity);
-            let t0 = pair * comptime!(2 * tile) + comptime!(parity * tile);
-            // Memory may take longer to answer than a tile does.
-            let t2 = t0 + comptime!(2 * tile);
-            read(
-                &mut ahead, u, delta, b, c, resets, part, t2, parity, outputs, config,
-            );
+            let t0 = pair * comptime!(2 * TILE) + comptime!(parity * TILE);
             if outputs {
-                if comptime!(parity == 0 || config.chunk % (2 * tile) != 0) {
+                if comptime!(parity == 0) {
                     let t = walker.from + t0;
-                    if t0 < walker.count && t % comptime!(config.chunk) == 0 {
+                    if t % comptime!(config.chunk) == 0 {
                         let row = walker.place.batch * walker.chunks + t / comptime!(config.chunk);
-                        store_states(saved, &*h, row, &walker.place, states, walker.inner, own);
+                        store_states(saved, &*h, row, &walker.place, states, walker.inner, OWN);
                     }
                 }
             }
@@ -428,30 +308,45 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
                 outputs,
                 config,
             );
+            let mut out = V4::new(0.0f32);
             if outputs {
                 let sums = gather(&mut room.sums, part, other, config);
-                let mut out = V4::new(0.0f32);
                 #[unroll]
                 for i in 0..4usize {
                     let value = finish(&ahead, &sums, &us, parameters, i, other, gated, config);
                     out.insert(i, value);
                 }
-                write::<Y>(out, y, part, t0 - tile);
-                read_gates(&mut ahead, z, part, t0 + tile, other, config);
+                write::<Y>(out, y, part, t0 - TILE);
+                read_gates(&mut ahead, z, part, t0 + TILE, other, config);
             }
-            begin_loads(config);
             #[unroll]
-            for number in 0..comptime!(tile / group) {
-                if comptime!(number == last) {
-                    let next = t0 + tile;
-                    prepare(
-                        &ahead, room, &mut us, passed, parameters, part, next, other, cleared,
-                        outputs, config,
-                    );
-                }
+            for i in 0..4usize {
+                stage(
+                    &ahead,
+                    &mut room.steps,
+                    &mut us,
+                    passed,
+                    parameters,
+                    part,
+                    t0 + TILE,
+                    i,
+                    other,
+                    cleared,
+                    outputs,
+                    config,
+                );
+            }
+            stage_bc(&ahead, &mut room.bc, part, other, outputs, config);
+            // As soon as these places are free: memory may take longer to answer than a tile does.
+            let t3 = t0 + comptime!(3 * TILE);
+            read(
+                &mut ahead, u, delta, b, c, resets, part, t3, other, outputs, config,
+            );
+            #[unroll]
+            for group in 0..comptime!(TILE / GROUP) {
                 // The next group's numbers are on their way meanwhile.
-                if comptime!(number < last) {
-                    let next = comptime!(number + 1);
+                if comptime!(group + 1 < TILE / GROUP) {
+                    let next = comptime!(group + 1);
                     fetch(
                         &mut groups,
                         room,
@@ -464,7 +359,7 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
                     );
                 }
                 advance(
-                    &groups, h, rates, room, lane, share, parity, number, outputs, config,
+                    &groups, h, rates, room, lane, share, parity, group, outputs, config,
                 );
             }
             sync_cube();
@@ -480,7 +375,7 @@ fn pass_segment<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
                 finish(&ahead, &sums, &us, parameters, i, 1usize, gated, config),
             );
         }
-        write::<Y>(out, y, part, pairs * comptime!(2 * tile) - tile);
+        write::<Y>(out, y, part, pairs * comptime!(2 * TILE) - TILE);
     }
 }
 
@@ -515,9 +410,7 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
     #[comptime] config: WalkConfig,
     #[define(Y)] _type: ElemType,
 ) {
-    let layout = comptime!(config.layout);
-    let own = comptime!(layout.own);
-    let blocks = inner.div_ceil(comptime!(layout.channels()));
+    let blocks = inner.div_ceil(CHANNELS);
     let block = CUBE_POS % blocks;
     let sequence = CUBE_POS / blocks % batch;
     let turn = CUBE_POS / blocks / batch;
@@ -534,21 +427,13 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
         b_twos,
         c_twos,
     };
-    let part = part(
-        block,
-        sequence * length + from,
-        count,
-        inner,
-        strides,
-        layout,
-    );
+    let part = part(block, sequence * length + from, count, inner, strides);
     let unit = UNIT_POS as usize;
     // Shared memory answers twice as fast where units 0 and 1, 2 and 3 and so on ask for the same, as they
     // do for steps, or units 0 and 2, 1 and 3, as for B and C.
-    let channels = comptime!(layout.plane_channels());
-    let lane = unit / 2 % channels + unit / PLANE * channels;
-    let share = unit % 2 + unit / comptime!(2 * channels) % comptime!(layout.shares() / 2) * 2;
-    let channel = block * comptime!(layout.channels()) + lane;
+    let lane = unit / 2 % PLANE + unit / 32 * PLANE;
+    let share = unit % 2 + unit / 16 % 2 * 2;
+    let channel = block * CHANNELS + lane;
     let walker = Walker {
         place: Place {
             batch: sequence,
@@ -563,15 +448,14 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
         chunks: length.div_ceil(comptime!(config.chunk)),
         inner,
     };
-    let [steps_room, bc_room, sums_room] = comptime!(layout.room());
     let mut room = Room {
-        steps: Shared::new_aligned_slice(steps_room, 16usize),
-        bc: Shared::new_aligned_slice(bc_room, 16usize),
-        sums: Shared::new_aligned_slice(sums_room, 16usize),
+        steps: Shared::new_aligned_slice(comptime!(TILE * STEP_ROW * 4), 16usize),
+        bc: Shared::new_aligned_slice(comptime!(2 * TILE * 2 * STATES), 16usize),
+        sums: Shared::new_aligned_slice(comptime!(2 * SHARES * config.share_pitch()), 16usize),
     };
     let states = comptime!(STATES).runtime();
     let place = &walker.place;
-    let mut rates = Array::<f32>::new(own);
+    let mut rates = Array::<f32>::new(OWN);
     load_rates(
         a,
         &mut rates,
@@ -580,16 +464,16 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
         states,
         0usize,
         comptime!(resets.is_some()),
-        own,
+        OWN,
     );
-    let mut h = Array::<f32>::new(own);
+    let mut h = Array::<f32>::new(OWN);
     let row0 = sequence * (segments - 1);
     if comptime!(config.pass == Pass::Outputs) {
         enter(
             ends, steps, &mut h, &rates, row0, number, place, inner, config,
         );
     } else {
-        load_initial(initial, &mut h, place, states, inner, own);
+        load_initial(initial, &mut h, place, states, inner, OWN);
     }
     let parameters = parameters(bias, d, &part);
     let mut passed = Array::<f32>::new(4usize);
@@ -621,7 +505,7 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
             );
         } else {
             #[unroll]
-            for k in 0..own {
+            for k in 0..OWN {
                 h[k] = 0.0f32;
             }
             pass_segment::<Y, SU, SD, SP, SZ>(
@@ -643,11 +527,9 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
                 false,
                 config,
             );
-            store_steps(
-                &passed, &mut room, steps, row, &part, place, lane, inner, layout,
-            );
+            store_steps(&passed, &mut room, steps, row, &part, place, lane, inner);
         }
-        store_states(ends, &h, row, place, states, inner, own);
+        store_states(ends, &h, row, place, states, inner, OWN);
     } else {
         pass_segment::<Y, SU, SD, SP, SZ>(
             u,
@@ -669,7 +551,7 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
             config,
         );
         if number + 1 == segments {
-            store_last(last, &h, place, states, inner, own);
+            store_last(last, &h, place, states, inner, OWN);
         }
     }
 }
@@ -687,10 +569,9 @@ fn enter(
     inner: usize,
     #[comptime] config: WalkConfig,
 ) {
-    let own = comptime!(config.layout.own);
-    let mut end = Array::<f32>::new(own);
+    let mut end = Array::<f32>::new(OWN);
     #[unroll]
-    for k in 0..own {
+    for k in 0..OWN {
         h[k] = 0.0f32;
     }
     for i in 0..number {
@@ -705,13 +586,13 @@ fn enter(
             states,
             inner,
             0usize,
-            own,
+            OWN,
         );
         // The first segment's end is of its true initial state.
         let sum = steps[row * inner + place.channel];
         let keeps = i > 0 && sum < CLEARED;
         #[unroll]
-        for k in 0..own {
+        for k in 0..OWN {
             let decay = select(keeps, exp2(rates[k] * sum, config.ptx), 0.0f32);
             h[k] = fma(decay, h[k], end[k]);
         }
@@ -729,21 +610,19 @@ fn store_steps(
     place: &Place,
     lane: usize,
     inner: usize,
-    #[comptime] layout: Layout,
 ) {
-    let (tile, channels) = comptime!((layout.tile(), layout.channels()));
     #[unroll]
     for i in 0..4usize {
-        let at = part.position * channels + part.column + i;
+        let at = part.position * CHANNELS + part.column + i;
         room.sums[at] = One::new(passed[i]);
     }
     sync_cube();
-    let mut of_positions = Array::<f32>::new(tile);
+    let mut of_positions = Array::<f32>::new(TILE);
     #[unroll]
-    for i in 0..tile {
-        of_positions[i] = room.sums[comptime!(i * channels) + lane].extract(0usize);
+    for i in 0..TILE {
+        of_positions[i] = room.sums[comptime!(i * CHANNELS) + lane].extract(0usize);
     }
-    let sum = min(tree_sum(&mut of_positions, tile), CLEARED);
+    let sum = min(tree_sum(&mut of_positions, TILE), CLEARED);
     if place.inside && place.lane == 0 {
         steps[row * inner + place.channel] = sum;
     }

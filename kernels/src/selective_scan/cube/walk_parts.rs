@@ -4,15 +4,12 @@
 use cubecl::prelude::*;
 
 use super::common::{CLEARED, V2, V4, entry};
-use super::walk::{Layout, STATES, UNITS, WalkConfig};
+use super::walk::{CHANNELS, SHARES, STATES, STEP_ROW, TILE, WalkConfig};
 use crate::cube::OptionalInput;
 use crate::cube::math::{sigmoid, step_size};
 use crate::cube::reduce::tree_sum;
 use crate::cube::wide::{One, put_wide_at, wide_at};
 use crate::cube::words::{Words, load_now, number};
-
-/// Positions whose B and C the units make ready at once.
-const ROWS: usize = UNITS / (STATES / 2);
 
 /// From a position to the next: of u, delta and y, and of z, in fours; of B and C in twos.
 #[derive(CubeType)]
@@ -36,8 +33,7 @@ pub(super) struct Part {
     /// Its four channels, counted in fours; the last four for units beyond them.
     four: usize,
     inside: bool,
-    /// The position of its two numbers of B and of C within a tile, the first if it has several, and
-    /// their number there.
+    /// The position of its two numbers of B and of C within a tile, and their number there.
     row: usize,
     pair: usize,
     strides: Strides,
@@ -50,23 +46,22 @@ pub(super) fn part(
     count: usize,
     inner: usize,
     strides: Strides,
-    #[comptime] layout: Layout,
 ) -> Part {
     let unit = UNIT_POS as usize;
-    // Neighbouring units have the channels of one position, so that global memory sees few
-    // lines; of 16 of them four have four positions each, which do not meet in a bank of shared memory.
-    let sixteens = comptime!(layout.channels() / 16);
-    let column = (unit / 4 % 4 + unit / 16 % sixteens * 4) * 4;
-    let channel = block * comptime!(layout.channels()) + column;
+    // Of a plane's 32 units, eight have the channels of one position, so that global memory sees few
+    // lines; of 16 neighbouring ones four have four positions each, which do not meet in a bank of shared
+    // memory.
+    let column = (unit / 4 % 4 + unit / 16 % 2 * 4) * 4;
+    let channel = block * CHANNELS + column;
     Part {
         first,
         count,
-        position: unit % 4 + unit / comptime!(16 * sixteens) * 4,
+        position: unit % 4 + unit / 32 * 4,
         column,
         four: min(channel, inner - 4) / 4,
         inside: channel < inner,
-        row: unit / comptime!(STATES / 2),
-        pair: unit % comptime!(STATES / 2),
+        row: unit / 8,
+        pair: unit % 8,
         strides,
     }
 }
@@ -91,10 +86,7 @@ pub(super) struct Ahead<SU: Size, SD: Size, SP: Size, SZ: Size> {
 
 /// No inputs yet.
 #[cube]
-pub(super) fn nothing_ahead<SU: Size, SD: Size, SP: Size, SZ: Size>(
-    #[comptime] config: WalkConfig,
-) -> Ahead<SU, SD, SP, SZ> {
-    let bc = comptime!(2 * config.layout.bc_rows());
+pub(super) fn nothing_ahead<SU: Size, SD: Size, SP: Size, SZ: Size>() -> Ahead<SU, SD, SP, SZ> {
     let mut z = Array::<Words<SZ>>::new(2usize);
     #[unroll]
     for i in 0..2usize {
@@ -103,8 +95,8 @@ pub(super) fn nothing_ahead<SU: Size, SD: Size, SP: Size, SZ: Size>(
     Ahead::<SU, SD, SP, SZ> {
         u: Array::new(2usize),
         delta: Array::new(2usize),
-        b: Array::new(bc),
-        c: Array::new(bc),
+        b: Array::new(2usize),
+        c: Array::new(2usize),
         resets: Array::new(2usize),
         z,
     }
@@ -134,15 +126,10 @@ pub(super) fn read<SU: Size, SD: Size, SP: Size, SZ: Size>(
         ComptimeOption::Some(resets) => ahead.resets[parity] = resets[row],
         ComptimeOption::None => {}
     }
-    let rows = comptime!(config.layout.bc_rows());
-    #[unroll]
-    for i in 0..rows {
-        let row = at_row(part, t0 + part.row + comptime!(i * ROWS));
-        let slot = comptime!(parity * rows + i);
-        ahead.b[slot] = load_now(b, row * part.strides.b_twos + part.pair, config.ptx);
-        if outputs {
-            ahead.c[slot] = load_now(c, row * part.strides.c_twos + part.pair, config.ptx);
-        }
+    let row = at_row(part, t0 + part.row);
+    ahead.b[parity] = load_now(b, row * part.strides.b_twos + part.pair, config.ptx);
+    if outputs {
+        ahead.c[parity] = load_now(c, row * part.strides.c_twos + part.pair, config.ptx);
     }
 }
 
@@ -222,8 +209,8 @@ pub(super) fn stage<SU: Size, SD: Size, SP: Size, SZ: Size>(
         step += select(reset, CLEARED, 0.0f32);
     }
     let u = number::<SU>(ahead.u[parity], i, comptime!(c.halves[0]));
-    let at = comptime!(parity * c.layout.tile() * c.layout.step_row())
-        + part.position / 2 * comptime!(c.layout.step_row() * 2)
+    let at = comptime!(parity * TILE / 2 * STEP_ROW * 2)
+        + part.position / 2 * comptime!(STEP_ROW * 2)
         + (part.column + part.column / 8 + i) * 2
         + part.position % 2;
     put_two(steps, at, step, dt * u, c.ptx);
@@ -234,8 +221,8 @@ pub(super) fn stage<SU: Size, SD: Size, SP: Size, SZ: Size>(
     }
 }
 
-/// Makes the unit's numbers of B and C ready. Where they are apart, those of odd positions are the
-/// other way round, so that neighbouring positions meet in no bank.
+/// Makes the unit's numbers of B and C ready. Those of odd positions are the other way round, so that
+/// neighbouring positions meet in no bank.
 #[cube]
 pub(super) fn stage_bc<SU: Size, SD: Size, SP: Size, SZ: Size>(
     ahead: &Ahead<SU, SD, SP, SZ>,
@@ -246,31 +233,16 @@ pub(super) fn stage_bc<SU: Size, SD: Size, SP: Size, SZ: Size>(
     #[comptime] c: WalkConfig,
 ) {
     let halves = comptime!(c.halves[2]);
-    let rows = comptime!(c.layout.bc_rows());
-    #[unroll]
-    for i in 0..rows {
-        let slot = comptime!(parity * rows + i);
-        let b0 = number::<SP>(ahead.b[slot], 0usize, halves);
-        let b1 = number::<SP>(ahead.b[slot], 1usize, halves);
-        let row = part.row + comptime!(i * ROWS);
-        let first = comptime!(parity * c.layout.tile() * STATES) + row * STATES;
-        // In twos.
-        let mut at = first + part.pair * 2;
-        let mut turned = 0usize.runtime();
-        if comptime!(c.layout.own == 4) {
-            at = first + part.pair / 2 * 4 + part.pair % 2;
-            turned = row % 2 * 2;
-        }
-        put_two(bc, at + turned, b0, b1, c.ptx);
-        if outputs {
-            let c0 = number::<SP>(ahead.c[slot], 0usize, halves);
-            let c1 = number::<SP>(ahead.c[slot], 1usize, halves);
-            let mut c_at = at + 1;
-            if comptime!(c.layout.own == 4) {
-                c_at = at + 2 - turned;
-            }
-            put_two(bc, c_at, c0, c1, c.ptx);
-        }
+    let at =
+        comptime!(parity * TILE * STATES) + part.row * STATES + part.pair / 2 * 4 + part.pair % 2;
+    let turned = part.row % 2 * 2;
+    let b0 = number::<SP>(ahead.b[parity], 0usize, halves);
+    let b1 = number::<SP>(ahead.b[parity], 1usize, halves);
+    put_two(bc, at + turned, b0, b1, c.ptx);
+    if outputs {
+        let c0 = number::<SP>(ahead.c[parity], 0usize, halves);
+        let c1 = number::<SP>(ahead.c[parity], 1usize, halves);
+        put_two(bc, at + 2 - turned, c0, c1, c.ptx);
     }
 }
 
@@ -282,7 +254,7 @@ fn put_two(buffer: &mut Shared<[One]>, at: usize, first: f32, second: f32, #[com
     put_wide_at::<Const<2>>(buffer, at, two, ptx);
 }
 
-/// Sums over the states of the unit's outputs of the tile of the given parity.
+/// Sums over the states of the unit's outputs, from the shares of the tile of the given parity.
 #[cube]
 pub(super) fn gather(
     sums: &mut Shared<[One]>,
@@ -290,24 +262,23 @@ pub(super) fn gather(
     #[comptime] parity: usize,
     #[comptime] c: WalkConfig,
 ) -> Array<f32> {
-    let count = comptime!(c.layout.shares());
-    let mut shares = Array::<V4>::new(count);
+    let mut shares = Array::<V4>::new(SHARES);
     #[unroll]
-    for i in 0..count {
-        let at = comptime!((parity * count + i) * c.layout.share_pitch() / 4)
-            + part.position * comptime!(c.layout.pitch() / 4)
+    for i in 0..SHARES {
+        let at = comptime!((parity * SHARES + i) * c.share_pitch() / 4)
+            + part.position * comptime!(c.pitch / 4)
             + part.column / 4;
         shares[i] = wide_at::<Const<4>>(sums, at, c.ptx);
     }
     let mut out = Array::<f32>::new(4usize);
     #[unroll]
     for i in 0..4usize {
-        let mut of_shares = Array::<f32>::new(count);
+        let mut of_shares = Array::<f32>::new(SHARES);
         #[unroll]
-        for k in 0..count {
+        for k in 0..SHARES {
             of_shares[k] = shares[k].extract(i);
         }
-        out[i] = tree_sum(&mut of_shares, count);
+        out[i] = tree_sum(&mut of_shares, SHARES);
     }
     out
 }
