@@ -11,14 +11,14 @@
 //! 2. *Carry* over the chunks: what enters each of them. These states are all that backward needs.
 //! 3. *Outputs*: every chunk again from its entering state.
 //!
-//! With enough channels one pass does all of it, for half the exponentials: the units of a cube share a
-//! channel's states, and all that is not a state's is done element-wise ([`walk`]). With fewer channels but
-//! many positions that kernel goes through a few segments of the sequences at once. With one chunk
+//! With enough channels one pass does all of it, for half the exponentials: half of a cube's units share
+//! the states of its channels, the others do all that is not a state's ([`walk`]). With one chunk
 //! (generation's L = 1), or very many channels that kernel does not fit, the third kernel alone walks
 //! all positions.
 //!
 //! All ways leave the states that enter chunks for backward, and compute an output from them by the
-//! same operations in the same order, so that backward can have forward's bits again.
+//! same operations in the same order, so that backward can have forward's bits again; but for the one pass
+//! where units have two states.
 //!
 //! Backward, in segments of chunks from the right (its transient memory is bounded):
 //!
@@ -51,6 +51,7 @@ mod carry;
 mod common;
 mod copies;
 mod forward;
+mod layout;
 pub(crate) mod plan;
 mod sums;
 #[cfg(test)]
@@ -62,8 +63,9 @@ use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::AddressType;
 
+use self::layout::{Layout, WalkConfig};
 use self::plan::{Alignment, Chunks, Forward, ScanShape, SweepConfig, shares, sweep};
-use self::walk::{Pass, WalkConfig, shared_bytes};
+
 use super::{ScanInputs, ScanOutputs};
 use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, empty, grid,
@@ -97,10 +99,10 @@ pub(crate) fn forward(inputs: ScanInputs<CubeTensor>) -> ScanOutputs<CubeTensor>
         y: empty(&inputs.u, [batch, length, inner], inputs.u.dtype),
     };
     let softplus = inputs.delta_softplus;
-    let segments = shares(&shape, &device).filter(|_| in_words(&inputs, &strides, &shape));
-    if let Some(segments) = segments {
+    let layout = shares(&shape, &device).filter(|_| in_words(&inputs, &strides, &shape));
+    if let Some(layout) = layout {
         launch_walk(
-            &inputs, &strides, &shape, &chunks, &device, segments, &results,
+            &inputs, &strides, &shape, &chunks, &device, layout, &results,
         );
     } else {
         let config = sweep(&shape, &chunks, &device, alignment, softplus, FORWARD_UNITS);
@@ -366,84 +368,58 @@ fn launch_outputs(
     }
 }
 
-/// Fills `y`, `saved` and `last_state`, with time in so many segments.
+/// Fills `y`, `saved` and `last_state`, units sharing states.
 fn launch_walk(
     inputs: &ScanInputs<CubeTensor>,
     strides: &RowStrides,
     shape: &ScanShape,
     chunks: &Chunks,
     device: &DeviceTraits,
-    segments: usize,
+    layout: Layout,
     results: &Results,
 ) {
     let z = inputs.z.as_ref().unwrap_or(&inputs.u);
-    let halves = [&inputs.u, &inputs.delta, &inputs.b, z].map(|it| it.dtype.size() == 2);
-    let segment = shape
-        .length
-        .div_ceil(segments)
-        .next_multiple_of(2 * walk::TILE);
-    let segments = shape.length.div_ceil(segment);
-    let [batch, inner, state] = [shape.batch, shape.inner, shape.state];
-    let rows = (segments - 1).max(1);
-    let ends = empty(&inputs.u, [batch, rows, state, inner], DType::F32);
-    let steps = empty(&inputs.u, [batch, rows, inner], DType::F32);
-    let address = address(inputs, &[&results.saved]);
-    let passes: &[Pass] = match segments {
-        1 => &[Pass::Whole],
-        _ => &[Pass::Ends, Pass::Outputs],
+    let config = WalkConfig {
+        layout,
+        chunk: chunks.size,
+        halves: [&inputs.u, &inputs.delta, &inputs.b, z].map(|it| it.dtype.size() == 2),
+        whole: shape.length.is_multiple_of(2 * layout.tile()),
+        softplus: inputs.delta_softplus,
+        ptx: device.ptx,
     };
-    for pass in passes {
-        let config = WalkConfig {
-            pass: *pass,
-            chunk: chunks.size,
-            halves,
-            whole: shape.length.is_multiple_of(2 * walk::TILE),
-            // The units that read or write a row of sums together meet in no bank, where there is room.
-            pitch: match device.shared_bytes >= shared_bytes(walk::CHANNELS + 8) {
-                true => walk::CHANNELS + 8,
-                false => walk::CHANNELS,
-            },
-            softplus: inputs.delta_softplus,
-            ptx: device.ptx,
-        };
-        let [u_words, delta_words, bc_words, z_words] = config.words();
-        // SAFETY: every position is derived from the shapes passed along, whose buffers are of just
-        // these sizes and strides, in whole vectors; units beyond the last channel write nothing.
-        unsafe {
-            walk::walk::launch_unchecked(
-                &inputs.u.client,
-                grid(batch * rows * inner.div_ceil(walk::CHANNELS)),
-                cube_dim(walk::UNITS),
-                address,
-                u_words,
-                delta_words,
-                bc_words,
-                z_words,
-                word_buffer(&inputs.u),
-                word_buffer(&inputs.delta),
-                word_buffer(&inputs.b),
-                word_buffer(&inputs.c),
-                buffer(&inputs.a),
-                optional(&inputs.d),
-                inputs.z.as_ref().map(word_buffer).into(),
-                optional(&inputs.delta_bias),
-                optional(&inputs.initial_state),
-                optional(&inputs.resets),
-                buffer(&results.saved),
-                buffer(&results.last_state),
-                buffer(&ends),
-                buffer(&steps),
-                buffer(&results.y),
-                shape.batch,
-                shape.length,
-                shape.inner,
-                segment,
-                strides.b / 2,
-                strides.c / 2,
-                strides.z / 4,
-                config,
-                elem(inputs.u.dtype),
-            );
-        }
+    let [u_words, delta_words, bc_words, z_words] = config.words();
+    // SAFETY: every position is derived from the shapes passed along, whose buffers are of just
+    // these sizes and strides, in whole vectors; units beyond the last channel write nothing.
+    unsafe {
+        walk::walk::launch_unchecked(
+            &inputs.u.client,
+            grid(shape.batch * shape.inner.div_ceil(layout.channels())),
+            cube_dim(2 * layout.half),
+            address(inputs, &[&results.saved]),
+            u_words,
+            delta_words,
+            bc_words,
+            z_words,
+            word_buffer(&inputs.u),
+            word_buffer(&inputs.delta),
+            word_buffer(&inputs.b),
+            word_buffer(&inputs.c),
+            buffer(&inputs.a),
+            optional(&inputs.d),
+            inputs.z.as_ref().map(word_buffer).into(),
+            optional(&inputs.delta_bias),
+            optional(&inputs.initial_state),
+            optional(&inputs.resets),
+            buffer(&results.saved),
+            buffer(&results.last_state),
+            buffer(&results.y),
+            shape.length,
+            shape.inner,
+            strides.b / 2,
+            strides.c / 2,
+            strides.z / 4,
+            config,
+            elem(inputs.u.dtype),
+        );
     }
 }

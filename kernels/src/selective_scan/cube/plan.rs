@@ -4,7 +4,8 @@ use std::cell::Cell;
 
 use burn_cubecl::tensor::CubeTensor;
 
-use super::{copies, walk};
+use super::copies;
+use super::layout::{Layout, STATES};
 use crate::cube::{DeviceTraits, dims, power_of_two_below};
 use crate::selective_scan::BACKWARD_TRANSIENT_BYTES;
 use crate::selective_scan::ScanInputs;
@@ -25,9 +26,6 @@ const TRANSIENT_BYTES: usize = if cfg!(test) {
     BACKWARD_TRANSIENT_BYTES
 };
 
-/// Least positions of a segment.
-const SEGMENT: usize = 512;
-
 /// States of a lane: all of a channel's, for the usual number of states.
 const LANE_STATES: usize = 16;
 
@@ -40,8 +38,8 @@ pub enum Forward {
     /// Once through all positions, a channel in one unit or plane: for one chunk, or very many
     /// channels.
     Walk,
-    /// The states of a channel shared by units of a cube, once through all positions or in so many
-    /// segments: for channels of 16 states, if rows of the inputs are aligned; else the plan's own choice.
+    /// Once through all positions, so many states of a channel (four or two) a unit of a cube: for
+    /// channels of 16 states, if rows of the inputs are aligned; else the plan's own choice.
     Share(usize),
 }
 
@@ -135,35 +133,52 @@ impl Chunks {
     }
 }
 
-/// Segments that sequences are cut into where cubes' units share states ([`Forward::Share`]), given
-/// inputs whose rows are aligned; none where forward goes another way.
+/// How cubes' units share states ([`Forward::Share`]), given inputs whose rows are aligned; none where
+/// forward goes another way.
 ///
-/// A cube's four planes alone leave a processor waiting for latencies; two cubes are enough, and with
-/// fewer than one and a half on average too many processors have one. In segments, there are as many cubes
-/// as channels times all segments but one; more than four of these are worth their second exponentials
-/// only where a processor has room for three cubes. With very many, cutting all of it is as fast.
-pub(super) fn shares(shape: &ScanShape, device: &DeviceTraits) -> Option<usize> {
-    let fits = shape.state == walk::STATES
-        && shape.inner.is_multiple_of(4)
-        && device.max_units >= walk::UNITS
-        && device.shared_bytes >= walk::shared_bytes(walk::CHANNELS);
-    let cubes = shape.batch * shape.inner.div_ceil(walk::CHANNELS);
+/// However few its channels, a walk takes as long as one cube does, and two cubes beside each other on a
+/// processor take half as long again: two states a unit are faster as long as all their cubes run at once
+/// (H200, 353M: 0.19 ms a sequence and 0.30 two, with four states 0.35 and 0.35). With cubes for fewer than
+/// about three quarters of the processors, cutting time is as fast (0.23 ms for one sequence, and less in
+/// proportion for fewer channels).
+pub(super) fn shares(shape: &ScanShape, device: &DeviceTraits) -> Option<Layout> {
+    let cubes = |layout: &Layout| shape.batch * shape.inner.div_ceil(layout.channels());
     let processors = device.busy_units / 1024;
-    let room = device.processor_shared_bytes / walk::shared_bytes(walk::CHANNELS + 8);
-    let own = match 2 * processors / cubes.max(1) {
-        _ if shape.length <= CHUNK[0] => None,
-        _ if 2 * cubes >= 3 * processors => Some(1),
-        parts @ 2..=3 => Some(parts + 1),
-        4..=5 if room >= 3 => Some(3 * processors / cubes + 1),
-        _ => None,
+    let (twos, fours) = (layout(2, device), layout(4, device));
+    let enough = |layout: &Layout| 4 * cubes(layout) >= 3 * processors;
+    let at_once = |layout: &Layout| {
+        let beside = (device.processor_shared_bytes / layout.shared_bytes()).min(2);
+        cubes(layout) <= beside * processors
     };
-    let own = own.filter(|segments| *segments == 1 || shape.length >= segments * SEGMENT);
     let wanted = match CHOICE.get().forward {
-        None => own,
-        Some(Forward::Share(segments)) => Some(segments),
+        None if shape.length <= CHUNK[0] => None,
+        // Smaller cubes, for less shared memory, have not been measured.
+        None => twos
+            .filter(|layout| layout.half == HALF && at_once(layout))
+            .or(fours)
+            .filter(enough),
+        Some(Forward::Share(2)) => twos,
+        Some(Forward::Share(_)) => fours,
         Some(_) => None,
     };
+    let fits =
+        shape.state == STATES && shape.inner.is_multiple_of(4) && device.max_units >= 2 * HALF;
     wanted.filter(|_| fits)
+}
+
+/// Walkers of a cube.
+const HALF: usize = 128;
+
+/// How so many states a unit are laid out, if there is room for them.
+fn layout(own: usize, device: &DeviceTraits) -> Option<Layout> {
+    let room = match own {
+        2 => device.processor_shared_bytes,
+        _ => device.shared_bytes,
+    };
+    [(HALF, true), (HALF, false), (HALF / 2, false)]
+        .map(|(half, spaced)| Layout { own, half, spaced })
+        .into_iter()
+        .find(|layout| layout.shared_bytes() <= room)
 }
 
 /// A position's numbers of the channels in shared memory: after every `run` of them `gap` places are

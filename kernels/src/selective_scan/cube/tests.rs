@@ -87,47 +87,59 @@ fn plans_cover_every_state_within_every_limit() {
     }
 }
 
-/// The model of 353M with a batch of 4 on an H200, and of 2 on an RTX 3090, has channels enough for one
-/// pass; what a cube cannot have goes the other ways.
+/// The model of 353M has channels for four states a unit with a batch of 4 on an H200, and of 1 on an RTX
+/// 3090, which has less shared memory, and for two with fewer; what a cube cannot have goes the other ways.
 #[test]
 fn enough_channels_share_their_states() {
-    let device = |processors: usize| DeviceTraits {
+    let device = |processors: usize, shared: usize| DeviceTraits {
         ptx: true,
         plane: 32,
         max_units: 1024,
         busy_units: processors * 1024,
         shared_bytes: 48 * 1024,
-        processor_shared_bytes: 227 * 1024,
+        processor_shared_bytes: shared * 1024,
     };
+    let (h200, rtx3090) = (device(132, 227), device(82, 99));
     let shape = |batch, length, inner, state| ScanShape {
         batch,
         length,
         inner,
         state,
     };
-    for (processors, batch, segments) in [
-        (132, 4, 1),
-        (132, 2, 3),
-        (132, 1, 7),
-        (82, 2, 1),
-        (82, 1, 3),
+    let own = |shape, device: &DeviceTraits| shares(&shape, device).map(|layout| layout.own);
+    for (device, batch, inner, expected) in [
+        (h200, 4, 2048, Some(4)),
+        (h200, 2, 2048, Some(2)),
+        (h200, 1, 2048, Some(2)),
+        (h200, 1, 3584, Some(2)),
+        (h200, 2, 3584, Some(4)),
+        (h200, 1, 1536, None),
+        (rtx3090, 2, 2048, Some(4)),
+        (rtx3090, 1, 2048, Some(4)),
+        (rtx3090, 1, 1280, Some(2)),
+        (rtx3090, 1, 512, None),
     ] {
-        let shape = shape(batch, 8192, 2048, 16);
-        assert_eq!(shares(&shape, &device(processors)), Some(segments));
+        let what = format!("{device:?} {batch} {inner}");
+        assert_eq!(
+            own(shape(batch, 8192, inner, 16), &device),
+            expected,
+            "{what}"
+        );
     }
-    assert_eq!(shares(&shape(1, 1024, 2048, 16), &device(132)), None);
-    assert_eq!(shares(&shape(1, 8192, 6144, 16), &device(132)), None);
-    assert_eq!(shares(&shape(64, 1, 2048, 16), &device(132)), None);
-    assert_eq!(shares(&shape(64, 8192, 2048, 8), &device(132)), None);
-    assert_eq!(shares(&shape(64, 8192, 2047, 16), &device(132)), None);
-    let mut small = device(132);
-    small.processor_shared_bytes = 99 * 1024;
-    assert_eq!(shares(&shape(1, 8192, 2048, 16), &small), None);
-    small.shared_bytes = 16 * 1024;
-    assert_eq!(shares(&shape(64, 8192, 2048, 16), &small), None);
-    small = device(132);
-    small.max_units = 64;
-    assert_eq!(shares(&shape(64, 8192, 2048, 16), &small), None);
+    assert_eq!(own(shape(64, 1, 2048, 16), &h200), None);
+    assert_eq!(own(shape(64, 8192, 2048, 8), &h200), None);
+    assert_eq!(own(shape(64, 8192, 2047, 16), &h200), None);
+    let few_units = DeviceTraits {
+        max_units: 128,
+        ..h200
+    };
+    assert_eq!(own(shape(64, 8192, 2048, 16), &few_units), None);
+    let little = DeviceTraits {
+        shared_bytes: 16 * 1024,
+        processor_shared_bytes: 16 * 1024,
+        ..h200
+    };
+    assert_eq!(own(shape(64, 8192, 2048, 16), &little), None);
 }
 
 fn scan_inputs(dims: [usize; 4], device: &Device) -> Scan {
@@ -215,7 +227,7 @@ fn shared_states_equal_reference() {
         [1, 307, 68],
     ] {
         let dims = [batch, length, inner, 16];
-        for (bare, segments) in [(false, 1), (true, 1), (false, 3), (true, 2)] {
+        for (bare, own) in [(false, 4), (true, 4), (false, 2), (true, 2)] {
             let inputs = |device: &Device| {
                 let mut scan = scan_inputs(dims, device);
                 let device = device.clone().autodiff();
@@ -237,15 +249,15 @@ fn shared_states_equal_reference() {
             };
             let expected = results(inputs(&cpu()), reference::selective_scan);
             choose(Choice {
-                forward: Some(Forward::Share(segments)),
+                forward: Some(Forward::Share(own)),
             });
             for device in cube_devices() {
                 let inputs = inputs_with_columns(dims, &device);
                 let chosen = shares(&ScanShape::of(&inputs), &DeviceTraits::of(&inputs.u));
-                assert_eq!(chosen, Some(segments));
+                assert_eq!(chosen.map(|layout| layout.own), Some(own));
             }
             for device in devices() {
-                let what = format!("{device:?} {dims:?} bare {bare} segments {segments}");
+                let what = format!("{device:?} {dims:?} bare {bare} {own} states a unit");
                 let run = || results(inputs(&device), selective_scan);
                 let (got, again) = (run(), run());
                 for ((got, again), expected) in got.iter().zip(&again).zip(&expected) {
@@ -281,14 +293,17 @@ fn shared_states_in_bf16_equal_f32() {
         (wide.u, wide.delta) = (again(&narrow.u), again(&narrow.delta));
         (wide.b, wide.c) = (again(&narrow.b), again(&narrow.c));
         wide.z = narrow.z.as_ref().map(again);
-        choose(Choice {
-            forward: Some(Forward::Share(2)),
-        });
-        let (expected, got) = (selective_scan(wide), selective_scan(narrow));
-        choose(Choice::default());
-        let what = format!("{device:?}");
-        assert_close(&what, &read(got.0), &read(expected.0), 8e-3, 1e-3);
-        assert_close(&what, &read(got.1), &read(expected.1), 1e-6, 1e-6);
+        for own in [4, 2] {
+            choose(Choice {
+                forward: Some(Forward::Share(own)),
+            });
+            let expected = selective_scan(wide.clone());
+            let got = selective_scan(narrow.clone());
+            choose(Choice::default());
+            let what = format!("{device:?} {own} states a unit");
+            assert_close(&what, &read(got.0), &read(expected.0), 8e-3, 1e-3);
+            assert_close(&what, &read(got.1), &read(expected.1), 1e-6, 1e-6);
+        }
     }
 }
 
@@ -509,12 +524,12 @@ fn gradients_in_the_place_of_inputs_have_the_same_bits() {
 const WAYS: [Forward; 4] = [
     Forward::Cut,
     Forward::Walk,
-    Forward::Share(1),
-    Forward::Share(3),
+    Forward::Share(4),
+    Forward::Share(2),
 ];
 
 /// Whichever way forward goes through time, its results differ by rounding only, are the same in
-/// every run, and backward's outputs have its very bits.
+/// every run, and backward's outputs have its very bits, but for those of two states a unit.
 #[test]
 fn all_ways_through_time_agree() {
     let cases = [
@@ -558,7 +573,13 @@ fn all_ways_through_time_agree() {
                 let (inputs, dy) = (inputs.clone(), dy.clone());
                 let back = CubeBackend::selective_scan_backward(inputs, first.saved, dy, request);
                 let y = back.y.expect("asked for");
-                assert_same_bits(&format!("{what} y again"), &values(&y), &got[0]);
+                let what = format!("{what} y again");
+                match way {
+                    Forward::Share(2) => {
+                        assert_close(&what, &values(&y), &got[0], 1e-5, 1e-5);
+                    }
+                    _ => assert_same_bits(&what, &values(&y), &got[0]),
+                }
             }
             if !gated {
                 inputs.z = inputs_with_columns(dims, &device).z;

@@ -1,10 +1,10 @@
-//! What the [one pass](super::walk) over all positions does element-wise: loads ahead of their use,
+//! What the servers of the [one pass](super::walk) over all positions do: loads ahead of their use,
 //! step sizes before the recurrence, and outputs after it.
 
 use cubecl::prelude::*;
 
 use super::common::{CLEARED, V2, V4, entry};
-use super::walk::{CHANNELS, SHARES, STATES, STEP_ROW, TILE, WalkConfig};
+use super::layout::{Layout, STATES, WalkConfig};
 use crate::cube::OptionalInput;
 use crate::cube::math::{sigmoid, step_size};
 use crate::cube::reduce::tree_sum;
@@ -33,7 +33,8 @@ pub(super) struct Part {
     /// Its four channels, counted in fours; the last four for units beyond them.
     four: usize,
     inside: bool,
-    /// The position of its two numbers of B and of C within a tile, and their number there.
+    /// The position of its two numbers of B and of C within a tile, the first if it has several, and
+    /// their number there.
     row: usize,
     pair: usize,
     strides: Strides,
@@ -46,22 +47,23 @@ pub(super) fn part(
     count: usize,
     inner: usize,
     strides: Strides,
+    #[comptime] layout: Layout,
 ) -> Part {
-    let unit = UNIT_POS as usize;
-    // Of a plane's 32 units, eight have the channels of one position, so that global memory sees few
-    // lines; of 16 neighbouring ones four have four positions each, which do not meet in a bank of shared
-    // memory.
-    let column = (unit / 4 % 4 + unit / 16 % 2 * 4) * 4;
-    let channel = block * CHANNELS + column;
+    let unit = UNIT_POS as usize % layout.half;
+    // Neighbouring units have the channels of one position, so that global memory sees few
+    // lines; of 16 of them four have four positions each, which do not meet in a bank of shared memory.
+    let columns = comptime!(layout.channels() / 4);
+    let column = unit / 4 % columns * 4;
+    let channel = block * comptime!(layout.channels()) + column;
     Part {
         first,
         count,
-        position: unit % 4 + unit / 32 * 4,
+        position: unit % 4 + unit / comptime!(4 * columns) * 4,
         column,
         four: min(channel, inner - 4) / 4,
         inside: channel < inner,
-        row: unit / 8,
-        pair: unit % 8,
+        row: unit / comptime!(STATES / 2),
+        pair: unit % comptime!(STATES / 2),
         strides,
     }
 }
@@ -72,8 +74,7 @@ fn at_row(part: &Part, t: usize) -> usize {
     part.first + min(t, part.count - 1)
 }
 
-/// Inputs on their way, of an even and of an odd tile; the gates are of earlier tiles, which wait for
-/// their outputs.
+/// Inputs on their way, of a tile; the gates are of an earlier one, which waits for its outputs.
 #[derive(CubeType)]
 pub(super) struct Ahead<SU: Size, SD: Size, SP: Size, SZ: Size> {
     u: Array<Words<SU>>,
@@ -86,23 +87,23 @@ pub(super) struct Ahead<SU: Size, SD: Size, SP: Size, SZ: Size> {
 
 /// No inputs yet.
 #[cube]
-pub(super) fn nothing_ahead<SU: Size, SD: Size, SP: Size, SZ: Size>() -> Ahead<SU, SD, SP, SZ> {
-    let mut z = Array::<Words<SZ>>::new(2usize);
-    #[unroll]
-    for i in 0..2usize {
-        z[i] = Words::<SZ>::new(0u32);
-    }
+pub(super) fn nothing_ahead<SU: Size, SD: Size, SP: Size, SZ: Size>(
+    #[comptime] config: WalkConfig,
+) -> Ahead<SU, SD, SP, SZ> {
+    let rows = comptime!(config.layout.bc_rows());
+    let mut z = Array::<Words<SZ>>::new(1usize);
+    z[0] = Words::<SZ>::new(0u32);
     Ahead::<SU, SD, SP, SZ> {
-        u: Array::new(2usize),
-        delta: Array::new(2usize),
-        b: Array::new(2usize),
-        c: Array::new(2usize),
-        resets: Array::new(2usize),
+        u: Array::new(1usize),
+        delta: Array::new(1usize),
+        b: Array::new(rows),
+        c: Array::new(rows),
+        resets: Array::new(1usize),
         z,
     }
 }
 
-/// Reads the unit's part of the tile from position `t0` on, which is of the given parity.
+/// Reads the unit's part of the tile from position `t0` on.
 #[cube]
 pub(super) fn read<SU: Size, SD: Size, SP: Size, SZ: Size>(
     ahead: &mut Ahead<SU, SD, SP, SZ>,
@@ -113,34 +114,35 @@ pub(super) fn read<SU: Size, SD: Size, SP: Size, SZ: Size>(
     resets: &OptionalInput,
     part: &Part,
     t0: usize,
-    #[comptime] parity: usize,
-    #[comptime] outputs: bool,
     #[comptime] config: WalkConfig,
 ) {
     let row = at_row(part, t0 + part.position);
     let at = row * part.strides.fours + part.four;
-    ahead.u[parity] = load_now(u, at, config.ptx);
-    ahead.delta[parity] = load_now(delta, at, config.ptx);
+    ahead.u[0] = load_now(u, at, config.ptx);
+    ahead.delta[0] = load_now(delta, at, config.ptx);
     #[comptime]
     match resets {
-        ComptimeOption::Some(resets) => ahead.resets[parity] = resets[row],
+        ComptimeOption::Some(resets) => ahead.resets[0] = resets[row],
         ComptimeOption::None => {}
     }
-    let row = at_row(part, t0 + part.row);
-    ahead.b[parity] = load_now(b, row * part.strides.b_twos + part.pair, config.ptx);
-    if outputs {
-        ahead.c[parity] = load_now(c, row * part.strides.c_twos + part.pair, config.ptx);
+    #[unroll]
+    for i in 0..comptime!(config.layout.bc_rows()) {
+        let row = at_row(
+            part,
+            t0 + part.row + comptime!(i * config.layout.bc_pitch()),
+        );
+        ahead.b[i] = load_now(b, row * part.strides.b_twos + part.pair, config.ptx);
+        ahead.c[i] = load_now(c, row * part.strides.c_twos + part.pair, config.ptx);
     }
 }
 
-/// Reads the unit's gates of the tile from position `t0` on, which is of the given parity.
+/// Reads the unit's gates of the tile from position `t0` on.
 #[cube]
 pub(super) fn read_gates<SU: Size, SD: Size, SP: Size, SZ: Size>(
     ahead: &mut Ahead<SU, SD, SP, SZ>,
     z: &ComptimeOption<Box<[Words<SZ>]>>,
     part: &Part,
     t0: usize,
-    #[comptime] parity: usize,
     #[comptime] config: WalkConfig,
 ) {
     #[comptime]
@@ -148,7 +150,7 @@ pub(super) fn read_gates<SU: Size, SD: Size, SP: Size, SZ: Size>(
         ComptimeOption::Some(z) => {
             let row = at_row(part, t0 + part.position);
             let at = row * part.strides.z_fours + part.four;
-            ahead.z[parity] = load_now(z, at, config.ptx)
+            ahead.z[0] = load_now(z, at, config.ptx)
         }
         ComptimeOption::None => {}
     }
@@ -176,25 +178,22 @@ pub(super) fn parameters(bias: &OptionalInput, d: &OptionalInput, part: &Part) -
     }
 }
 
-/// Makes channel number `i` of the unit's of the tile from position `t0` on ready for the recurrence. Its
-/// u is kept for [`finish`], its step added to `passed`.
+/// Makes channel number `i` of the unit's of the tile from position `t0` on ready for the recurrence, in
+/// the half `turn` of shared memory. Returns its u.
 #[cube]
 pub(super) fn stage<SU: Size, SD: Size, SP: Size, SZ: Size>(
     ahead: &Ahead<SU, SD, SP, SZ>,
     steps: &mut Shared<[One]>,
-    us: &mut Array<f32>,
-    passed: &mut Array<f32>,
     parameters: &Parameters,
     part: &Part,
     t0: usize,
+    #[comptime] turn: usize,
     #[comptime] i: usize,
-    #[comptime] parity: usize,
     #[comptime] cleared: bool,
-    #[comptime] outputs: bool,
     #[comptime] c: WalkConfig,
-) {
+) -> f32 {
     let inside = t0 + part.position < part.count;
-    let delta = number::<SD>(ahead.delta[parity], i, comptime!(c.halves[1]));
+    let delta = number::<SD>(ahead.delta[0], i, comptime!(c.halves[1]));
     let mut dt = step_size(delta + parameters.bias[i], c.softplus, c.ptx);
     if comptime!(!c.whole) {
         // A position beyond the last leaves the state as it is.
@@ -202,47 +201,52 @@ pub(super) fn stage<SU: Size, SD: Size, SP: Size, SZ: Size>(
     }
     let mut step = dt;
     if cleared {
-        let mut reset = ahead.resets[parity] > 0.5f32;
+        let mut reset = ahead.resets[0] > 0.5f32;
         if comptime!(!c.whole) {
             reset = reset && inside;
         }
         step += select(reset, CLEARED, 0.0f32);
     }
-    let u = number::<SU>(ahead.u[parity], i, comptime!(c.halves[0]));
-    let at = comptime!(parity * TILE / 2 * STEP_ROW * 2)
-        + part.position / 2 * comptime!(STEP_ROW * 2)
+    let u = number::<SU>(ahead.u[0], i, comptime!(c.halves[0]));
+    // In twos.
+    let at = comptime!(turn * c.layout.room()[0] / 2)
+        + part.position / 2 * comptime!(c.layout.step_row() * 2)
         + (part.column + part.column / 8 + i) * 2
         + part.position % 2;
     put_two(steps, at, step, dt * u, c.ptx);
-    if outputs {
-        us[comptime!(parity * 4 + i)] = u;
-    } else {
-        passed[i] = min(passed[i] + select(inside, step, 0.0f32), CLEARED);
-    }
+    u
 }
 
-/// Makes the unit's numbers of B and C ready. Those of odd positions are the other way round, so that
-/// neighbouring positions meet in no bank.
+/// Makes the unit's numbers of B and C ready, in the half `turn` of shared memory. Where they are apart,
+/// those of odd positions are the other way round, so that neighbouring positions meet in no bank.
 #[cube]
 pub(super) fn stage_bc<SU: Size, SD: Size, SP: Size, SZ: Size>(
     ahead: &Ahead<SU, SD, SP, SZ>,
     bc: &mut Shared<[One]>,
     part: &Part,
-    #[comptime] parity: usize,
-    #[comptime] outputs: bool,
+    #[comptime] turn: usize,
     #[comptime] c: WalkConfig,
 ) {
     let halves = comptime!(c.halves[2]);
-    let at =
-        comptime!(parity * TILE * STATES) + part.row * STATES + part.pair / 2 * 4 + part.pair % 2;
-    let turned = part.row % 2 * 2;
-    let b0 = number::<SP>(ahead.b[parity], 0usize, halves);
-    let b1 = number::<SP>(ahead.b[parity], 1usize, halves);
-    put_two(bc, at + turned, b0, b1, c.ptx);
-    if outputs {
-        let c0 = number::<SP>(ahead.c[parity], 0usize, halves);
-        let c1 = number::<SP>(ahead.c[parity], 1usize, halves);
-        put_two(bc, at + 2 - turned, c0, c1, c.ptx);
+    #[unroll]
+    for i in 0..comptime!(c.layout.bc_rows()) {
+        let b0 = number::<SP>(ahead.b[i], 0usize, halves);
+        let b1 = number::<SP>(ahead.b[i], 1usize, halves);
+        let c0 = number::<SP>(ahead.c[i], 0usize, halves);
+        let c1 = number::<SP>(ahead.c[i], 1usize, halves);
+        let row = part.row + comptime!(i * c.layout.bc_pitch());
+        // In twos.
+        let first = comptime!(turn * c.layout.room()[1] / 2) + row * STATES;
+        if comptime!(c.layout.own == 4) {
+            let at = first + part.pair / 2 * 4 + part.pair % 2;
+            let turned = row % 2 * 2;
+            put_two(bc, at + turned, b0, b1, c.ptx);
+            put_two(bc, at + 2 - turned, c0, c1, c.ptx);
+        } else {
+            let at = first + part.pair * 2;
+            put_two(bc, at, b0, b1, c.ptx);
+            put_two(bc, at + 1, c0, c1, c.ptx);
+        }
     }
 }
 
@@ -254,51 +258,82 @@ fn put_two(buffer: &mut Shared<[One]>, at: usize, first: f32, second: f32, #[com
     put_wide_at::<Const<2>>(buffer, at, two, ptx);
 }
 
-/// Sums over the states of the unit's outputs, from the shares of the tile of the given parity.
+/// Sums over the states of the unit's outputs of a tile, in the half `turn` of shared memory.
 #[cube]
 pub(super) fn gather(
     sums: &mut Shared<[One]>,
     part: &Part,
-    #[comptime] parity: usize,
+    #[comptime] turn: usize,
     #[comptime] c: WalkConfig,
 ) -> Array<f32> {
-    let mut shares = Array::<V4>::new(SHARES);
+    let count = comptime!(c.layout.shares());
+    let first = comptime!(turn * c.layout.room()[2] / 4)
+        + part.position * comptime!(c.layout.pitch() / 4)
+        + part.column / 4;
+    let mut shares = Array::<V4>::new(count);
     #[unroll]
-    for i in 0..SHARES {
-        let at = comptime!((parity * SHARES + i) * c.share_pitch() / 4)
-            + part.position * comptime!(c.pitch / 4)
-            + part.column / 4;
+    for i in 0..count {
+        let at = first + comptime!(i * c.layout.share_pitch() / 4);
         shares[i] = wide_at::<Const<4>>(sums, at, c.ptx);
     }
     let mut out = Array::<f32>::new(4usize);
     #[unroll]
     for i in 0..4usize {
-        let mut of_shares = Array::<f32>::new(SHARES);
+        let mut of_shares = Array::<f32>::new(count);
         #[unroll]
-        for k in 0..SHARES {
+        for k in 0..count {
             of_shares[k] = shares[k].extract(i);
         }
-        out[i] = tree_sum(&mut of_shares, SHARES);
+        out[i] = tree_sum(&mut of_shares, count);
     }
     out
 }
 
-/// The output of channel number `i` of the unit's of the tile of the given parity.
+/// What a tile's outputs take besides their sums.
+#[derive(CubeType)]
+pub(super) struct Closing {
+    u: Array<f32>,
+    z: Array<f32>,
+    gates: Array<f32>,
+}
+
+/// Of the tile whose gates have come.
 #[cube]
-pub(super) fn finish<SU: Size, SD: Size, SP: Size, SZ: Size>(
+pub(super) fn closing<SU: Size, SD: Size, SP: Size, SZ: Size>(
     ahead: &Ahead<SU, SD, SP, SZ>,
-    sums: &Array<f32>,
     us: &Array<f32>,
-    parameters: &Parameters,
-    #[comptime] i: usize,
-    #[comptime] parity: usize,
     #[comptime] gated: bool,
     #[comptime] c: WalkConfig,
+) -> Closing {
+    let mut closing = Closing {
+        u: Array::new(4usize),
+        z: Array::new(4usize),
+        gates: Array::new(4usize),
+    };
+    #[unroll]
+    for i in 0..4usize {
+        closing.u[i] = us[i];
+        if gated {
+            let z = number::<SZ>(ahead.z[0], i, comptime!(c.halves[3]));
+            closing.z[i] = z;
+            closing.gates[i] = sigmoid(z, c.ptx);
+        }
+    }
+    closing
+}
+
+/// The output of channel number `i` of the unit's.
+#[cube]
+pub(super) fn finish(
+    closing: &Closing,
+    sums: &Array<f32>,
+    parameters: &Parameters,
+    #[comptime] i: usize,
+    #[comptime] gated: bool,
 ) -> f32 {
-    let value = fma(parameters.skip[i], us[comptime!(parity * 4 + i)], sums[i]);
+    let value = fma(parameters.skip[i], closing.u[i], sums[i]);
     if gated {
-        let z = number::<SZ>(ahead.z[parity], i, comptime!(c.halves[3]));
-        value * z * sigmoid(z, c.ptx)
+        value * closing.z[i] * closing.gates[i]
     } else {
         value
     }
