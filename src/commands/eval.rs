@@ -201,6 +201,11 @@ pub(crate) fn plot_file(path: &Path) -> Result<NewFile> {
     }
 }
 
+/// Draws a plot of bits per byte into its file.
+pub(crate) fn put_plot(file: NewFile, title: &str, x_name: &str, series: &[Series]) -> Result<()> {
+    file.put(plot::svg(title, x_name, series)?.as_bytes())
+}
+
 /// What a byte is predicted from.
 #[derive(Clone, Debug, Args)]
 pub struct ContextArgs {
@@ -338,8 +343,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     if let Some(file) = plot {
         let title = format!("{:.4} bits per byte", report.bits_per_byte);
         let series = [by_position("model", &report.curve)];
-        let drawn = plot::svg(&title, "position in the document", &series)?;
-        file.put(drawn.as_bytes())?;
+        put_plot(file, &title, "position in the document", &series)?;
     }
     let output = Output {
         bytes_per_second: report.bytes as f64 / seconds,

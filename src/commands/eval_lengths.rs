@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
-use super::eval::{About, CheckpointArgs, POSITIONS, TextArgs, bar, lanes, plot_file};
+use super::eval::{About, CheckpointArgs, POSITIONS, TextArgs, bar, lanes, plot_file, put_plot};
 use super::{grouped, print, print_json};
 use crate::error::Result;
 use crate::eval::lengths::{LongDocuments, doubling};
-use crate::eval::plot::{self, Series};
+use crate::eval::plot::Series;
 use crate::eval::{Context, Corpus as _, EvalOptions, evaluate};
 
 /// Arguments of `eval-lengths`.
@@ -117,8 +117,7 @@ pub fn run(args: &EvalLengthsArgs) -> Result<()> {
             points: output.lengths.iter().filter_map(point).collect(),
         }];
         let title = format!("trained with {} bytes", grouped(output.trained as u64));
-        let drawn = plot::svg(&title, "length of the context", &series)?;
-        file.put(drawn.as_bytes())?;
+        put_plot(file, &title, "length of the context", &series)?;
     }
     match args.json {
         true => print_json(&output),

@@ -51,21 +51,20 @@ mod carry;
 mod common;
 mod copies;
 mod forward;
-mod layout;
 pub(crate) mod plan;
 mod sums;
 #[cfg(test)]
 mod tests;
 mod walk;
-mod walk_parts;
+mod walk_layout;
+mod walk_servers;
 
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::AddressType;
 
-use self::layout::{Layout, WalkConfig};
 use self::plan::{Alignment, Chunks, Forward, ScanShape, SweepConfig, shares, sweep};
-
+use self::walk_layout::{Layout, WalkConfig};
 use super::{ScanInputs, ScanOutputs};
 use crate::cube::{
     DeviceTraits, address_type, buffer, contiguous, contiguous_f32, cube_dim, elem, empty, grid,

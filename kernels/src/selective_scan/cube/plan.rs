@@ -5,7 +5,7 @@ use std::cell::Cell;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::copies;
-use super::layout::{Layout, STATES};
+use super::walk_layout::{Layout, STATES};
 use crate::cube::{DeviceTraits, dims, power_of_two_below};
 use crate::selective_scan::BACKWARD_TRANSIENT_BYTES;
 use crate::selective_scan::ScanInputs;

@@ -23,27 +23,15 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::common::{Place, V4, load_initial, load_rates, store_last, store_states};
-use super::layout::{Layout, PLANE, STATES, WalkConfig};
-use super::walk_parts::{
-    Ahead, Closing, Parameters, Part, Strides, closing, finish, gather, nothing_ahead, parameters,
-    part, read, read_gates, stage, stage_bc, write,
+use super::walk_layout::{Layout, PLANE, Room, STATES, WalkConfig};
+use super::walk_servers::{
+    Parameters, Part, Strides, closing, complete, nothing_ahead, parameters, part, prepare, read,
+    read_gates,
 };
 use crate::cube::OptionalInput;
 use crate::cube::math::exp2;
 use crate::cube::wide::{One, wide_at};
 use crate::cube::words::Words;
-
-/// The cube's shared memory, for two tiles.
-#[derive(CubeType)]
-struct Room {
-    /// Steps, as the decays see them and times u.
-    steps: Shared<[One]>,
-    /// With four states a unit, these of B and these of C by turns, in odd positions the other way
-    /// round; with two, both side by side.
-    bc: Shared<[One]>,
-    /// Every share's outputs.
-    sums: Shared<[One]>,
-}
 
 /// What the recurrence needs of two groups of positions, the even one first.
 #[derive(CubeType)]
@@ -231,60 +219,6 @@ fn walk_tile(
     }
 }
 
-/// A server makes the tile from position `t0` on ready, in the half `turn` of shared memory. Its u are
-/// kept, as are those of the tile before.
-#[cube]
-fn prepare<SU: Size, SD: Size, SP: Size, SZ: Size>(
-    ahead: &Ahead<SU, SD, SP, SZ>,
-    room: &mut Room,
-    us: &mut Array<f32>,
-    parameters: &Parameters,
-    part: &Part,
-    t0: usize,
-    #[comptime] turn: usize,
-    #[comptime] cleared: bool,
-    #[comptime] config: WalkConfig,
-) {
-    #[unroll]
-    for i in 0..4usize {
-        us[i] = us[comptime!(4 + i)];
-        us[comptime!(4 + i)] = stage(
-            ahead,
-            &mut room.steps,
-            parameters,
-            part,
-            t0,
-            turn,
-            i,
-            cleared,
-            config,
-        );
-    }
-    stage_bc(ahead, &mut room.bc, part, turn, config);
-}
-
-/// A server's outputs of the tile from position `t0` on, in the half `turn` of shared memory.
-#[cube]
-fn complete<Y: Float>(
-    closing: &Closing,
-    y: &mut [Vector<Y, Const<4>>],
-    parameters: &Parameters,
-    part: &Part,
-    room: &mut Room,
-    t0: usize,
-    #[comptime] turn: usize,
-    #[comptime] gated: bool,
-    #[comptime] config: WalkConfig,
-) {
-    let sums = gather(&mut room.sums, part, turn, config);
-    let mut out = V4::new(0.0f32);
-    #[unroll]
-    for i in 0..4usize {
-        out.insert(i, finish(closing, &sums, parameters, i, gated));
-    }
-    write::<Y>(out, y, part, t0);
-}
-
 /// Loads before this begin before anything after it, and not last, where the compiler puts them. All that
 /// earlier loads bring is used before: whoever waits for a load waits for the later ones too, as they share
 /// what tells that they have come.
@@ -312,7 +246,6 @@ fn pass<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
     part: &Part,
     walker: &Walker,
     room: &mut Room,
-    length: usize,
     #[comptime] config: WalkConfig,
 ) {
     let gated = comptime!(z.is_some());
@@ -344,7 +277,7 @@ fn pass<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
     }
     sync_cube();
 
-    let pairs = length.div_ceil(comptime!(2 * tile));
+    let pairs = part.count.div_ceil(comptime!(2 * tile));
     for pair in 0..pairs {
         // With both turns written out, all places of shared memory are constants beside the unit's own.
         #[unroll]
@@ -359,7 +292,7 @@ fn pass<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
                     walker,
                     room,
                     t0,
-                    length,
+                    part.count,
                     turn,
                     config,
                 );
@@ -498,7 +431,6 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
         &part,
         &walker,
         &mut room,
-        length,
         config,
     );
     store_last(last, &h, place, states, inner, own);

@@ -1,5 +1,9 @@
 //! How the [one pass](super::walk) spreads states over units, and where its numbers lie in shared memory.
 
+use cubecl::prelude::*;
+
+use crate::cube::wide::One;
+
 /// States of a channel.
 pub(super) const STATES: usize = 16;
 /// Units that share memory's cycles.
@@ -113,4 +117,16 @@ impl Layout {
         let [steps, bc, sums] = self.room();
         2 * 4 * (steps + bc + sums)
     }
+}
+
+/// The cube's shared memory, for two tiles.
+#[derive(CubeType)]
+pub(super) struct Room {
+    /// Steps, as the decays see them and times u.
+    pub steps: Shared<[One]>,
+    /// With four states a unit, these of B and these of C by turns, in odd positions the other way
+    /// round; with two, both side by side.
+    pub bc: Shared<[One]>,
+    /// Every share's outputs.
+    pub sums: Shared<[One]>,
 }

@@ -4,7 +4,7 @@
 use cubecl::prelude::*;
 
 use super::common::{CLEARED, V2, V4, entry};
-use super::layout::{Layout, STATES, WalkConfig};
+use super::walk_layout::{Layout, Room, STATES, WalkConfig};
 use crate::cube::OptionalInput;
 use crate::cube::math::{sigmoid, step_size};
 use crate::cube::reduce::tree_sum;
@@ -25,11 +25,11 @@ pub(super) struct Strides {
 pub(super) struct Part {
     /// The first position, in all of them, and their number.
     first: usize,
-    count: usize,
+    pub count: usize,
     /// The unit's position within a tile.
-    pub position: usize,
+    position: usize,
     /// Its first channel within the cube.
-    pub column: usize,
+    column: usize,
     /// Its four channels, counted in fours; the last four for units beyond them.
     four: usize,
     inside: bool,
@@ -181,7 +181,7 @@ pub(super) fn parameters(bias: &OptionalInput, d: &OptionalInput, part: &Part) -
 /// Makes channel number `i` of the unit's of the tile from position `t0` on ready for the recurrence, in
 /// the half `turn` of shared memory. Returns its u.
 #[cube]
-pub(super) fn stage<SU: Size, SD: Size, SP: Size, SZ: Size>(
+fn stage<SU: Size, SD: Size, SP: Size, SZ: Size>(
     ahead: &Ahead<SU, SD, SP, SZ>,
     steps: &mut Shared<[One]>,
     parameters: &Parameters,
@@ -220,7 +220,7 @@ pub(super) fn stage<SU: Size, SD: Size, SP: Size, SZ: Size>(
 /// Makes the unit's numbers of B and C ready, in the half `turn` of shared memory. Where they are apart,
 /// those of odd positions are the other way round, so that neighbouring positions meet in no bank.
 #[cube]
-pub(super) fn stage_bc<SU: Size, SD: Size, SP: Size, SZ: Size>(
+fn stage_bc<SU: Size, SD: Size, SP: Size, SZ: Size>(
     ahead: &Ahead<SU, SD, SP, SZ>,
     bc: &mut Shared<[One]>,
     part: &Part,
@@ -260,7 +260,7 @@ fn put_two(buffer: &mut Shared<[One]>, at: usize, first: f32, second: f32, #[com
 
 /// Sums over the states of the unit's outputs of a tile, in the half `turn` of shared memory.
 #[cube]
-pub(super) fn gather(
+fn gather(
     sums: &mut Shared<[One]>,
     part: &Part,
     #[comptime] turn: usize,
@@ -324,7 +324,7 @@ pub(super) fn closing<SU: Size, SD: Size, SP: Size, SZ: Size>(
 
 /// The output of channel number `i` of the unit's.
 #[cube]
-pub(super) fn finish(
+fn finish(
     closing: &Closing,
     sums: &Array<f32>,
     parameters: &Parameters,
@@ -341,9 +341,63 @@ pub(super) fn finish(
 
 /// Writes the unit's outputs of the tile from position `t0` on, but none beyond either end.
 #[cube]
-pub(super) fn write<Y: Float>(out: V4, y: &mut [Vector<Y, Const<4>>], part: &Part, t0: usize) {
+fn write<Y: Float>(out: V4, y: &mut [Vector<Y, Const<4>>], part: &Part, t0: usize) {
     let t = t0 + part.position;
     if part.inside && t < part.count {
         y[(part.first + t) * part.strides.fours + part.four] = Vector::cast_from(out);
     }
+}
+
+/// A server makes the tile from position `t0` on ready, in the half `turn` of shared memory. Its u are
+/// kept, as are those of the tile before.
+#[cube]
+pub(super) fn prepare<SU: Size, SD: Size, SP: Size, SZ: Size>(
+    ahead: &Ahead<SU, SD, SP, SZ>,
+    room: &mut Room,
+    us: &mut Array<f32>,
+    parameters: &Parameters,
+    part: &Part,
+    t0: usize,
+    #[comptime] turn: usize,
+    #[comptime] cleared: bool,
+    #[comptime] config: WalkConfig,
+) {
+    #[unroll]
+    for i in 0..4usize {
+        us[i] = us[comptime!(4 + i)];
+        us[comptime!(4 + i)] = stage(
+            ahead,
+            &mut room.steps,
+            parameters,
+            part,
+            t0,
+            turn,
+            i,
+            cleared,
+            config,
+        );
+    }
+    stage_bc(ahead, &mut room.bc, part, turn, config);
+}
+
+/// A server's outputs of the tile from position `t0` on, in the half `turn` of shared memory.
+#[cube]
+pub(super) fn complete<Y: Float>(
+    closing: &Closing,
+    y: &mut [Vector<Y, Const<4>>],
+    parameters: &Parameters,
+    part: &Part,
+    room: &mut Room,
+    t0: usize,
+    #[comptime] turn: usize,
+    #[comptime] gated: bool,
+    #[comptime] config: WalkConfig,
+) {
+    let sums = gather(&mut room.sums, part, turn, config);
+    let mut out = V4::new(0.0f32);
+    #[unroll]
+    for i in 0..4usize {
+        out.insert(i, finish(closing, &sums, parameters, i, gated));
+    }
+    write::<Y>(out, y, part, t0);
 }
