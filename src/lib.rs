@@ -24,6 +24,7 @@
 mod clock;
 pub mod commands;
 pub mod config;
+mod connections;
 pub mod dashboard;
 pub mod device;
 pub mod error;

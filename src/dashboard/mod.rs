@@ -34,9 +34,11 @@ mod tail;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::connections::{self, HEAD};
 use crate::error::{Error, Result};
 use crate::train::run_dir::no_run;
 
@@ -67,12 +69,11 @@ pub fn serve(paths: &[PathBuf], port: u16, ready: impl FnOnce(SocketAddr)) -> Re
             })?;
         let hub = hub::Hub::start(paths.to_vec()).map_err(anyhow::Error::from)?;
         ready(listener.local_addr().map_err(anyhow::Error::from)?);
-        let server = axum::serve(listener, api::router(hub));
         // Pages stay connected for ever, so there is nothing to wait for at the end.
-        tokio::select! {
-            result = server => result.map_err(|it| anyhow::Error::from(it).into()),
-            _ = tokio::signal::ctrl_c() => Ok(()),
-        }
+        let (router, grace) = (api::router(hub), Duration::ZERO);
+        let end = tokio::signal::ctrl_c();
+        let end = connections::serve(listener, router, HEAD, grace, end).await;
+        Ok(end.map_err(anyhow::Error::from)?)
     })
 }
 

@@ -30,7 +30,6 @@ mod tokens;
 mod worker;
 
 use std::net::{IpAddr, SocketAddr};
-use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -41,11 +40,11 @@ use axum::middleware;
 use axum::routing::{get, post};
 use burn::tensor::Device;
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
 use tokio::sync::watch::{self, Receiver};
 
 use crate::clock::since_1970;
 use crate::config::Precision;
+use crate::connections::{self, HEAD};
 use crate::error::{Error, Result};
 use crate::model::MambaLm;
 use worker::Worker;
@@ -160,25 +159,13 @@ pub fn serve(
         };
         let address = listener.local_addr().map_err(anyhow::Error::from)?;
         ready(address)?;
-        let (end, outcome) = oneshot::channel();
-        let ending = async {
-            let outcome = tokio::select! {
+        let end = async {
+            tokio::select! {
                 () = told_to_end(signals) => Ok(()),
                 error = ended.reason() => Err(error),
-            };
-            let _ = end.send(outcome);
-        };
-        let served = axum::serve(listener, router(options, worker)).with_graceful_shutdown(ending);
-        let mut served = pin!(served.into_future());
-        tokio::select! {
-            // First: a server that has nothing to answer ends as soon as it is told to.
-            biased;
-            outcome = outcome => {
-                let _ = tokio::time::timeout(GRACE, served).await;
-                outcome.unwrap_or(Ok(()))
             }
-            served = &mut served => Ok(served.map_err(anyhow::Error::from)?),
-        }
+        };
+        connections::serve(listener, router(options, worker), HEAD, GRACE, end).await
     })
 }
 
