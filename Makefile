@@ -125,6 +125,11 @@ test: ## Run all tests, those of the GPU kernels on software Vulkan
 	target=$$(cargo metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
 	tests/dashboard/run.sh "$$target/release/mambabyte" "$$target/dashboard"
 	tests/dashboard/tensorboard.sh "$$target/release/mambabyte" "$$target/dashboard" $(PYTHON)
+	if command -v $(PYTHON) >/dev/null; then
+		$(PYTHON) -B benches/test_gpu.py
+	else
+		echo 'SKIPPED: tests of the GPU scripts (there is no $(PYTHON))'
+	fi
 
 # Half of the time for kills, the rest for faults and damaged files; each at least once.
 chaos: ## Kill runs, make disks fail, damage files, for a chosen time [SECONDS, FEATURES]

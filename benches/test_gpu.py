@@ -16,9 +16,9 @@ import unittest
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
 
-import gpu_peer
 import gpu_trace
 import sm86
+from peer import ours, processes, results, search, shapes
 
 # Stands for the program: 12,345 bytes a second and sequence; batches above 4 and sequences above
 # 300,000 bytes do not fit.
@@ -63,31 +63,31 @@ class Peer(unittest.TestCase):
             return ended, {row["name"]: row.get("ours") for row in json.load(file)["rows"]}
 
     def test_reports_are_an_array_or_lines(self):
-        self.assertEqual(gpu_peer.parse_report('[{"name": "a"}]'), [{"name": "a"}])
-        self.assertEqual(gpu_peer.parse_report('noise\n{"name": "a"}\n[{"name": "b"}]\n3\n'),
+        self.assertEqual(ours.parse_report('[{"name": "a"}]'), [{"name": "a"}])
+        self.assertEqual(ours.parse_report('noise\n{"name": "a"}\n[{"name": "b"}]\n3\n'),
                          [{"name": "a"}, {"name": "b"}])
-        self.assertEqual(gpu_peer.parse_report(""), [])
+        self.assertEqual(ours.parse_report(""), [])
 
     def test_names_of_scans(self):
         record = lambda name, ms: {"name": name, "milliseconds": ms}
         records = [record("forward", 1), record("forward: ChunkEnds", 2), record("backward", 3),
                    record("backward: Carry", 4), record("forward + backward", 5)]
-        self.assertEqual(gpu_peer.scan_times(records), {"forward": 1, "backward": 3, "both": 5})
+        self.assertEqual(ours.scan_times(records), {"forward": 1, "backward": 3, "both": 5})
         records = [record("Forward + sum + backward (autodiff)", 7)]
-        self.assertEqual(gpu_peer.scan_times(records), {"both": 7})
+        self.assertEqual(ours.scan_times(records), {"both": 7})
 
     def test_names_of_products(self):
         records = [{"name": "in_proj 16384 x 1024 x 4096 y", "rate": 5.0},
                    {"name": "in_proj 16384 x 1024 x 4096 y (Burn's)", "rate": 6.0},
                    {"name": "x_proj 16384 x 2048 x 96 dW", "rate": 7.0}]
-        self.assertEqual(gpu_peer.product_rates(records), {("in_proj", "y"): 5.0, ("x_proj", "dW"): 7.0})
+        self.assertEqual(ours.product_rates(records), {("in_proj", "y"): 5.0, ("x_proj", "dW"): 7.0})
 
     def test_peak_of_memory(self):
-        gib = gpu_peer.GIB
+        gib = shapes.GIB
         # Within a limit of 24 GiB, 1.5 were never used; what is above was held.
-        self.assertEqual(gpu_peer.peak_within(24 * gib, 1.5 * gib, 139 * gib), 22.5)
-        self.assertEqual(gpu_peer.peak_within(None, 100 * gib, 139 * gib), 39)
-        self.assertEqual(gpu_peer.peak_within(24 * gib, 100 * gib, 139 * gib), 39)
+        self.assertEqual(ours.peak_within(24 * gib, 1.5 * gib, 139 * gib), 22.5)
+        self.assertEqual(ours.peak_within(None, 100 * gib, 139 * gib), 39)
+        self.assertEqual(ours.peak_within(24 * gib, 100 * gib, 139 * gib), 39)
 
     def test_search(self):
         for most in (8192, 5 * 8192, 100 * 8192):
@@ -97,22 +97,22 @@ class Peer(unittest.TestCase):
                 tried.append(length)
                 return length <= most
 
-            low, high = gpu_peer.search(fits, 16 * 8192, lambda: False)
+            low, high = search.search(fits, 16 * 8192, lambda: False)
             self.assertEqual((low, high), (most, most + 8192))
             self.assertTrue(all(length % 8192 == 0 for length in tried))
             self.assertEqual(len(tried), len(set(tried)))
-        self.assertEqual(gpu_peer.search(lambda _: False, 8192, lambda: False), (0, 8192))
-        self.assertEqual(gpu_peer.search(lambda _: True, 8192, lambda: True), (0, 0))
+        self.assertEqual(search.search(lambda _: False, 8192, lambda: False), (0, 8192))
+        self.assertEqual(search.search(lambda _: True, 8192, lambda: True), (0, 0))
 
     def test_table(self):
-        results = gpu_peer.Results("", {})
+        table = results.Results("", {})
         for value in (2.0, 1.0, 3.0):
-            results.add("s", "scan", "peer", value)
-            results.add("s", "scan", "ours", value / 2, peak=20.0)
-            results.add("s", "product", "peer", 400, "TFLOP/s", "percent")
-            results.add("s", "product", "ours", 300, "TFLOP/s", "percent")
-        results.add("s", "step", "ours", None, note="batch 8: out of memory")
-        self.assertEqual(results.table("s").splitlines()[2:], [
+            table.add("s", "scan", "peer", value)
+            table.add("s", "scan", "ours", value / 2, peak=20.0)
+            table.add("s", "product", "peer", 400, "TFLOP/s", "percent")
+            table.add("s", "product", "ours", 300, "TFLOP/s", "percent")
+        table.add("s", "step", "ours", None, note="batch 8: out of memory")
+        self.assertEqual(table.table("s").splitlines()[2:], [
             "| scan | 2 ms (1–3) | 1 ms (0.5–1.5) | 2.00 × | – | 20.0 GiB |",
             "| product | 400 TFLOP/s (400–400) | 300 TFLOP/s (300–300) | 75 % | – | – |",
             "| step | – | –; batch 8: out of memory | – | – | – |",
@@ -159,15 +159,15 @@ class Peer(unittest.TestCase):
 
     def test_time_runs_out(self):
         with tempfile.TemporaryDirectory() as folder:
-            runner = gpu_peer.Runner(types.SimpleNamespace(free=lambda: None))
-            with self.assertRaisesRegex(gpu_peer.Failure, "more than 0 s"):
+            runner = processes.Runner(types.SimpleNamespace(free=lambda: None))
+            with self.assertRaisesRegex(processes.Failure, "more than 0 s"):
                 runner.run([sys.executable, "-c", "import time; time.sleep(60)"], 0.2, cwd=folder)
-            with self.assertRaisesRegex(gpu_peer.Failure, "could not start"):
+            with self.assertRaisesRegex(processes.Failure, "could not start"):
                 runner.run(["/nowhere"], 1)
 
     def test_memory_between_lines(self):
         free = iter([90, 80, 70] + [60] * 10000)
-        runner = gpu_peer.Runner(types.SimpleNamespace(free=lambda: next(free) << 30))
+        runner = processes.Runner(types.SimpleNamespace(free=lambda: next(free) << 30))
         code, lines, _, low, before = runner.run(
             [sys.executable, "-c", "import time; time.sleep(.4); print('a')"], 20
         )
