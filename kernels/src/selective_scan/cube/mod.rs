@@ -388,7 +388,7 @@ fn launch_walk(
     };
     let [u_words, delta_words, bc_words, z_words] = config.words();
     // SAFETY: every position is derived from the shapes passed along, whose buffers are of just
-    // these sizes and strides, in whole vectors; units beyond the last channel write nothing.
+    // these sizes and strides, in whole vectors; units beyond the last channel or sequence write nothing.
     unsafe {
         walk::walk::launch_unchecked(
             &inputs.u.client,
@@ -412,6 +412,7 @@ fn launch_walk(
             buffer(&results.saved),
             buffer(&results.last_state),
             buffer(&results.y),
+            shape.batch,
             shape.length,
             shape.inner,
             strides.b / 2,

@@ -270,6 +270,28 @@ fn shared_states_equal_reference() {
     }
 }
 
+/// More cubes than an axis of the grid has: those that fill up the last row of cubes have no sequence, and
+/// write nothing.
+#[test]
+fn cubes_beyond_the_last_sequence_write_nothing() {
+    let dims = [65_537, 1, 4, 16];
+    let run = |device: &Device, op: fn(Scan) -> (Tensor<3>, Tensor<3>)| {
+        let (y, last) = op(scan_inputs(dims, device));
+        [read(y), read(last)]
+    };
+    let expected = run(&cpu(), reference::selective_scan);
+    for device in devices() {
+        choose(Choice {
+            forward: Some(Forward::Share(4)),
+        });
+        let got = run(&device, selective_scan);
+        choose(Choice::default());
+        for (got, expected) in got.iter().zip(&expected) {
+            assert_close(&format!("{device:?}"), got, expected, RTOL, ATOL);
+        }
+    }
+}
+
 /// Numbers of 16 bits, which are read as words, give what the same numbers in f32 give, to rounding.
 #[test]
 fn shared_states_in_bf16_equal_f32() {

@@ -50,49 +50,50 @@ struct Corner {
     sums: usize,
 }
 
+/// Given the unit's channel and share within the cube.
 #[cube]
-fn corner(walker: &Walker, #[comptime] turn: usize, #[comptime] config: WalkConfig) -> Corner {
+fn corner(lane: usize, share: usize, #[comptime] config: WalkConfig) -> Corner {
     let layout = comptime!(config.layout);
-    let [steps, bc, sums] = comptime!(layout.room());
-    let lane = fresh(walker.lane, config.ptx);
-    let share = fresh(walker.place.lane, config.ptx);
     let pitch = comptime!(layout.share_pitch());
     Corner {
-        steps: comptime!(turn * steps / 4) + lane + lane / 8,
-        bc: comptime!(turn * bc / 4) + share * comptime!(layout.own / 2),
-        sums: comptime!(turn * sums) + share * pitch + lane,
+        steps: fresh(lane + lane / 8, config),
+        bc: fresh(share * comptime!(layout.own / 2), config),
+        sums: fresh(share * pitch + lane, config),
     }
 }
 
-/// A number below 64, as one that the compiler knows no more of. Else it computes all places that are a
-/// constant away from each other before the loop, and holds each of them in a register (168 for 100), which
-/// leaves a processor room for one cube instead of two. It has to know that sums with constants stay small,
-/// or it cannot make the constants part of the loads and stores.
+/// A place in a tile's shared memory, as a number that the compiler knows only to be one. Else it computes
+/// all places that are a constant away from each other before the loop, and holds each of them in a register
+/// (168 for 104), which leaves a processor room for one cube instead of two. It has to know that sums with
+/// constants stay small, or it cannot make the constants part of the loads and stores.
 #[cube]
-fn fresh(value: usize, #[comptime] ptx: bool) -> usize {
-    if comptime!(ptx) {
-        let known = value as u32;
+fn fresh(place: usize, #[comptime] config: WalkConfig) -> usize {
+    if comptime!(config.ptx) {
+        let known = place as u32;
         let it: u32;
         gpu_asm!("mov.b32 {}, {};", out(_) it, in(_) known);
-        (it % 64u32) as usize
+        let places = comptime!(config.layout.room()[2].next_power_of_two() as u32);
+        (it % places) as usize
     } else {
-        value
+        place
     }
 }
 
-/// Fetches a group of the tile whose numbers begin at `corner`.
+/// Fetches a group of the tile in the half `turn` of shared memory.
 #[cube]
 fn fetch(
     groups: &mut Groups,
     room: &mut Room,
     corner: &Corner,
+    #[comptime] turn: usize,
     #[comptime] group: usize,
     #[comptime] c: WalkConfig,
 ) {
     let count = comptime!(c.layout.group());
+    let [steps, bc, _] = comptime!(c.layout.room());
     #[unroll]
     for i in 0..comptime!(count / 2) {
-        let row = comptime!((group * count / 2 + i) * c.layout.step_row());
+        let row = comptime!(turn * steps / 4 + (group * count / 2 + i) * c.layout.step_row());
         groups.steps[comptime!(group % 2 * (count / 2) + i)] =
             wide_at::<Const<4>>(&mut room.steps, corner.steps + row, c.ptx);
     }
@@ -100,7 +101,7 @@ fn fetch(
     for i in 0..count {
         let row = comptime!(group * count + i);
         let slot = comptime!(group % 2 * count + i);
-        let at = corner.bc + comptime!(row * STATES / 2);
+        let at = corner.bc + comptime!(turn * bc / 4 + row * STATES / 2);
         if comptime!(c.layout.own == 4) {
             groups.b[slot] = wide_at::<Const<4>>(&mut room.bc, at + comptime!(row % 2), c.ptx);
             groups.c[slot] = wide_at::<Const<4>>(&mut room.bc, at + comptime!(1 - row % 2), c.ptx);
@@ -139,10 +140,12 @@ fn advance(
     rates: &Array<f32>,
     room: &mut Room,
     corner: &Corner,
+    #[comptime] turn: usize,
     #[comptime] group: usize,
     #[comptime] c: WalkConfig,
 ) {
     let count = comptime!(c.layout.group());
+    let sums_room = comptime!(c.layout.room()[2]);
     let own = comptime!(c.layout.own);
     let mut sums = Array::<f32>::new(count);
     #[unroll]
@@ -165,7 +168,7 @@ fn advance(
     }
     #[unroll]
     for i in 0..count {
-        let row = comptime!((group * count + i) * c.layout.pitch());
+        let row = comptime!(turn * sums_room + (group * count + i) * c.layout.pitch());
         room.sums[corner.sums + row] = One::new(sums[i]);
     }
 }
@@ -180,8 +183,7 @@ fn walks(#[comptime] layout: Layout) -> bool {
 #[derive(CubeType)]
 struct Walker {
     place: Place,
-    /// The unit's channel within the cube.
-    lane: usize,
+    corner: Corner,
     chunks: usize,
     inner: usize,
 }
@@ -200,9 +202,9 @@ fn walk_tile(
     #[comptime] turn: usize,
     #[comptime] config: WalkConfig,
 ) {
-    let corner = corner(walker, turn, config);
+    let corner = &walker.corner;
     let count = comptime!(config.layout.tile() / config.layout.group());
-    fetch(groups, room, &corner, 0usize, config);
+    fetch(groups, room, corner, turn, 0usize, config);
     if t0 < length && t0 % comptime!(config.chunk) == 0 {
         let row = walker.place.batch * walker.chunks + t0 / comptime!(config.chunk);
         let states = comptime!(STATES).runtime();
@@ -213,9 +215,9 @@ fn walk_tile(
     for group in 0..count {
         // The next group's numbers are on their way meanwhile.
         if comptime!(group + 1 < count) {
-            fetch(groups, room, &corner, comptime!(group + 1), config);
+            fetch(groups, room, corner, turn, comptime!(group + 1), config);
         }
-        advance(&*groups, h, rates, room, &corner, group, config);
+        advance(&*groups, h, rates, room, corner, turn, group, config);
     }
 }
 
@@ -355,6 +357,7 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
     saved: &mut [f32],
     last: &mut [f32],
     y: &mut [Vector<Y, Const<4>>],
+    batch: usize,
     length: usize,
     inner: usize,
     b_twos: usize,
@@ -368,6 +371,9 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
     let blocks = inner.div_ceil(comptime!(layout.channels()));
     let block = CUBE_POS % blocks;
     let sequence = CUBE_POS / blocks;
+    if sequence >= batch {
+        terminate!();
+    }
     let strides = Strides {
         fours: inner / 4,
         z_fours,
@@ -390,7 +396,7 @@ pub(super) fn walk<Y: Float, SU: Size, SD: Size, SP: Size, SZ: Size>(
             channel: min(channel, inner - 1),
             inside: walks(layout) && channel < inner,
         },
-        lane,
+        corner: corner(lane, share, config),
         chunks: length.div_ceil(comptime!(config.chunk)),
         inner,
     };
