@@ -138,7 +138,7 @@ impl Chunks {
 ///
 /// However few its channels, a walk takes as long as one cube does, and two cubes beside each other on a
 /// processor take half as long again: two states a unit are faster as long as all their cubes run at once
-/// (H200, 353M: 0.19 ms a sequence and 0.30 two, with four states 0.35 and 0.35). With cubes for fewer than
+/// (H200, 353M: 0.21 ms for one sequence and 0.30 for two, with four states 0.35 and 0.35). With cubes for fewer than
 /// about three quarters of the processors, cutting time is as fast (0.23 ms for one sequence, and less in
 /// proportion for fewer channels).
 pub(super) fn shares(shape: &ScanShape, device: &DeviceTraits) -> Option<Layout> {
