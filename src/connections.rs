@@ -15,27 +15,44 @@ use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
+use tokio_io_timeout::TimeoutStream;
 
-/// How long a connection may take to bring the head of its next request. Clients that keep
-/// connections for later give them up sooner, or connect anew.
-pub(crate) const HEAD: Duration = Duration::from_secs(30);
+/// How long a server waits for the other end of a connection.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    /// For the head of the next request.
+    pub head: Duration,
+    /// Until more of an answer is taken up.
+    pub answer: Duration,
+}
+
+impl Default for Patience {
+    /// Clients that keep connections for later give them up sooner, or connect anew.
+    fn default() -> Self {
+        Self {
+            head: Duration::from_secs(30),
+            answer: Duration::from_secs(60),
+        }
+    }
+}
 
 /// Connections at a time; the system holds the next ones back. Half of the 1,024 files that a process
 /// may commonly have open.
 const CONNECTIONS: usize = 512;
 
 /// Answers requests by `router` until `end` comes, which is returned, and then for `grace` at most
-/// those that are being answered. A connection is closed where the head of its next request is not
-/// there within `head`.
+/// those that are being answered. A connection is closed where `patience` is at its end.
 pub(crate) async fn serve<T>(
     mut listener: TcpListener,
     router: Router,
-    head: Duration,
+    patience: Patience,
     grace: Duration,
     end: impl Future<Output = T>,
 ) -> T {
     let mut builder = Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(head);
+    builder
+        .timer(TokioTimer::new())
+        .header_read_timeout(patience.head);
     let room = Arc::new(Semaphore::new(CONNECTIONS));
     let connections = GracefulShutdown::new();
     let mut end = pin!(end);
@@ -50,8 +67,11 @@ pub(crate) async fn serve<T>(
         };
         // Pieces of a stream are small, and would wait for the client to confirm the last one.
         let _ = stream.set_nodelay(true);
+        let mut stream = TimeoutStream::new(stream);
+        stream.set_write_timeout(Some(patience.answer));
+        let stream = TokioIo::new(Box::pin(stream));
         let service = TowerToHyperService::new(router.clone());
-        let connection = builder.serve_connection(TokioIo::new(stream), service);
+        let connection = builder.serve_connection(stream, service);
         let connection = connections.watch(connection);
         tokio::spawn(async move {
             // What went wrong in it is the client's, or of its network.
@@ -80,6 +100,8 @@ mod tests {
 
     const SHORT: Duration = Duration::from_millis(200);
     const LONG: Duration = Duration::from_secs(20);
+    /// More than the system keeps for who does not read.
+    const LARGE: usize = 64 << 20;
     const REQUEST: &str = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
 
     /// A server whose answers take three times as long as it waits for heads; what ends it.
@@ -92,8 +114,15 @@ mod tests {
         };
         let (end, ended) = oneshot::channel();
         let end_comes = async { ended.await.expect("tests end servers") };
-        let router = Router::new().route("/", get(answer));
-        let server = tokio::spawn(serve(listener, router, SHORT, LONG, end_comes));
+        let long = || async { vec![0u8; LARGE] };
+        let router = Router::new()
+            .route("/", get(answer))
+            .route("/long", get(long));
+        let patience = Patience {
+            head: SHORT,
+            answer: SHORT,
+        };
+        let server = tokio::spawn(serve(listener, router, patience, LONG, end_comes));
         (address, end, server)
     }
 
@@ -131,6 +160,27 @@ mod tests {
         // After it the connection is kept for another request, and let go as none comes.
         assert!(rest(say(address, REQUEST)).ends_with("done"));
         assert!(asked.elapsed() >= SHORT * 4);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn who_does_not_read_is_let_go() {
+        let (address, _end, _) = start().await;
+        let request = REQUEST.replace("/ ", "/long ");
+        let mut connection = say(address, &request);
+        sleep(SHORT * 10);
+        let mut got = 0;
+        let mut buffer = vec![0; 1 << 16];
+        while let Ok(count @ 1..) = connection.read(&mut buffer) {
+            got += count;
+        }
+        assert!(got < LARGE, "{got} bytes");
+        // Who reads gets all of it.
+        let mut connection = say(address, &request);
+        let mut answer = Vec::new();
+        connection
+            .read_to_end(&mut answer)
+            .expect("it is closed after it");
+        assert!(answer.len() > LARGE);
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 1)]

@@ -2,6 +2,7 @@
 
 pub mod budget;
 pub(crate) mod exhausted;
+pub(crate) mod host_memory;
 
 use std::panic;
 
@@ -37,7 +38,8 @@ pub(crate) fn open_any(config: &DeviceConfig) -> Result<(Device, DeviceKind)> {
     }
 }
 
-/// The best device there is: CUDA, then any GPU, then the CPU, as far as this build knows them.
+/// CUDA, if this build knows it and it is there, else the CPU; another GPU only where the build has no CPU.
+/// Graphics drivers come with processors that are slower than the CPU, and with software ones.
 fn auto(index: usize) -> Result<(Device, DeviceKind)> {
     #[cfg(feature = "cuda")]
     if let Ok(device) = open_kind(DeviceKind::Cuda, index) {
@@ -99,6 +101,8 @@ fn probe(device: fn(usize) -> Device, index: usize) -> std::result::Result<Devic
             .cloned()
             .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
             .and_then(|text| text.lines().next().map(str::to_owned))
-            .unwrap_or_else(|| "could not be started".to_owned())),
+            // Of another thread's end, and not of its reason.
+            .filter(|text| !text.contains("RecvError"))
+            .unwrap_or_else(|| "there is no such device, or it could not be started".to_owned())),
     }
 }

@@ -44,6 +44,13 @@ pub enum Error {
         hint: String,
     },
 
+    /// A model's scores are no numbers.
+    #[error("the model's scores of {text} are not numbers")]
+    NotNumbers {
+        /// What it read.
+        text: String,
+    },
+
     /// The device that was asked for cannot be used.
     #[error("device `{device}`: {reason}")]
     Device {
@@ -117,13 +124,17 @@ impl Error {
     }
 
     /// Maker of the error of a file that the command line names and that cannot be read:
-    /// [`Error::Usage`] where it does not exist, else [`Error::Io`].
+    /// [`Error::Usage`] where it does not exist or is a folder, else [`Error::Io`].
     pub(crate) fn unreadable(path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_path_buf();
         move |source| match source.kind() {
             io::ErrorKind::NotFound => Self::Usage {
                 message: format!("there is nothing at `{}`", path.display()),
                 hint: "name a file that is there".to_owned(),
+            },
+            io::ErrorKind::IsADirectory => Self::Usage {
+                message: format!("`{}` is a folder", path.display()),
+                hint: "name a file".to_owned(),
             },
             _ => Self::io("read", path)(source),
         }
@@ -148,7 +159,7 @@ impl Error {
             Self::Io { .. } | Self::Stdout(_) | Self::Other(_) => 1,
             Self::Config(_) | Self::Usage { .. } => 2,
             Self::Data(_) => 3,
-            Self::Checkpoint { .. } => 4,
+            Self::Checkpoint { .. } | Self::NotNumbers { .. } => 4,
             Self::Device { .. } => 5,
             Self::OutOfMemory { .. } => 6,
             Self::Diverged { .. } => 7,
@@ -164,6 +175,11 @@ impl Error {
             | Self::Device { hint, .. }
             | Self::OutOfMemory { hint, .. }
             | Self::Diverged { hint, .. } => hint.clone(),
+            Self::NotNumbers { .. } => {
+                "its weights are damaged, or too large for this precision; if \
+                                        it is so with `--precision fp32`, it is the weights"
+                    .to_owned()
+            }
             Self::Io { .. } => {
                 "check that the path exists, that you may use it and that the disk is not full"
                     .to_owned()

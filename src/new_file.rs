@@ -4,39 +4,49 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
+use tempfile::{Builder, NamedTempFile};
+
 use crate::error::{Error, Result};
 
 /// A file on its way: it has another name until it is whole, and what was there before stays until
 /// then. Dropped before that it leaves nothing behind.
 pub(crate) struct NewFile {
     path: PathBuf,
-    /// Its name until then; none for a device or a pipe, which cannot be renamed.
-    building: Option<PathBuf>,
-    file: File,
+    place: Place,
+}
+
+/// Where the bytes go.
+enum Place {
+    /// Beside the file.
+    Beside(NamedTempFile),
+    /// Into a device or a pipe, which cannot be renamed.
+    There(File),
 }
 
 impl NewFile {
     /// Begins the file `path`.
     pub(crate) fn create(path: &Path) -> Result<Self> {
-        // A link stays one.
-        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        let other = fs::metadata(&path).is_ok_and(|it| !it.is_file());
-        let building = (!other).then(|| {
-            let mut name = path.clone().into_os_string();
-            name.push(".tmp");
-            PathBuf::from(name)
-        });
-        let file = File::create(building.as_ref().unwrap_or(&path));
-        Ok(Self {
-            file: file.map_err(Error::io("create", &path))?,
-            building,
-            path,
-        })
+        // A link stays one, also one to a file that is not there yet.
+        let path = fs::canonicalize(path)
+            .or_else(|_| fs::read_link(path).map(|to| folder_of(path).join(to)))
+            .unwrap_or_else(|_| path.to_owned());
+        let failed = || Error::io("create", &path);
+        let place = if fs::metadata(&path).is_ok_and(|it| !it.is_file()) {
+            Place::There(File::create(&path).map_err(failed())?)
+        } else {
+            let mut builder = Builder::new();
+            builder.prefix(".").suffix(".tmp");
+            // As any new file's, less what the user's mask takes; the library's own are for one reader.
+            #[cfg(unix)]
+            builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+            Place::Beside(builder.tempfile_in(folder_of(&path)).map_err(failed())?)
+        };
+        Ok(Self { path, place })
     }
 
     /// Writes all of it.
     pub(crate) fn put(mut self, bytes: &[u8]) -> Result<()> {
-        self.file
+        self.file()
             .write_all(bytes)
             .map_err(Error::io("write", &self.path))?;
         self.finish()
@@ -49,28 +59,38 @@ impl NewFile {
 
     /// What to write to.
     pub(crate) fn file(&mut self) -> &mut File {
-        &mut self.file
+        match &mut self.place {
+            Place::Beside(file) => file.as_file_mut(),
+            Place::There(file) => file,
+        }
     }
 
     /// Makes the file safe on disk and gives it its name.
-    pub(crate) fn finish(mut self) -> Result<()> {
-        let Some(building) = &self.building else {
+    pub(crate) fn finish(self) -> Result<()> {
+        let Place::Beside(file) = self.place else {
             return Ok(());
         };
-        self.file
-            .sync_all()
-            .and_then(|()| fs::rename(building, &self.path))
-            .map_err(Error::io("write", &self.path))?;
-        self.building = None;
-        Ok(())
+        let path = self.path;
+        let failed = || Error::io("write", &path);
+        file.as_file().sync_all().map_err(failed())?;
+        file.persist(&path).map_err(|it| failed()(it.error))?;
+        // The name too.
+        sync(folder_of(&path))
     }
 }
 
-impl Drop for NewFile {
-    fn drop(&mut self) {
-        if let Some(building) = &self.building {
-            let _ = fs::remove_file(building);
-        }
+/// Flushes a file or folder to disk.
+pub(crate) fn sync(path: &Path) -> Result<()> {
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .map_err(Error::io("write", path))
+}
+
+/// The folder that has what is at `path`.
+pub(crate) fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
     }
 }
 
@@ -97,6 +117,23 @@ mod tests {
         assert_eq!(fs::read(&path).expect("a file"), b"at once");
         let left = fs::read_dir(folder.path()).expect("a folder").count();
         assert_eq!(left, 1, "nothing under another name");
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn links_stay_and_files_beside_are_left_alone() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (link, own) = (folder.path().join("link"), folder.path().join("a.tmp"));
+        std::os::unix::fs::symlink("a", &link).expect("a link");
+        fs::write(&own, "mine").expect("written");
+        for text in ["new", "newer"] {
+            let file = NewFile::create(&link).expect("created");
+            file.put(text.as_bytes()).expect("written");
+            let to = fs::read_to_string(folder.path().join("a")).expect("a file");
+            assert_eq!(to, text);
+            assert!(link.is_symlink());
+        }
+        assert_eq!(fs::read(&own).expect("a file"), b"mine");
     }
 
     #[test]

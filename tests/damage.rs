@@ -61,6 +61,30 @@ mod checkpoint {
     }
 
     /// With all of them damaged a run is not begun anew: that is for its owner to decide.
+    /// A damaged checkpoint that is passed over is later than those of the run that goes on: these are not
+    /// the old ones that make place.
+    #[test]
+    fn what_is_saved_before_a_damaged_one_stays() {
+        let workspace = Workspace::new();
+        let settings = ["checkpoint.every_steps=5", "checkpoint.keep_last=2"];
+        workspace.train("run", &settings, "--stop-after 10");
+        let weights = workspace.step("run", 10).join("model.safetensors");
+        let mut bytes = fs::read(&weights).expect("a file");
+        bytes[3000] ^= 4;
+        fs::write(&weights, bytes).expect("writable");
+        let config = workspace.run("run").join("config.toml");
+        let text = fs::read_to_string(&config).expect("a config");
+        assert!(text.contains("keep_last = 2"), "{text}");
+        fs::write(&config, text.replace("keep_last = 2", "keep_last = 1")).expect("writable");
+        workspace.ok("resume run --stop-after 2");
+        workspace.ok("resume run --stop-after 1");
+        // The last one, and the one that a rollback would go to.
+        assert!(workspace.step("run", 8).is_dir() && workspace.step("run", 5).is_dir());
+        workspace.ok("resume run --stop-after 2");
+        workspace.train("whole", &settings, "--stop-after 10");
+        workspace.assert_same_runs("whole", "run", 10);
+    }
+
     #[test]
     fn all_of_them_damaged() {
         let workspace = Workspace::new();

@@ -522,7 +522,7 @@ fn a_key_is_asked_for() {
     );
     std::fs::write(workspace.path("short"), "abc\n").expect("written");
     workspace.fails(&format!("{serve} --key-file short"), 2, &["16 printable"]);
-    workspace.fails(&format!("{serve} --key-file none"), 1, &["none"]);
+    workspace.fails(&format!("{serve} --key-file none"), 2, &["none"]);
 
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("key");
@@ -533,6 +533,7 @@ fn a_key_is_asked_for() {
         server.ask("GET /health", &headers, "").status
     };
     assert_eq!(ask("Bearer 0123456789abcdef"), 200);
+    assert_eq!(ask("bearer 0123456789abcdef"), 200);
     for wrong in ["", "Bearer", "Bearer 0123456789abcdeg", "0123456789abcdef"] {
         assert_eq!(ask(wrong), 401, "{wrong:?}");
     }

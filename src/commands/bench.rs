@@ -148,8 +148,8 @@ struct Line {
 /// Runs the command.
 pub fn run(command: &BenchCommand) -> Result<()> {
     let (lines, json) = match command {
-        BenchCommand::Scan(args) => (scan(args)?, args.common.json),
-        BenchCommand::Gemm(args) => (gemm(args)?, args.common.json),
+        BenchCommand::Scan(args) => (exhausted::guard(|| scan(args))?, args.common.json),
+        BenchCommand::Gemm(args) => (exhausted::guard(|| gemm(args))?, args.common.json),
         BenchCommand::Step(args) => (step(args)?, args.common.json),
         BenchCommand::Decode(args) => return exhausted::guard(|| decode::run(args, true)),
         BenchCommand::Prefill(args) => return exhausted::guard(|| decode::run(args, false)),

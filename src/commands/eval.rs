@@ -29,7 +29,6 @@ use crate::model::MambaLm;
 use crate::new_file::NewFile;
 use crate::terminal::visible;
 use crate::train::Checkpoint;
-use crate::train::checkpoint::write_whole;
 
 /// Positions computed at once: enough to fill a GPU; on the CPU fewer would stay in its caches, and
 /// more would not be faster.
@@ -319,7 +318,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let progress = bar();
     let started = Instant::now();
     let measurement = match &args.save {
-        None => evaluate(&model, &device, corpus, &options, progress.as_ref())?,
+        None => evaluate(&model, &device, corpus, &options, progress.as_ref())?.checked()?,
         Some(folder) => {
             let mut saved = Saved::create(folder, corpus, args.max_bytes)?;
             let measurement = evaluate_each(
@@ -329,7 +328,8 @@ pub fn run(args: &EvalArgs) -> Result<()> {
                 &options,
                 progress.as_ref(),
                 &mut |at, found| saved.write(at, found),
-            )?;
+            )?
+            .checked()?;
             saved.finish(&measurement)?;
             measurement
         }
@@ -491,10 +491,7 @@ impl Saved {
                 serde_json::json!({ "name": it.name, "start": begin, "bytes": it.score.bytes })
             })
             .collect();
-        write_whole(
-            &self.folder,
-            "documents.json",
-            super::json_text(&documents)?.as_bytes(),
-        )
+        NewFile::create(&self.folder.join("documents.json"))?
+            .put(super::json_text(&documents)?.as_bytes())
     }
 }

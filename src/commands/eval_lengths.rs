@@ -84,7 +84,8 @@ pub fn run(args: &EvalLengthsArgs) -> Result<()> {
             lanes: lanes(context, args.piece),
             max_bytes: None,
         };
-        let measurement = evaluate(&model, &device, &long, &options, progress.as_ref())?;
+        let measurement =
+            evaluate(&model, &device, &long, &options, progress.as_ref())?.checked()?;
         let score = measurement.total();
         Ok(Row {
             length,

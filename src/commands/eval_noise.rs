@@ -80,13 +80,14 @@ pub fn run(args: &EvalNoiseArgs) -> Result<()> {
         max_bytes: None,
     };
     let progress = bar();
-    let clean = evaluate(&model, &device, &texts, &options, progress.as_ref())?;
+    let clean = evaluate(&model, &device, &texts, &options, progress.as_ref())?.checked()?;
     let words = clean.words();
     let perplexity = clean.total().word_perplexity(words);
     let mut rows = vec![Row::new(("none", None), clean.total(), words, perplexity)];
     for noise in Noise::TABLE {
         let noised = texts.map(|number, text| noise.apply(text, args.seed, number));
-        let score = evaluate(&model, &device, &noised, &options, progress.as_ref())?.total();
+        let score = evaluate(&model, &device, &noised, &options, progress.as_ref())?;
+        let score = score.checked()?.total();
         rows.push(Row::new(noise.describe(), score, words, perplexity));
     }
     match args.json {

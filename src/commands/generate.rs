@@ -261,20 +261,14 @@ impl<'a> Output<'a> {
 
     /// The end of a text.
     fn finish(&mut self) -> Result<()> {
-        match self.text.replace(Utf8Stream::new()) {
-            Some(mut text) => {
-                let end = if std::mem::take(&mut self.returned) {
-                    "\r"
-                } else {
-                    ""
-                };
-                print(&(visible(end).into_owned() + &text.finish() + "\n"))
-            }
-            None => {
-                self.text = None;
-                Ok(())
-            }
-        }
+        let Some(text) = &mut self.text else {
+            return Ok(());
+        };
+        let end = match std::mem::take(&mut self.returned) {
+            true => "\r",
+            false => "",
+        };
+        print(&(visible(end).into_owned() + &text.finish() + "\n"))
     }
 }
 

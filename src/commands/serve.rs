@@ -78,7 +78,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
 
 /// The key in a file: its text without the line's end.
 fn key(path: &Path) -> Result<String> {
-    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let text = std::fs::read_to_string(path).map_err(Error::unreadable(path))?;
     let key = text.trim_end();
     match key.len() >= 16 && key.bytes().all(|byte| byte.is_ascii_graphic()) {
         true => Ok(key.to_owned()),

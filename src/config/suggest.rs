@@ -31,7 +31,11 @@ pub(super) fn nearest<'a>(
     name: &str,
     candidates: impl IntoIterator<Item = &'a str>,
 ) -> Option<&'a str> {
-    let tolerated = (name.chars().count() / 3).max(1);
+    let tolerated = match name.chars().count() {
+        // One letter of so few says too much: "gpu" is not meant as "cpu".
+        ..4 => 0,
+        count => count / 3,
+    };
     candidates
         .into_iter()
         .map(|candidate| (distance(name, candidate), candidate))
@@ -122,5 +126,6 @@ mod tests {
     fn nearest_needs_a_resemblance() {
         assert_eq!(nearest("lenth", ["length", "batch"]), Some("length"));
         assert_eq!(nearest("colour", ["length", "batch"]), None);
+        assert_eq!(nearest("gpu", ["cpu", "cuda"]), None);
     }
 }

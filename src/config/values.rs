@@ -171,7 +171,7 @@ choice! {
 choice! {
     /// Kind of device.
     pub enum DeviceKind {
-        /// The best one that this program was built for and this machine has.
+        /// CUDA, where this program was built for it and it is there; else the CPU.
         Auto = "auto",
         /// The processor.
         Cpu = "cpu",

@@ -38,7 +38,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::connections::{self, HEAD};
+use crate::connections::{self, Patience};
 use crate::error::{Error, Result};
 use crate::train::run_dir::no_run;
 
@@ -72,7 +72,7 @@ pub fn serve(paths: &[PathBuf], port: u16, ready: impl FnOnce(SocketAddr)) -> Re
         // Pages stay connected for ever, so there is nothing to wait for at the end.
         let (router, grace) = (api::router(hub), Duration::ZERO);
         let end = tokio::signal::ctrl_c();
-        let end = connections::serve(listener, router, HEAD, grace, end).await;
+        let end = connections::serve(listener, router, Patience::default(), grace, end).await;
         Ok(end.map_err(anyhow::Error::from)?)
     })
 }

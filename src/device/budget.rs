@@ -15,6 +15,7 @@ use std::sync::Arc;
 use burn::tensor::{Device, Tensor};
 
 use super::exhausted::{self, Failure};
+use super::host_memory;
 use crate::config::{Config, DeviceKind, Recompute};
 use crate::error::{Error, Result};
 use crate::memory::{self, CUDA_CONTEXT, size};
@@ -130,6 +131,11 @@ impl Budget {
         let mut settled = config.clone();
         memory::settle(&mut settled, self.limit);
         let Some(limit) = self.limit else {
+            if !self.on_gpu()
+                && let Some(memory) = host_memory::read()
+            {
+                fits_host(&settled, memory.free)?;
+            }
             return Ok(settled);
         };
         if let Some(reason) = memory::excess(&settled, limit) {
@@ -278,6 +284,28 @@ impl Plan {
     }
 }
 
+/// Refuses a model whose weights, gradients and moments alone are more than the `free` bytes of the
+/// machine: the system would end some process, without a word. The rest of the estimate is a GPU's.
+fn fits_host(config: &Config, free: u64) -> Result<()> {
+    let needed = memory::estimate(config);
+    let state = needed.weights + needed.gradients + needed.optimizer;
+    if state <= free {
+        return Ok(());
+    }
+    Err(Error::OutOfMemory {
+        device: "`cpu`".to_owned(),
+        reason: format!(
+            "the model's weights, gradients and moments take {}, and {} are free",
+            size(state),
+            size(free)
+        ),
+        hint:
+            "choose a smaller `model.dim` or `model.depth`, or a GPU; `mambabyte estimate` shows \
+               what a model takes"
+                .to_owned(),
+    })
+}
+
 /// The settings that decide about memory, each with what it is now. Groups of layers are for those
 /// who have little else left.
 fn memory_hint(batch: usize, length: usize, recompute: &str, checkpoint_every: usize) -> String {
@@ -335,6 +363,17 @@ mod tests {
             limit,
             gpu: None,
         }
+    }
+
+    #[test]
+    fn a_model_larger_than_the_machine_is_refused() {
+        let large = config(&["model.depth=400"]);
+        let needed = memory::estimate(&large);
+        let state = needed.weights + needed.gradients + needed.optimizer;
+        fits_host(&large, state).expect("just enough");
+        let error = fits_host(&large, state - 1).expect_err("too little");
+        assert_eq!(error.exit_code(), 6);
+        assert!(error.to_string().contains("weights, gradients and moments"));
     }
 
     #[test]

@@ -101,7 +101,7 @@ pub(crate) fn guard<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     caught(None, work, |failure| Error::OutOfMemory {
         device: "the device".to_owned(),
         reason: failure.describe(),
-        hint: "fewer texts at a time (`--batch`, `--num-samples`, `--lanes`), shorter pieces \
+        hint: "fewer texts at a time (`--batch`, `--num-samples`), shorter pieces \
                (`--piece`, `--length`) or `--precision bf16` take less"
             .to_owned(),
     })

@@ -37,13 +37,20 @@ pub struct Segment {
 impl Context {
     /// The segments of a document of `bytes` bytes. Together they score every byte but the first,
     /// which nothing predicts, exactly once and in order.
+    ///
+    /// # Panics
+    ///
+    /// If a window has no bytes, or a stride is not within one.
     pub fn segments(self, bytes: u64) -> impl Iterator<Item = Segment> {
         let (length, stride) = match self {
             Self::Windows { length } => (length as u64, length as u64),
             Self::Sliding { length, stride } => (length as u64, stride as u64),
             Self::Carried => (bytes, bytes),
         };
-        debug_assert!(bytes == 0 || (1..=length).contains(&stride));
+        assert!(
+            bytes == 0 || (1..=length).contains(&stride),
+            "a window of {length}, a stride of {stride}"
+        );
         let mut next = 0;
         std::iter::from_fn(move || {
             // The first window scores all its bytes, those after it what is new in them.

@@ -1,7 +1,7 @@
 //! One measurement: every byte of a corpus scored once.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use mambabyte_datasets::shards::count_words;
+use mambabyte_datasets::shards::WordCounter;
 use mambabyte_datasets::{DocumentInfo, Progress};
 use mambabyte_kernels::cross_entropy::cross_entropy;
 
@@ -10,7 +10,7 @@ use super::corpus::Corpus;
 use super::lanes::{self, Job, Lanes, Step};
 use super::positions::Positions;
 use super::score::Score;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::MambaLm;
 
 /// How to measure.
@@ -45,6 +45,21 @@ pub struct DocumentScore {
 }
 
 impl Measurement {
+    /// The measurement itself, where it is one. Training goes on without: it has weights to go back to.
+    ///
+    /// # Errors
+    ///
+    /// Where the scores of a document are no numbers.
+    pub fn checked(self) -> Result<Self> {
+        let bad = self.documents.iter().find(|it| !it.score.nats.is_finite());
+        match bad {
+            Some(document) => Err(Error::NotNumbers {
+                text: format!("`{}`", document.name),
+            }),
+            None => Ok(self),
+        }
+    }
+
     /// All documents together.
     pub fn total(&self) -> Score {
         self.documents.iter().map(|it| it.score).sum()
@@ -170,13 +185,21 @@ pub(super) fn beginning(corpus: &dyn Corpus, limit: Option<u64>) -> Result<Vec<D
     Ok(documents)
 }
 
+/// Bytes that are read at once to count words.
+const BLOCK: u64 = 1 << 20;
+
 /// Leaves at most `bytes` bytes of a document, with the words in them.
 pub(super) fn cut(corpus: &dyn Corpus, document: &mut DocumentInfo, bytes: u64) -> Result<()> {
     if document.bytes > bytes {
-        let mut kept = vec![0; bytes as usize];
-        corpus.read(document.start, &mut kept)?;
+        let mut words = WordCounter::default();
+        let mut block = vec![0; bytes.min(BLOCK) as usize];
+        for first in (0..bytes).step_by(BLOCK as usize) {
+            let block = &mut block[..(bytes - first).min(BLOCK) as usize];
+            corpus.read(document.start + first, block)?;
+            words.push(block);
+        }
         document.bytes = bytes;
-        document.words = count_words(&kept);
+        document.words = words.words();
     }
     Ok(())
 }
@@ -317,6 +340,31 @@ mod tests {
         let max = logits.iter().copied().fold(f64::MIN, f64::max);
         let sum: f64 = logits.iter().map(|x| (x - max).exp()).sum();
         max + sum.ln() - logits[next as usize]
+    }
+
+    #[test]
+    fn losses_that_are_no_numbers_are_an_error() {
+        let device = Device::flex();
+        let mut config = MambaConfig::new(16, 2);
+        config.initializer_range = f64::NAN;
+        let model = config.init_lm(7, &device);
+        let error = evaluate(
+            &model,
+            &device,
+            &corpus(&[0, 20]),
+            &EvalOptions {
+                context: Context::Carried,
+                lanes: Lanes {
+                    count: 2,
+                    positions: 8,
+                },
+                max_bytes: None,
+            },
+            &Silent,
+        );
+        let error = error.and_then(Measurement::checked);
+        let error = error.expect_err("no numbers").to_string();
+        assert!(error.contains("`document 1` are not numbers"), "{error}");
     }
 
     #[test]

@@ -20,6 +20,10 @@ impl<'a> LongDocuments<'a> {
     /// # Errors
     ///
     /// [`Error::Usage`] where there is none, and as [`Corpus::read`].
+    ///
+    /// # Panics
+    ///
+    /// If `longest` is 0.
     pub fn new(corpus: &'a dyn Corpus, longest: u64, max_bytes: Option<u64>) -> Result<Self> {
         let mut left = max_bytes.unwrap_or(u64::MAX);
         let mut documents = Vec::new();
@@ -62,7 +66,9 @@ impl Corpus for LongDocuments<'_> {
 ///
 /// [`Error::Usage`] where that does not end at `to`.
 pub fn doubling(from: usize, to: usize) -> Result<Vec<usize>> {
-    let lengths = std::iter::successors(Some(from), |length| length.checked_mul(2));
+    // Zero, doubled, would come to nothing for ever.
+    let first = (from > 0).then_some(from);
+    let lengths = std::iter::successors(first, |length| length.checked_mul(2));
     let lengths: Vec<usize> = lengths.take_while(|length| *length <= to).collect();
     match lengths.last() {
         Some(last) if *last == to => Ok(lengths),
@@ -116,6 +122,6 @@ mod tests {
     fn lengths_double() {
         assert_eq!(doubling(8, 64).expect("doubles"), [8, 16, 32, 64]);
         assert_eq!(doubling(8, 8).expect("one"), [8]);
-        assert!(doubling(8, 60).is_err() && doubling(8, 4).is_err());
+        assert!(doubling(8, 60).is_err() && doubling(8, 4).is_err() && doubling(0, 8).is_err());
     }
 }

@@ -330,7 +330,15 @@ pub fn score_task(
         let sequences: Vec<&[u8]> = part.iter().map(|index| texts[*index].as_slice()).collect();
         let scores = score_sequences(model, device, lanes, &sequences, 1)?;
         for (index, score) in part.iter().zip(&scores) {
-            likelihoods[*index] = likelihood(&pairs[*index], score);
+            let (sum, greedy) = likelihood(&pairs[*index], score);
+            if sum.is_nan() {
+                // It is larger than no other number, nor smaller: any option would be the likeliest.
+                let text = String::from_utf8_lossy(&texts[*index]);
+                return Err(Error::NotNumbers {
+                    text: format!("`{}`, {text:?}", task.name),
+                });
+            }
+            likelihoods[*index] = (sum, greedy);
             progress.advance(texts[*index].len() as u64);
         }
     }
@@ -433,6 +441,25 @@ mod tests {
             pairs(r#"{"context": "the last", "continuation": "word"}"#),
             [own("the last", " word")]
         );
+    }
+
+    #[test]
+    #[cfg(feature = "flex")]
+    fn likelihoods_that_are_no_numbers_are_an_error() {
+        let device = Device::flex();
+        let mut config = crate::config::MambaConfig::new(8, 1);
+        config.initializer_range = f64::NAN;
+        let model = config.init_lm(1, &device);
+        let task = task(r#"{"query": "q?", "choices": ["a", "b"], "gold": 1}"#).expect("a task");
+        let lanes = Lanes {
+            count: 2,
+            positions: 64,
+        };
+        let progress = mambabyte_datasets::progress::Silent;
+        let error = score_task(&model, &device, lanes, &task, None, &progress)
+            .expect_err("no numbers")
+            .to_string();
+        assert!(error.contains("are not numbers"), "{error}");
     }
 
     #[test]

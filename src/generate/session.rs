@@ -8,7 +8,7 @@ use super::request::{Finish, Piece, Request, Timing};
 use super::sampling::Draws;
 use super::stop::StopFilter;
 use super::{Generator, prefill};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Requests at work.
 #[derive(Debug)]
@@ -145,6 +145,11 @@ impl<'g> Session<'g> {
         for (index, text) in self.texts.iter_mut().enumerate() {
             let new = choices.iter().skip(index).step_by(batch).copied();
             let choices = text.take(new);
+            if choices.iter().any(|choice| choice.logprob.is_nan()) {
+                return Err(Error::NotNumbers {
+                    text: "the text so far".to_owned(),
+                });
+            }
             if text.told || (choices.is_empty() && text.finish.is_none()) {
                 continue;
             }

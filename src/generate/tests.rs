@@ -46,6 +46,25 @@ fn log_probabilities(config: &MambaConfig, text: &[u8]) -> Vec<f32> {
         .collect()
 }
 
+/// A model of damaged weights says so, and does not write as if it knew something.
+#[test]
+fn scores_that_are_no_numbers_are_an_error() {
+    let config = MambaConfig {
+        initializer_range: f64::NAN,
+        ..config()
+    };
+    for plain in [false, true] {
+        let request = Request {
+            max_new_bytes: 3,
+            ..Request::new(b"abc")
+        };
+        let error = generator(&config, plain)
+            .generate(&[request], &mut |_| ControlFlow::Continue(()))
+            .expect_err("no numbers");
+        assert!(error.to_string().contains("are not numbers"), "{error}");
+    }
+}
+
 /// Reading a prompt at once, stepping through the rest, and the forward pass of training agree
 /// wherever the text is cut, for both ways to step.
 #[test]

@@ -35,7 +35,8 @@ const LANES: Lanes = Lanes {
 /// The thread's own side: its model, and what lies before it. Lack of memory fails the texts that were
 /// too many or too long, not the server.
 pub(super) struct Desk {
-    generator: Generator,
+    /// None while a new one is made.
+    generator: Option<Generator>,
     /// Makes another one, for a session that was broken off leaves it in the middle of things.
     renew: Box<dyn Fn() -> Generator>,
     scorer: Scorer,
@@ -68,7 +69,7 @@ impl Desk {
             move || Generator::new(model.clone(), &device, options)
         };
         Self {
-            generator: renew(),
+            generator: Some(renew()),
             renew: Box::new(renew),
             scorer: Scorer {
                 model: model.frozen(),
@@ -94,7 +95,9 @@ impl Desk {
                 continue;
             }
             if let Err(Error::OutOfMemory { .. }) = self.write() {
-                self.generator = exhausted::guard(|| Ok((self.renew)()))?;
+                // Its memory first: it is what was missing.
+                self.generator = None;
+                self.generator = Some(exhausted::guard(|| Ok((self.renew)()))?);
             }
         }
         Ok(())
@@ -122,8 +125,11 @@ impl Desk {
             .flat_map(|(job, it)| (0..it.requests.len()).map(move |index| (job, index)))
             .collect();
         let requests: Vec<Request> = jobs.iter().flat_map(|it| it.requests.clone()).collect();
+        let Some(generator) = &mut self.generator else {
+            return Ok(());
+        };
         let outcome = exhausted::guard(|| {
-            let session = self.generator.start(&requests)?;
+            let session = generator.start(&requests)?;
             write_all(session, &jobs, &owners, &mut self.scorer)
         });
         if let Err(error) = &outcome {

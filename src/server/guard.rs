@@ -77,8 +77,11 @@ fn check(app: &App, method: &Method, headers: &HeaderMap) -> Result<(), ApiError
         ));
     }
     if let Some(key) = &options.key {
-        let given = text(header::AUTHORIZATION).strip_prefix("Bearer ");
-        if !given.is_some_and(|given| same(given.as_bytes(), key.as_bytes())) {
+        let given = text(header::AUTHORIZATION).split_once(' ');
+        let fits = |(scheme, given): (&str, &str)| {
+            scheme.eq_ignore_ascii_case("Bearer") && same(given.as_bytes(), key.as_bytes())
+        };
+        if !given.is_some_and(fits) {
             return Err(ApiError::new(
                 StatusCode::UNAUTHORIZED,
                 "the header `Authorization: Bearer` with the server's key is needed",

@@ -44,7 +44,7 @@ use tokio::sync::watch::{self, Receiver};
 
 use crate::clock::since_1970;
 use crate::config::Precision;
-use crate::connections::{self, HEAD};
+use crate::connections::{self, Patience};
 use crate::error::{Error, Result};
 use crate::model::MambaLm;
 use worker::Worker;
@@ -165,7 +165,8 @@ pub fn serve(
                 error = ended.reason() => Err(error),
             }
         };
-        connections::serve(listener, router(options, worker), HEAD, GRACE, end).await
+        let router = router(options, worker);
+        connections::serve(listener, router, Patience::default(), GRACE, end).await
     })
 }
 

@@ -9,6 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::Loaded;
 use super::desk::{Desk, SLICE};
+use crate::device::exhausted;
 use crate::error::{Error, Result};
 use crate::eval::SequenceScore;
 use crate::generate::{Piece, Request};
@@ -112,19 +113,20 @@ impl Worker {
         let (end, ended) = oneshot::channel();
         thread::Builder::new()
             .name("model".to_owned())
-            .spawn(move || match load() {
-                Ok(model) => {
-                    let desk = Desk::new(model, inbox);
-                    // Nobody waits any more where the server has been ended meanwhile.
-                    let _ = loaded.send(Ok(()));
-                    if let Err(error) = desk.run() {
-                        let _ = end.send(error);
+            .spawn(
+                move || match exhausted::guard(|| Ok(Desk::new(load()?, inbox))) {
+                    Ok(desk) => {
+                        // Nobody waits any more where the server has been ended meanwhile.
+                        let _ = loaded.send(Ok(()));
+                        if let Err(error) = desk.run() {
+                            let _ = end.send(error);
+                        }
                     }
-                }
-                Err(error) => {
-                    let _ = loaded.send(Err(error));
-                }
-            })
+                    Err(error) => {
+                        let _ = loaded.send(Err(error));
+                    }
+                },
+            )
             .map_err(|error| anyhow::anyhow!("could not start the model's thread: {error}"))?;
         outcome
             .await

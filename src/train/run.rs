@@ -33,11 +33,13 @@ const QUEUE: usize = 4;
 /// A run at work.
 pub(super) struct Run<'a> {
     config: Config,
+    /// Before the folder, whose lock goes with it: fields are dropped in their order, and this one waits
+    /// for the save at work.
+    saver: Saver,
     dir: RunDir,
     learner: Learner,
     budget: &'a Budget,
     metrics: MetricsWriter,
-    saver: Saver,
     sampler: Arc<Sampler>,
     validation: Option<Shards>,
     progress: Progress,
@@ -89,7 +91,7 @@ impl<'a> Run<'a> {
             let started = Instant::now();
             let batch = match loader.next() {
                 Ok(batch) => batch,
-                Err(error) => return Err(self.without_data(error.into(), first)),
+                Err(error) => return Err(self.without_data(error.into())),
             };
             if self.advance(&batch, started, &mut display)? {
                 loader = self.loader()?;
@@ -133,7 +135,7 @@ impl<'a> Run<'a> {
 
     /// The last checkpoint, and the error of a run that was asked to stop before its `last` step.
     fn finish(&mut self, last: u64) -> Result<()> {
-        if self.begun != Some(self.progress.step) {
+        if self.progress.step != self.begun.unwrap_or(0) {
             self.save()?;
         }
         if let Some(saved) = self.saver.wait() {
@@ -155,9 +157,9 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Saves what was done since step `first`, before a run without data ends; returns `error`.
-    fn without_data(&mut self, error: Error, first: u64) -> Error {
-        if self.progress.step > first {
+    /// Saves what was done since the last save, before a run without data ends; returns `error`.
+    fn without_data(&mut self, error: Error) -> Error {
+        if self.progress.step != self.begun.unwrap_or(0) {
             match self.finish(self.progress.step) {
                 Ok(()) => say(&format!("saved step {}", self.progress.step)),
                 Err(unsaved) => tracing::warn!("step {}: {unsaved}", self.progress.step),
@@ -433,7 +435,14 @@ impl<'a> Run<'a> {
         };
         let mut generator =
             Generator::new(self.learner.model(), &self.learner.inner_device(), options);
-        let texts = generator.generate(&[request], &mut |_| ControlFlow::Continue(()))?;
+        let texts = match generator.generate(&[request], &mut |_| ControlFlow::Continue(())) {
+            // What to do about such weights the guard decides.
+            Err(error @ Error::NotNumbers { .. }) => {
+                display.note(&format!("step {step}: no sample: {error}"));
+                return Ok(());
+            }
+            texts => texts?,
+        };
         let bytes = texts
             .into_iter()
             .flat_map(|text| text.bytes)

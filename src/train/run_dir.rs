@@ -12,11 +12,12 @@ use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 
-use super::checkpoint::{MANIFEST, Manifest, beside, remove_if_there, write_whole};
+use super::checkpoint::{MANIFEST, Manifest, beside, remove_if_there};
 use super::lock::Lock;
 use super::metrics::MetricRecord;
 use crate::config::{CheckpointConfig, Config};
 use crate::error::{Error, Result};
+use crate::new_file::NewFile;
 
 /// A run's folder. While the value lives no other trainer can open the run.
 pub struct RunDir {
@@ -57,7 +58,7 @@ impl RunDir {
 
     /// Stores the configuration: from now on there is a run that can be resumed.
     pub fn begin(&self, config: &Config) -> Result<()> {
-        write_whole(&self.path, "config.toml", config.to_toml().as_bytes())
+        NewFile::create(&self.path.join("config.toml"))?.put(config.to_toml().as_bytes())
     }
 
     /// Opens the folder of a run to go on with it.
@@ -191,11 +192,13 @@ fn tidy(run: &Path) -> Result<()> {
 /// Deletes checkpoints of the run in `run` beyond those that `keep` names: the last few, every m-th,
 /// the best; and the newest that the run could roll back to.
 ///
-/// Called after a new checkpoint is complete: an old one never makes place for one that fails. Those
-/// that cannot be read are neither counted nor touched.
-pub(super) fn prune(run: &Path, keep: &CheckpointConfig) -> Result<()> {
+/// Called after the checkpoint of step `written` is complete: an old one never makes place for one that
+/// fails. Those that cannot be read are neither counted nor touched, nor are later ones: the run was
+/// begun before them because they are damaged.
+pub(super) fn prune(run: &Path, keep: &CheckpointConfig, written: u64) -> Result<()> {
     let all: Vec<(u64, PathBuf, Manifest)> = checkpoints(run)?
         .into_iter()
+        .filter(|(step, _)| *step <= written)
         .filter_map(|(step, path)| Some((step, Manifest::read(&path).ok()?, path)))
         .map(|(step, manifest, path)| (step, path, manifest))
         .collect();

@@ -107,7 +107,7 @@ impl Saver {
             let started = Instant::now();
             let (attempts, result) = write(&snapshot, &run, metrics.as_ref());
             if result.is_ok()
-                && let Err(error) = prune(&run, &keep)
+                && let Err(error) = prune(&run, &keep, snapshot.step())
             {
                 tracing::warn!("old checkpoints stay: {error}");
             }

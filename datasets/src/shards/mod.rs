@@ -14,7 +14,7 @@ mod writer;
 pub use info::{DocumentInfo, ShardInfo, ShardsInfo, VerifyReport};
 pub use prepare::{PrepareOptions, SplitSummary, Summary, prepare};
 pub use reader::{OpenOptions, Shards};
-pub use words::count_words;
+pub use words::{WordCounter, count_words};
 
 #[cfg(test)]
 mod tests;

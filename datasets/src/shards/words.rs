@@ -8,12 +8,13 @@ fn separates(byte: u8) -> bool {
 
 /// Counts the words of a document that arrives in pieces.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct WordCounter {
+pub struct WordCounter {
     words: u64,
     in_word: bool,
 }
 
 impl WordCounter {
+    /// Takes in the next piece.
     pub fn push(&mut self, bytes: &[u8]) {
         let mut in_word = self.in_word;
         let mut words = 0u64;
@@ -26,6 +27,7 @@ impl WordCounter {
         self.in_word = in_word;
     }
 
+    /// Words so far, the last one as it is.
     pub fn words(self) -> u64 {
         self.words
     }

@@ -143,8 +143,8 @@ fn loss_forward<X: Float, I: Int, N: Size>(
     let sum = lane_sum(sum, plane, 1usize);
     let hit = lane_sum(hit, plane, 1usize);
     if own < rows && lane == 0 {
-        // The largest logit alone adds 1.
-        let total = largest + log2(max(sum, 1.0f32), ptx) * LN2;
+        // The largest logit alone adds 1. A maximum with 1 would make 1 of what is not a number.
+        let total = largest + log2(select(sum < 1.0f32, 1.0f32, sum), ptx) * LN2;
         log_sum_exp[row] = total;
         losses[row] = total - hit;
     }

@@ -13,8 +13,8 @@ const LN2_LO: f32 = -2.121_944_4e-4;
 
 /// e^x with a relative error under 2e-7; inputs are clamped to the range of normal f32 results.
 #[inline(always)]
-pub(crate) fn exp(x: f32) -> f32 {
-    let x = x.clamp(-87.3, 88.0);
+pub(crate) fn exp(given: f32) -> f32 {
+    let x = given.clamp(-87.3, 88.0);
     let shifted = x.mul_add(LOG2_E, ROUND);
     let n = shifted - ROUND;
     let r = n.mul_add(-LN2_LO, n.mul_add(-LN2_HI, x));
@@ -26,7 +26,9 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p.mul_add(r, 0.5);
     let e = (p * r).mul_add(r, r) + 1.0;
     // The low bits of `shifted` are n; n << 23 adds n to the exponent.
-    f32::from_bits(e.to_bits().wrapping_add(shifted.to_bits() << 23))
+    let power = f32::from_bits(e.to_bits().wrapping_add(shifted.to_bits() << 23));
+    // Of what is not a number the shift would make one.
+    if given.is_nan() { given } else { power }
 }
 
 /// ln(1 + e) for e in [0, 1], relative error under 3e-7 down to the smallest e.
@@ -104,6 +106,16 @@ mod tests {
         );
         assert_eq!(sigmoid(1e9), 1.0);
         assert!(sigmoid(-1e9) >= 0.0);
+    }
+
+    #[test]
+    fn what_is_no_number_stays_none() {
+        for bits in [0x7fc0_0000, 0x7fc0_0001, 0x7f8c_cccd, 0xffff_ffff] {
+            let x = f32::from_bits(bits);
+            for f in [exp, softplus, sigmoid] {
+                assert!(f(x).is_nan(), "{bits:x}: {}", f(x));
+            }
+        }
     }
 
     #[test]

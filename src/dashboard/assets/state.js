@@ -20,12 +20,21 @@ const listeners = new Set();
 /** The state. Change it by `update`. */
 export const state = { ...DEFAULTS, ...parse(location.hash) };
 
+/** A name in the address; as it stands where it is no encoding of one. */
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
 function parse(hash) {
   const read = {};
   for (const [key, text] of new URLSearchParams(hash.replace(/^#/, ''))) {
     const usual = DEFAULTS[key];
     if (!(key in DEFAULTS)) continue;
-    if (key === 'runs') read.runs = text === '' ? [] : text.split(',').map(decodeURIComponent);
+    if (key === 'runs') read.runs = text === '' ? [] : text.split(',').map(decoded);
     else if (key === 'ylog') read.ylog = text.split(',').filter(Boolean);
     else if (typeof usual === 'boolean') read[key] = text === '1';
     else if (['from', 'to', 'step'].includes(key)) read[key] = Number.isFinite(Number(text)) ? Number(text) : null;

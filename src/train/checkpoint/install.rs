@@ -9,6 +9,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::check::hash_text;
 use super::manifest::FileEntry;
 use crate::error::{Error, Result};
+use crate::new_file::{folder_of, sync};
 
 /// Bytes that are read or written at a time.
 const CHUNK: usize = 1 << 20;
@@ -25,11 +26,7 @@ pub(crate) fn install(folder: &Path, write: impl FnOnce(&Path) -> Result<()>) ->
         let _ = fs::remove_dir_all(&building);
         return Err(error);
     }
-    replace(&building, folder)?;
-    match folder.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => sync(parent),
-        _ => sync(Path::new(".")),
-    }
+    replace(&building, folder)
 }
 
 /// Gives `building` the name `folder`. Where there is a folder of that name already the two change
@@ -38,7 +35,8 @@ fn replace(building: &Path, folder: &Path) -> Result<()> {
     let failed = || Error::io("rename", building);
     match fs::symlink_metadata(folder) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            return fs::rename(building, folder).map_err(failed());
+            fs::rename(building, folder).map_err(failed())?;
+            return sync(folder_of(folder));
         }
         Err(error) => return Err(failed()(error)),
         Ok(_) => {}
@@ -50,8 +48,11 @@ fn replace(building: &Path, folder: &Path) -> Result<()> {
         remove_if_there(&aside)?;
         fs::rename(folder, &aside).map_err(failed())?;
         fs::rename(building, folder).map_err(failed())?;
+        sync(folder_of(folder))?;
         return remove_if_there(&aside);
     }
+    // On disk the new one has the name before anything of the old one goes.
+    sync(folder_of(folder))?;
     remove_if_there(building)
 }
 
@@ -81,15 +82,6 @@ pub(crate) fn remove_if_there(folder: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
-}
-
-/// Writes a file that is whole or not there.
-pub(crate) fn write_whole(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
-    let building = format!("{name}.tmp");
-    write_file(folder, &building, |file| file.write_all(bytes))?;
-    let path = folder.join(name);
-    fs::rename(folder.join(building), &path).map_err(Error::io("write", &path))?;
-    sync(folder)
 }
 
 /// Writes the file `name` in `folder` by `write`, flushes it to disk and reads it back: what is
@@ -159,13 +151,6 @@ impl Write for Hashing {
     fn flush(&mut self) -> io::Result<()> {
         self.file.flush()
     }
-}
-
-/// Flushes a file or folder to disk.
-pub(super) fn sync(path: &Path) -> Result<()> {
-    File::open(path)
-        .and_then(|file| file.sync_all())
-        .map_err(Error::io("write", path))
 }
 
 /// Length and hash of a file.

@@ -27,8 +27,8 @@ use burn::tensor::{Device, Tensor};
 use safetensors::tensor::Dtype;
 use xxhash_rust::xxh3::Xxh3;
 
+pub(crate) use install::install;
 pub(super) use install::{beside, remove_if_there};
-pub(crate) use install::{install, write_whole};
 pub use manifest::{DataIdentity, FileEntry, MANIFEST, Manifest, Progress};
 pub(crate) use snapshot::Snapshot;
 

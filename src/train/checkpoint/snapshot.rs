@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use super::install::{describe, install, sync, write_file};
+use super::install::{describe, install, write_file};
 use super::manifest::{FORMAT, FileEntry, MANIFEST, Manifest, Progress};
 use super::tensors::{self, Held};
 use super::{CONFIG, OPTIMIZER, STATE, WEIGHTS, state_tensors};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::new_file::sync;
 use crate::train::learner::Learner;
 use crate::train::parameters::{self, Named};
 

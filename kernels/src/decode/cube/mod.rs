@@ -80,7 +80,7 @@ pub struct Decoder {
     session: Option<Session>,
 }
 
-/// Which of the ways to run steps; all give the same bits, but for `Wide` in bf16.
+/// Which of the ways to run steps; all give the same bits, but for `Wide`, which adds up in another order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
     /// The fastest that the device has.

@@ -133,7 +133,8 @@ pub(super) fn enter_wide<W: Float>(
     let plane = UNIT_POS as usize / comptime!(w.step.plane);
     let planes = comptime!(UNITS / w.step.plane);
     let rows_at = (layer * inner + part * comptime!(w.part())) * low;
-    let mut inputs = Shared::<[W]>::new_slice(comptime!(TILE * pitch));
+    // Matrices are loaded from places that are multiples of 32 bytes.
+    let mut inputs = Shared::<[W]>::new_aligned_slice(comptime!(TILE * pitch), 32usize);
     let past = past(xz, channels, window, layer, batch, part, first, w);
     let mut weights = Sequence::<cmma::Matrix<W>>::new();
     if w.tensor {
@@ -160,7 +161,8 @@ pub(super) fn enter_wide<W: Float>(
     }
     convolve(&past, window, u, &mut inputs, layer, batch, part, first, w);
     sync_cube();
-    let mut sums = Shared::<[f32]>::new_slice(comptime!(TILE * TILE * w.columns()));
+    let mut sums =
+        Shared::<[f32]>::new_aligned_slice(comptime!(TILE * TILE * w.columns()), 32usize);
     if w.tensor {
         #[unroll]
         for turn in 0..turns {
