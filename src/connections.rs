@@ -120,7 +120,8 @@ mod tests {
             .route("/long", get(long));
         let patience = Patience {
             head: SHORT,
-            answer: SHORT,
+            // Long enough for a reader on a busy machine.
+            answer: SHORT * 10,
         };
         let server = tokio::spawn(serve(listener, router, patience, LONG, end_comes));
         (address, end, server)
@@ -167,7 +168,7 @@ mod tests {
         let (address, _end, _) = start().await;
         let request = REQUEST.replace("/ ", "/long ");
         let mut connection = say(address, &request);
-        sleep(SHORT * 10);
+        sleep(SHORT * 20);
         let mut got = 0;
         let mut buffer = vec![0; 1 << 16];
         while let Ok(count @ 1..) = connection.read(&mut buffer) {
